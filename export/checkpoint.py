@@ -1,0 +1,209 @@
+"""A LeRobot SmolVLA checkpoint, read whole: config, weights, VLM config, tokenizer, processors, dataset facts.
+
+safetensors only; nothing is ever unpickled.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..runtime.bundle import sha256_of
+from .architecture import KNOWN_VLMS, read_vlm_config
+from .errors import CheckpointError
+from .policy_config import PolicyConfig
+from .processors import Processors, read_processors
+
+WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+_COMPILED = "_orig_mod."  # torch.compile's prefix, anywhere in a key
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything an export needs, in memory, checked."""
+
+    name: str  # as the user gave it
+    folder: Path
+    revision: str | None  # resolved commit, when it came from the Hub
+    weights_sha256: str
+    config: PolicyConfig
+    tensors: dict[str, Tensor]
+    vlm: Any  # transformers' SmolVLMConfig
+    tokenizer: Path  # tokenizer.json
+    processors: Processors
+    joints: tuple[str, ...] | None
+    fps: float | None
+
+
+def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None = None) -> Checkpoint:
+    """Read `name`: a folder, a training folder that holds `pretrained_model/`, or a Hub id.
+
+    The VLM's config and tokenizer come from the checkpoint, from `vlm`, or from the Hub, in that order.
+    Raises CheckpointError.
+    """
+    folder, commit = _locate(name, revision)
+    raw = read_json(folder / "config.json")
+    _refuse_adapters(folder)
+    config = PolicyConfig.from_json(raw)
+    if not (folder / WEIGHTS).is_file():
+        found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+        raise CheckpointError(
+            f"{folder} has no {WEIGHTS} (found {found or 'no weights'}): only safetensors are read"
+        )
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {e}. Copy the checkpoint again") from e
+    tensors = {key.replace(_COMPILED, ""): t for key, t in tensors.items()}
+    places = _vlm_places(folder, config.vlm, vlm)
+    processors = read_processors(folder, config, tensors)
+    joints, fps = _dataset_facts(folder, config.action_dim)
+    return Checkpoint(
+        name=name,
+        folder=folder,
+        revision=commit,
+        weights_sha256=sha256_of(folder / WEIGHTS),
+        config=config,
+        tensors={k: t for k, t in tensors.items() if torch.is_floating_point(t)},
+        vlm=_find_vlm_config(places, config.vlm),
+        tokenizer=_find_tokenizer(places, config.vlm),
+        processors=processors,
+        joints=joints,
+        fps=fps,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError when it is missing or not one."""
+    try:
+        raw = json.loads(path.read_text())
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read ({e.strerror}): give a LeRobot checkpoint folder") from e
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from e
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return raw
+
+
+def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"--revision is for Hub checkpoints, but {name} is a folder: leave it out")
+        inner = folder / "pretrained_model"
+        return (inner if inner.is_dir() and not (folder / "config.json").exists() else folder), None
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name} is neither a folder nor a Hub id such as lerobot/smolvla_base")
+    wanted = ["*.json", "*.safetensors", "tokenizer/*"]
+    path = hub_folder(name, wanted, revision)
+    return path, path.name
+
+
+def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The snapshot folder, whose name is the resolved commit. Works offline from the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        try:  # a cached commit needs no network
+            path = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
+            if not any(Path(path).glob("*.json")):
+                raise LocalEntryNotFoundError("cached without its files")
+            if "*.safetensors" not in patterns or (Path(path) / WEIGHTS).exists():
+                online = _refresh(repo, revision, patterns)
+                return Path(online or path)
+        except LocalEntryNotFoundError:
+            pass
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except Exception as e:  # the library's errors span requests, httpx, OSError and its own
+        at = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{repo}{at} cannot be had from the Hub ({type(e).__name__}: {str(e).splitlines()[0]}). "
+            "Check the name and the network, or give a folder"
+        ) from e
+
+
+def _refresh(repo: str, revision: str | None, patterns: list[str]) -> str | None:
+    """A newer snapshot where the Hub answers; None where it does not."""
+    from huggingface_hub import snapshot_download
+
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return None
+    try:
+        return str(snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=3))
+    except Exception:  # offline: the cached snapshot is what there is
+        return None
+
+
+def _refuse_adapters(folder: Path) -> None:
+    adapters = sorted(p.name for p in folder.glob("adapter_*"))
+    if adapters:
+        raise CheckpointError(
+            f"{folder} holds PEFT adapters ({', '.join(adapters)}), not whole weights: merge them first "
+            "(peft's merge_and_unload, then save_pretrained) and export the merged checkpoint"
+        )
+
+
+def _vlm_places(folder: Path, vlm_name: str, given: Path | None) -> list[Path]:
+    """Folders that may hold the VLM's config.json and tokenizer, in the order they are tried."""
+    if given is not None and not given.is_dir():
+        raise CheckpointError(f"--vlm {given} is not a folder")
+    relative = folder / vlm_name  # an absolute name stays itself
+    return [p for p in (relative, folder / "tokenizer", folder, given) if p is not None and p.is_dir()]
+
+
+def _find_vlm_config(places: list[Path], vlm_name: str) -> Any:
+    for place in places:
+        config = place / "config.json"
+        if config.is_file() and "text_config" in read_json(config):
+            return read_vlm_config(place)
+    if vlm_name in KNOWN_VLMS:
+        return read_vlm_config(KNOWN_VLMS[vlm_name])
+    return read_vlm_config(hub_folder(vlm_name, ["config.json"]))
+
+
+def _find_tokenizer(places: list[Path], vlm_name: str) -> Path:
+    for place in places:
+        if (place / TOKENIZER).is_file():
+            return place / TOKENIZER
+    try:
+        hub = hub_folder(vlm_name, ["tokenizer*.json", "special_tokens_map.json"])
+    except CheckpointError as e:
+        raise CheckpointError(f"no {TOKENIZER} in the checkpoint, and {e}, or give --vlm PATH") from e
+    if not (hub / TOKENIZER).is_file():
+        raise CheckpointError(f"{vlm_name} has no {TOKENIZER}: give --vlm PATH with one")
+    return hub / TOKENIZER
+
+
+def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, float | None]:
+    """Joint names and frame rate from the training set's metadata, where this machine still has it."""
+    path = folder / "train_config.json"
+    if not path.is_file():
+        return None, None
+    dataset = read_json(path).get("dataset") or {}
+    home = os.environ.get("HF_LEROBOT_HOME") or "~/.cache/huggingface/lerobot"
+    roots = [dataset.get("root"), Path(home).expanduser() / str(dataset.get("repo_id"))]
+    for root in roots:
+        info = Path(root) / "meta/info.json" if root else None
+        if info is None or not info.is_file():
+            continue
+        meta = read_json(info)
+        names = ((meta.get("features") or {}).get("action") or {}).get("names")
+        if isinstance(names, dict):  # older datasets: {"motors": [...]}
+            names = next(iter(names.values()), None)
+        fps = meta.get("fps")
+        return (
+            tuple(str(n).removesuffix(".pos") for n in names)
+            if isinstance(names, list) and len(names) == dof
+            else None,
+            float(fps) if isinstance(fps, int | float) else None,
+        )
+    return None, None

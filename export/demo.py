@@ -1,0 +1,126 @@
+"""A full-size checkpoint of the published architecture with random weights, so that everything runs offline.
+
+The weights are the same on every machine. A policy made of them moves the arm about, and knows nothing.
+"""
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .architecture import KNOWN_VLMS, Architecture, read_vlm_config
+from .checkpoint import TOKENIZER, WEIGHTS, hub_folder
+from .errors import CheckpointError
+from .expert import Expert
+from .layers import FP32
+from .policy_config import DEFAULT_VLM, PolicyConfig
+from .prefix import Prefix
+from .weights import TIME_MLP_IN, source_key
+
+# Six joints in degrees, gripper in percent: a pose in front of the arm and how far training data strays from it.
+_STATISTICS = {
+    "mean": [0.0, -40.0, 55.0, 60.0, 0.0, 20.0],
+    "std": [25.0, 20.0, 20.0, 15.0, 30.0, 12.0],
+}
+_CAMERAS = ("front", "wrist")
+_TOKENIZER_FILES = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"]
+
+
+def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
+    """Write a LeRobot checkpoint folder: config, weights (bfloat16), processors, tokenizer."""
+    features = {"observation.state": {"type": "STATE", "shape": [6]}}
+    features |= {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, 480, 640]} for c in _CAMERAS}
+    modes = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+    config = {
+        "type": "smolvla",
+        "input_features": features,
+        "output_features": {"action": {"type": "ACTION", "shape": [6]}},
+        "normalization_mapping": modes,
+        "vlm_model_name": "./vlm",
+        "resize_imgs_with_padding": [512, 512],
+    }
+    vlm = folder / "vlm"
+    vlm.mkdir(parents=True)
+    _write_json(vlm / "config.json", {"model_type": "smolvlm", **KNOWN_VLMS[DEFAULT_VLM]})
+    _write_json(folder / "config.json", config)
+    _write_tokenizer(vlm, say)
+    for kind, side in (("pre", "normalizer"), ("post", "unnormalizer")):
+        state = f"policy_{kind}processor_step_0_{side}_processor.safetensors"
+        step = {"registry_name": f"{side}_processor", "config": {"norm_map": modes}, "state_file": state}
+        _write_json(folder / f"policy_{kind}processor.json", {"steps": [step]})
+        keys = ("observation.state", "action")
+        save_file({f"{k}.{n}": torch.tensor(v) for k in keys for n, v in _STATISTICS.items()}, folder / state)
+    say("drawing 403 million random weights")
+    parsed = PolicyConfig.from_json(config)
+    arch = Architecture.from_configs(
+        parsed, read_vlm_config(vlm), token_length=parsed.tokenizer_max_length, image_special_tokens=()
+    )
+    save_file(_random_weights(arch), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _random_weights(arch: Architecture) -> dict[str, Tensor]:
+    """Every tensor the views read, drawn from a generator seeded by its own name and scaled by its fan-in."""
+    with torch.device("meta"):
+        views = Prefix(arch, FP32), Expert(arch, FP32)
+    weights = {}
+    for view in views:
+        for name, parameter in view.named_parameters():
+            key, shape = source_key(view, name), tuple(parameter.shape)
+            if key == TIME_MLP_IN:
+                shape = (arch.expert_width, 2 * arch.expert_width)
+            x = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
+            if "norm" in key:
+                x = 0.1 * x + (1 if key.endswith("weight") else 0)
+            elif key.endswith("bias"):
+                x *= 0.02
+            elif "embed_tokens" in key:
+                x *= 0.03
+            elif "position_embedding" in key:
+                x *= 0.2
+            else:
+                gain = 0.5 if any(n in key for n in ("o_proj", "out_proj.", "down_proj", "fc2")) else 1.0
+                x *= gain * np.prod(shape[1:]) ** -0.5
+            weights[key] = torch.from_numpy(x).bfloat16()
+    return weights
+
+
+def _write_tokenizer(folder: Path, say: Callable[[str], None]) -> None:
+    """SmolVLM2's own tokenizer where it can be had, else a small byte-level BPE."""
+    try:
+        source = hub_folder(DEFAULT_VLM, _TOKENIZER_FILES)
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                (folder / name).write_bytes((source / name).read_bytes())
+        return
+    except CheckpointError:
+        say(f"the tokenizer of {DEFAULT_VLM} cannot be had here: using a small one trained on the spot")
+    special = ["<unk>", "<s>", "<pad>", "<image>", "<fake_token_around_image>", "<global-img>"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    text = [
+        "Pick up the red cube and place it on the plate.",
+        "Push the button on the left side.",
+        "Fold the towel.",
+    ]
+    tokenizer.train_from_iterator(
+        text,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.save(str(folder / TOKENIZER))
+    _write_json(folder / "special_tokens_map.json", {"pad_token": "<pad>"})
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1))

@@ -1,0 +1,149 @@
+"""A view -> an ONNX file, and what may be in it."""
+
+import contextlib
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from ..runtime import bundle
+from .architecture import Architecture
+from .errors import GraphError
+from .layers import Dtypes
+
+OPSET = 20
+IR_VERSION = 10  # ONNX Runtime 1.22 and TensorRT 10.3 read it
+# Slow or unreadable on TensorRT 10.3, or a sign that something was exported badly.
+FORBIDDEN = {"ScatterND", "ScatterElements", "IsNaN", "NonZero", "Loop", "If", "Scan", "SequenceConstruct"}
+_DTYPES: dict[int, bundle.Dtype] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.INT32: "int32",
+    TensorProto.BOOL: "bool",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs a view is traced with, by name and in order."""
+
+    inputs: dict[str, Tensor]
+    outputs: list[str]
+
+
+def cache_names(arch: Architecture) -> list[str]:
+    """key.0, value.0, key.1, ..."""
+    return [f"{kind}.{i}" for i in range(arch.layers) for kind in ("key", "value")]
+
+
+def prefix_example(arch: Architecture) -> Example:
+    inputs = {
+        "images": torch.zeros(arch.cameras, 3, arch.image_size, arch.image_size),
+        "tokens": torch.zeros(1, arch.token_length, dtype=torch.int32),
+        "token_mask": torch.ones(1, arch.token_length, dtype=torch.bool),
+        "state": torch.zeros(1, arch.max_state_dim),
+    }
+    return Example(inputs, ["prefix_mask", *cache_names(arch)])
+
+
+def expert_example(arch: Architecture, dtypes: Dtypes) -> Example:
+    actions = (1, arch.chunk_size, arch.max_action_dim)
+    inputs = {
+        "noisy_actions": torch.zeros(actions),
+        "time_embedding": torch.zeros(1, arch.expert_width),
+        "time": torch.ones(1),
+        "dt": torch.full((1,), -0.1),
+        "prev_chunk": torch.zeros(actions),
+        "prev_weights": torch.zeros(1, arch.chunk_size, 1),
+        "guidance": torch.zeros(1),
+        "prefix_mask": torch.ones(1, arch.prefix_tokens, dtype=torch.bool),
+    }
+    kv = (1, arch.kv_heads, arch.prefix_tokens, arch.head_dim)
+    inputs |= {name: torch.zeros(kv, dtype=dtypes.matmul) for name in cache_names(arch)}
+    return Example(inputs, ["velocity", "next_actions"])
+
+
+def export_graph(view: nn.Module, example: Example, path: Path) -> None:
+    """Trace `view` and write `path` with its weights in `<path>.data`. Raises GraphError."""
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")  # the exporter's deprecations are not the user's business
+            program = torch.onnx.export(
+                view,
+                tuple(example.inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(example.inputs),
+                output_names=example.outputs,
+                external_data=True,
+                verbose=False,
+            )
+            assert program is not None  # dynamo=True without a path always returns a program
+            program.model.ir_version = IR_VERSION
+            program.save(str(path), external_data=True)
+    except torch.onnx.errors.OnnxExporterError as e:
+        raise GraphError(f"torch.onnx could not export {path.name}: {e}") from e
+    finally:
+        quiet.setLevel(level)
+    check_graph(path)
+
+
+def check_graph(path: Path) -> None:
+    """Raises GraphError that lists every operator, dtype and shape outside the bundle's contract."""
+    model = onnx.load(path, load_external_data=False)
+    problems = {f"operator {n.domain}::{n.op_type}" for n in model.graph.node if n.domain not in ("", "ai.onnx")}
+    problems |= {f"operator {n.op_type}" for n in model.graph.node if n.op_type in FORBIDDEN}
+    problems |= {f"opset {o.version}" for o in model.opset_import if o.domain == "" and not 18 <= o.version <= 20}
+    problems |= {f"functions {f.name}" for f in model.functions}
+    typed = {t.name: t.data_type for t in model.graph.initializer}
+    for v in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        typed[v.name] = v.type.tensor_type.elem_type
+        if any(not d.HasField("dim_value") for d in v.type.tensor_type.shape.dim):
+            problems.add(f"dynamic shape of {v.name}")
+    problems |= {f"float64 tensor {name}" for name, kind in typed.items() if kind == TensorProto.DOUBLE}
+    if problems:
+        raise GraphError(f"{path.name} breaks the bundle's contract: {', '.join(sorted(problems))}")
+
+
+def describe_graph(path: Path) -> bundle.Graph:
+    """Signature and cost of an exported graph, for the manifest."""
+    model = onnx.load(path, load_external_data=False)
+    shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    for v in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        shapes[v.name] = tuple(d.dim_value for d in v.type.tensor_type.shape.dim)
+    data = path.with_name(path.name + ".data")
+    return bundle.Graph(
+        file=path.name,
+        inputs=tuple(_tensor(v) for v in model.graph.input),
+        outputs=tuple(_tensor(v) for v in model.graph.output),
+        flops=sum(_flops(n, shapes) for n in model.graph.node),
+        weight_bytes=data.stat().st_size if data.exists() else 0,
+    )
+
+
+def _tensor(value: onnx.ValueInfoProto) -> bundle.Tensor:
+    kind = value.type.tensor_type
+    if kind.elem_type not in _DTYPES:
+        raise GraphError(f"{value.name} has dtype {onnx.helper.tensor_dtype_to_string(kind.elem_type)}")
+    return bundle.Tensor(value.name, _DTYPES[kind.elem_type], tuple(d.dim_value for d in kind.shape.dim))
+
+
+def _flops(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+    """2 x multiply-adds of one matrix product; 0 for every other operator."""
+    if node.op_type not in ("MatMul", "Gemm"):
+        return 0
+    a, out = shapes[node.input[0]], shapes[node.output[0]]
+    transposed = any(x.name == "transA" and x.i for x in node.attribute)
+    count = 2 * (a[0] if transposed else a[-1])
+    for n in out:
+        count *= n
+    return count

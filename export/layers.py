@@ -1,0 +1,121 @@
+"""The layers both views are made of: linear, norms, gated MLP, RoPE, attention.
+
+Letters: B cameras or batch, N query tokens, M key tokens, H query heads, G query heads per KV head,
+D head dim, W width.
+
+Precision is a property of each layer. `Dtypes.matmul` is the dtype of weights and of the operands of matrix
+products; `Dtypes.stream` that of the residual stream, the norms and the softmax. float16 export uses float16 for
+the first and float32 for the second: trained SmolVLA activations reach 1600, their squares overflow float16, and
+a norm that squares in float16 silences the token without a NaN.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the field's name for it)
+from torch import Tensor, nn
+
+ROPE_BASE = 10_000.0  # LeRobot's apply_rope; the VLM's own rope_theta is not used
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Where a view computes in which dtype."""
+
+    matmul: torch.dtype
+    stream: torch.dtype
+
+
+FP32 = Dtypes(torch.float32, torch.float32)
+FP16 = Dtypes(torch.float16, torch.float32)
+
+
+def masked(dtype: torch.dtype) -> float:
+    """The additive mask: finite, so that a row which is masked as a whole never becomes a NaN."""
+    return max(-1e9, torch.finfo(dtype).min / 4)
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`; the input is cast to the weight's dtype and so is the output."""
+
+    def __init__(self, width_in: int, width_out: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_out, width_in, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width_out, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, in the stream's dtype."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in the stream's dtype."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), the Llama MLP."""
+
+    def __init__(self, width: int, intermediate: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, intermediate, bias=False, dtype=dtype)
+        self.up_proj = Linear(width, intermediate, bias=False, dtype=dtype)
+        self.down_proj = Linear(intermediate, width, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.gate_proj.weight.dtype)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rope_tables(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position: two float32 [positions, D/2], computed as LeRobot does."""
+    exponent = (2.0 / head_dim) * torch.arange(head_dim // 2, dtype=torch.float32)
+    radians = torch.arange(positions, dtype=torch.float32)[:, None] / ROPE_BASE**exponent
+    return radians.cos(), radians.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on [..., N, D] with tables [N, D/2]: half-split layout, always in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, N, H * D] -> [B, H, N, D]."""
+    return x.reshape(x.shape[0], x.shape[1], -1, head_dim).transpose(1, 2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtypes: Dtypes) -> Tensor:
+    """Attention with grouped KV heads; -> [B, N, H * D] in the matmul dtype.
+
+    q: [B, H, N, D]; k, v: [B, H / G, M, D]; mask: additive, broadcastable to [G * N, M], or None.
+    The G query heads that share a KV head are stacked as rows, so keys and values are never repeated.
+    The scale is applied to the query: it is the smaller tensor, and scores stay small in float16.
+    """
+    batch, n_heads, n, d = q.shape
+    kv_heads = k.shape[1]
+    q = (q.to(dtypes.stream) * d**-0.5).to(dtypes.matmul).reshape(batch, kv_heads, n_heads // kv_heads * n, d)
+    scores = (q @ k.to(dtypes.matmul).transpose(2, 3)).to(dtypes.stream)
+    if mask is not None:
+        scores = scores + mask
+    out = scores.softmax(-1).to(dtypes.matmul) @ v.to(dtypes.matmul)
+    return out.reshape(batch, n_heads, n, d).transpose(1, 2).reshape(batch, n, n_heads * d)

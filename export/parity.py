@@ -1,0 +1,75 @@
+"""Do the exported graphs, run by the shipped runtime, compute what the checkpoint computes?"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime import Policy
+from ..runtime.selfcheck import TOLERANCE, error
+from .errors import ParityError
+from .reference import Observation, Stages
+
+_SAMPLES = 64  # cache entries per tensor and instruction in the self-check
+
+
+def measure(policy: Policy, observations: Sequence[Observation], expected: Sequence[Stages]) -> dict[str, float]:
+    """Worst error of each stage over all observations.
+
+    Errors are max abs over max(1, max abs reference); 'actions' is the plain max abs on normalised actions. The
+    cache is compared where it is ever read: at valid positions.
+    """
+    worst: dict[str, float] = {}
+
+    def record(stage: str, value: float) -> None:
+        worst[stage] = max(worst.get(stage, 0.0), value)
+
+    for observation, want in zip(observations, expected, strict=True):
+        feeds = policy.preprocessor.feeds(observation.images, observation.state, observation.task)
+        record("images", error(feeds["images"], want.images))
+        tokens = feeds["tokens"][feeds["token_mask"]]
+        record("tokens", 0.0 if np.array_equal(tokens, want.tokens) else float("inf"))
+        record("state", error(feeds["state"], want.state))
+        policy.graphs.prefill(feeds)
+        cache = policy.graphs.cache()
+        same_rows = np.array_equal(cache["prefix_mask"][0], want.valid)
+        record("cache", 0.0 if same_rows else float("inf"))
+        for name, reference in want.cache.items():
+            record("cache", error(cache[name][:, :, want.valid], reference[:, :, want.valid]))
+        velocities: list[NDArray[np.float32]] = []
+        nothing = np.zeros_like(observation.noise)
+        steps = policy.manifest.sampling.num_steps
+        actions = policy.denoise(observation.noise, steps, nothing, nothing[:, :, :1].copy(), velocities)
+        record("velocity", error(np.stack(velocities), want.velocity))
+        difference = np.abs(actions - want.actions).max()
+        record("actions", float(difference) if np.isfinite(difference) else float("inf"))
+    return worst
+
+
+def require(measured: dict[str, float], precision: str) -> None:
+    """Raises ParityError that names every stage over the precision's tolerance, first stage first."""
+    limit = TOLERANCE[precision]
+    over = [f"{stage} {value:.2e}" for stage, value in measured.items() if not value <= limit]
+    if over:
+        raise ParityError(
+            f"the graphs do not compute what the checkpoint computes: {', '.join(over)} (tolerance {limit:.0e} "
+            f"for {precision}); the first stage named is where they part. No bundle was written"
+        )
+
+
+def write_selfcheck(path: Path, observations: Sequence[Observation], expected: Sequence[Stages]) -> None:
+    """Store what runtime/selfcheck.py replays."""
+    first = observations[0]
+    data: dict[str, NDArray[Any]] = {f"image.{name}": image for name, image in first.images.items()}
+    data |= {"state": first.state, "noise": first.noise, "task": np.array([o.task for o in observations])}
+    rng = np.random.default_rng(0)
+    for i, stages in enumerate(expected):
+        shape = next(iter(stages.cache.values())).shape  # [1, K, P, D], the same for every layer
+        where = np.flatnonzero(np.broadcast_to(stages.valid[None, None, :, None], shape))
+        data[f"where.{i}"] = rng.choice(where, min(_SAMPLES, len(where)), replace=False).astype(np.int32)
+        for name, tensor in stages.cache.items():
+            data[f"{name}.{i}"] = tensor.ravel()[data[f"where.{i}"]]
+        data[f"actions.{i}"] = stages.actions
+    np.savez_compressed(path, **data)  # type: ignore[arg-type]  # numpy types **kwds as bool

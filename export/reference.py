@@ -1,0 +1,147 @@
+"""The checkpoint's own answer: preprocessing and the float32 views in torch, stage by stage.
+
+It shares no code with the runtime, so that a mistake there shows. Stages, in order: images, tokens, state, cache,
+velocity, actions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .architecture import Architecture
+from .checkpoint import Checkpoint
+from .expert import Expert
+from .graph import cache_names
+from .prefix import Prefix
+from .tokens import instructions
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One fixed input of the parity check, in the robot's terms."""
+
+    images: dict[str, NDArray[np.uint8]]
+    state: NDArray[np.float32]
+    task: str
+    noise: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What the checkpoint computes from one observation; numpy, float32 where not said."""
+
+    images: NDArray[np.float32]  # [cameras, 3, S, S]
+    tokens: NDArray[np.int64]  # valid ones only
+    state: NDArray[np.float32]  # [1, max_state_dim]
+    cache: dict[str, NDArray[np.float32]]  # [1, KV heads, P, D]
+    valid: NDArray[np.bool_]  # [P]: rows of the cache that are ever read
+    velocity: NDArray[np.float32]  # [steps, 1, chunk, max_action_dim]
+    actions: NDArray[np.float32]  # [1, chunk, max_action_dim], normalised
+
+
+def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0) -> list[Observation]:
+    """The same images, state and noise with a short, a padded and a full-length instruction."""
+    rng = np.random.default_rng(seed)
+    names = checkpoint.processors.camera_names
+    images = {name: _image(rng, 240 + 24 * i, 320) for i, name in enumerate(names)}
+    state = rng.standard_normal(checkpoint.config.state_dim).astype(np.float32)
+    stats = checkpoint.processors.state.statistics
+    if "mean" in stats and "std" in stats:
+        state = np.array(stats["mean"], np.float32) + np.array(stats["std"], np.float32) * state
+    noise = rng.standard_normal((1, arch.chunk_size, arch.max_action_dim), dtype=np.float32)
+    tokenizer = _tokenizer(checkpoint)
+    return [Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)]
+
+
+def _image(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """Gradients and blocks: cheap to store, and a shift or swap of pixels shows."""
+    y, x = np.mgrid[0:height, 0:width]
+    image = np.stack([255 * x / width, 255 * y / height, 127 + 120 * np.sin(x / 17) * np.cos(y / 11)], -1)
+    for _ in range(16):
+        row, column, side = rng.integers(height), rng.integers(width), rng.integers(8, 80)
+        image[row : row + side, column : column + side] = rng.integers(0, 256, 3)
+    return image.astype(np.uint8)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint.tokenizer))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+class Reference:
+    """The float32 views and the checkpoint's processors, run in torch."""
+
+    def __init__(self, checkpoint: Checkpoint, arch: Architecture, prefix: Prefix, expert: Expert) -> None:
+        self.checkpoint, self.arch, self.prefix, self.expert = checkpoint, arch, prefix, expert
+        self._tokenizer = _tokenizer(checkpoint)
+
+    @torch.no_grad()
+    def run(self, observation: Observation) -> Stages:
+        arch = self.arch
+        images, state = self._images(observation.images), self._state(observation.state)
+        ids = self._tokenizer.encode(observation.task.rstrip("\n") + "\n").ids
+        tokens = F.pad(torch.tensor([ids], dtype=torch.int32), (0, arch.token_length - len(ids)))
+        mask, *cache = self.prefix(images, tokens, torch.arange(arch.token_length)[None] < len(ids), state)
+        steps = self.checkpoint.config.num_steps
+        x, velocities = torch.from_numpy(observation.noise), []
+        nothing = torch.zeros_like(x)
+        for i in range(steps):
+            time = torch.tensor([1.0 - i / steps])
+            velocity, x = self.expert(
+                x, self._time_embedding(time), time, torch.tensor([-1.0 / steps]), nothing,
+                nothing[:, :, :1], torch.zeros(1), mask, *cache,
+            )  # fmt: skip
+            velocities.append(velocity.numpy())
+        return Stages(
+            images=images.numpy(),
+            tokens=np.asarray(ids),
+            state=state.numpy(),
+            cache={name: t.numpy() for name, t in zip(cache_names(arch), cache, strict=True)},
+            valid=mask[0].numpy(),
+            velocity=np.stack(velocities),
+            actions=x.numpy(),
+        )
+
+    def _images(self, images: Mapping[str, NDArray[np.uint8]]) -> Tensor:
+        """LeRobot's prepare_images: bilinear, padded left and top with 0, then to [-1, 1]."""
+        size, out = self.arch.image_size, []
+        for name in self.checkpoint.processors.camera_names:
+            pixels = torch.from_numpy(images[name]).permute(2, 0, 1)[None].float() / 255
+            height, width = pixels.shape[2:]
+            ratio = max(width / size, height / size)
+            height, width = int(height / ratio), int(width / ratio)
+            pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
+            out.append(F.pad(pixels, (size - width, 0, size - height, 0)) * 2 - 1)
+        return torch.cat(out)
+
+    def _state(self, state: NDArray[np.float32]) -> Tensor:
+        """LeRobot's NormalizerProcessorStep and prepare_state."""
+        x, n = torch.from_numpy(state), self.checkpoint.processors.state
+        stats = {k: torch.tensor(v) for k, v in n.statistics.items()}
+        if n.active and n.mode == "MEAN_STD":
+            x = (x - stats["mean"]) / (stats["std"] + n.eps)
+        elif n.active:
+            low, high = {
+                "MIN_MAX": ("min", "max"),
+                "QUANTILES": ("q01", "q99"),
+                "QUANTILE10": ("q10", "q90"),
+            }[n.mode]
+            span = stats[high] - stats[low]
+            x = 2 * (x - stats[low]) / torch.where(span == 0, torch.tensor(n.eps), span) - 1
+        return F.pad(x[None], (0, self.arch.max_state_dim - x.shape[0]))
+
+    def _time_embedding(self, time: Tensor) -> Tensor:
+        """LeRobot's create_sinusoidal_pos_embedding, in float64."""
+        config, half = self.checkpoint.config, self.arch.expert_width // 2
+        fraction = torch.linspace(0.0, 1.0, half, dtype=torch.float64)
+        period = config.min_period * (config.max_period / config.min_period) ** fraction
+        angle = 1.0 / period * 2 * torch.pi * time.double()[:, None]
+        return torch.cat([angle.sin(), angle.cos()], dim=1).float()

@@ -1,0 +1,112 @@
+"""SigLIP and the connector: images -> image tokens of the language model's width.
+
+Letters: B cameras, S image size, P patch size, N = (S / P)^2 patches, W vision width.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from .architecture import Architecture
+from .layers import Dtypes, LayerNorm, Linear, attention, heads
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches times one matrix; equal to the checkpoint's strided convolution."""
+
+    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+        super().__init__()
+        self.patch = arch.patch_size
+        self.weight = nn.Parameter(torch.empty(arch.vision_width, 3, self.patch, self.patch, dtype=dtypes.matmul))
+        self.bias = nn.Parameter(torch.empty(arch.vision_width, dtype=dtypes.matmul))
+
+    def forward(self, images: Tensor) -> Tensor:
+        b, _, size, _ = images.shape
+        side = size // self.patch
+        patches = images.to(self.weight.dtype).reshape(b, 3, side, self.patch, side, self.patch)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(b, side * side, 3 * self.patch**2)
+        return F.linear(patches, self.weight.flatten(1), self.bias)  # [B, N, W]
+
+
+class VisionAttention(nn.Module):
+    """Full attention over one image's patches: no mask, so the graph holds no NaN guard."""
+
+    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+        super().__init__()
+        self.dtypes, self.head_dim = dtypes, arch.vision_width // arch.vision_heads
+        width = arch.vision_width
+        self.q_proj = Linear(width, width, bias=True, dtype=dtypes.matmul)
+        self.k_proj = Linear(width, width, bias=True, dtype=dtypes.matmul)
+        self.v_proj = Linear(width, width, bias=True, dtype=dtypes.matmul)
+        self.out_proj = Linear(width, width, bias=True, dtype=dtypes.matmul)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtypes.matmul)
+        q, k, v = (heads(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v, None, self.dtypes))
+
+
+class VisionMLP(nn.Module):
+    """fc2(gelu(fc1(x))), tanh form."""
+
+    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+        super().__init__()
+        self.fc1 = Linear(arch.vision_width, arch.vision_intermediate, bias=True, dtype=dtypes.matmul)
+        self.fc2 = Linear(arch.vision_intermediate, arch.vision_width, bias=True, dtype=dtypes.matmul)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(arch.vision_width, arch.vision_eps, dtypes.stream)
+        self.self_attn = VisionAttention(arch, dtypes)
+        self.layer_norm2 = LayerNorm(arch.vision_width, arch.vision_eps, dtypes.stream)
+        self.mlp = VisionMLP(arch, dtypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x)).to(x.dtype)
+        return x + self.mlp(self.layer_norm2(x)).to(x.dtype)
+
+
+class VisionModel(nn.Module):
+    """The vision tower: float32 [B, 3, S, S] in [-1, 1] -> [B, N, W] in the stream's dtype.
+
+    Position ids are 0..N-1, as in every training run; transformers 4.55 to 4.57 shift them in float32 only
+    (huggingface/transformers#41190).
+    """
+
+    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(arch, dtypes)
+        self.position_embedding = nn.Parameter(torch.empty(arch.patches, arch.vision_width, dtype=dtypes.stream))
+        self.layers = nn.ModuleList(VisionLayer(arch, dtypes) for _ in range(arch.vision_layers))
+        self.post_layernorm = LayerNorm(arch.vision_width, arch.vision_eps, dtypes.stream)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embedding(images).to(self.position_embedding.dtype) + self.position_embedding
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+class Connector(nn.Module):
+    """Pixel shuffle (K x K patches become one token) and one wide projection: [B, N, W] -> [B, N / K^2, width].
+
+    The sum runs over 12,288 products, so it is kept in the stream's dtype; the weight is still stored small.
+    """
+
+    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+        super().__init__()
+        self.factor, self.stream = arch.pixel_shuffle, dtypes.stream
+        shape = (arch.width, arch.vision_width * arch.pixel_shuffle**2)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtypes.matmul))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, w = x.shape
+        k, side = self.factor, int(n**0.5)
+        x = x.reshape(b, side // k, k, side // k, k * w).transpose(2, 3)
+        x = x.reshape(b, (side // k) ** 2, k * k * w)
+        return F.linear(x, self.weight.to(self.stream))

@@ -1,0 +1,13 @@
+"""What the precision recipes raise.
+
+QuantizeError          everything below; the command line prints it and exits 2
+  RangeError           a float16 tensor comes too close to the largest float16
+"""
+
+
+class QuantizeError(Exception):
+    """Base of everything that the precision recipes raise on purpose."""
+
+
+class RangeError(QuantizeError):
+    """The graph would overflow in float16 on the observations it was given."""

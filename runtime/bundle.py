@@ -1,0 +1,290 @@
+"""The bundle: a read-only folder that the exporter writes and the runtime reads. This module is the contract.
+
+    manifest.json        everything below, with the sha256 of every other file
+    prefix.onnx(.data)   images, tokens, state -> KV cache and prefix mask
+    expert.onnx(.data)   one denoise step
+    tokenizer.json       the tokenizers library's format
+    selfcheck.npz        inputs and expected outputs (runtime/selfcheck.py)
+
+Any change of the fields raises VERSION. A newer bundle asks for a newer runtime, an older one for a new export.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import BundleError
+from .normalization import Normalization
+from .strict import decode, encode
+
+FORMAT = "smolvla-edge-bundle"
+VERSION = 1
+MANIFEST = "manifest.json"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_SELFCHECK_LIMIT = 10_000_000  # bytes
+
+Precision = Literal["fp32", "fp16"]
+Dtype = Literal["float32", "float16", "int32", "bool"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of a graph."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        size = {"float32": 4, "float16": 2, "int32": 4, "bool": 1}[self.dtype]
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX graph and what a run of it costs."""
+
+    file: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    flops: int  # of matrix products, 1 multiply-add = 2
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class File:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from."""
+
+    checkpoint: str  # as the user named it
+    revision: str | None  # the resolved commit, from the Hub only
+    weights_sha256: str
+    demo: bool  # random weights: to be run and timed, never to move a robot
+
+
+@dataclass(frozen=True)
+class Camera:
+    """One image slot, in the order the graph wants them."""
+
+    name: str  # what the robot calls it
+    key: str  # the policy's feature
+
+
+@dataclass(frozen=True)
+class Vector:
+    """State or action: `dim` values in robot units, padded with zeros to `padded` in the graph."""
+
+    dim: int
+    padded: int
+    normalization: Normalization
+    joints: tuple[str, ...] | None  # names, where the dataset records them
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The flow-matching solver's settings, from the checkpoint."""
+
+    chunk_size: int
+    n_action_steps: int
+    num_steps: int
+    min_period: float
+    max_period: float
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The instruction's fixed length and padding."""
+
+    length: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format: str
+    version: int
+    source: Source
+    files: dict[str, File]
+    prefix: Graph
+    expert: Graph
+    cache_bytes: int
+    cameras: tuple[Camera, ...]
+    image_size: int
+    tokens: Tokens
+    state: Vector
+    action: Vector
+    sampling: Sampling
+    units: str | None
+    fps: float | None
+    precision: Precision
+    target: Literal["portable"]
+    parity: dict[str, float]  # stage -> worst error against the checkpoint, over max(1, max abs reference)
+    float16_largest: float | None  # largest magnitude of a float16 tensor on the fixed observations (limit 65504)
+    built_with: dict[str, str]
+
+
+class Bundle:
+    """A bundle on disk whose manifest has been read and whose files have been checked."""
+
+    def __init__(self, folder: Path, manifest: Manifest, digest: str) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.digest = digest  # sha256 of manifest.json: the identity of the bundle
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Bundle":
+        """Read and check a bundle. Hashes are computed at the first open and when a size or time has changed.
+
+        Raises BundleError with everything that is wrong.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            what = "has no manifest.json" if folder.is_dir() else "is not there"
+            raise BundleError(f"bundle {folder} {what}: make one with smolvla-export") from None
+        except OSError as e:
+            raise BundleError(f"cannot read {path}: {e.strerror or e}") from e
+        try:
+            raw = json.loads(text)
+        except ValueError as e:
+            raise BundleError(f"{path} is not JSON ({e}): export the checkpoint again") from e
+        bundle = cls(folder, parse_manifest(raw, path), hashlib.sha256(text).hexdigest())
+        bundle._verify()
+        return bundle
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where anything derived from this bundle is kept: `$XDG_CACHE_HOME/smolvla-edge/<manifest hash>`."""
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(base).expanduser() / "smolvla-edge" / self.digest
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _verify(self) -> None:
+        known, now, problems = self._read_verified(), {}, []
+        for name, file in self.manifest.files.items():
+            try:
+                info = self.path(name).lstat()
+            except OSError as e:
+                problems.append(f"{name} cannot be read ({e.strerror or e})")
+                continue
+            if not stat.S_ISREG(info.st_mode):
+                problems.append(f"{name} is not a plain file")
+            elif info.st_size != file.bytes:
+                problems.append(f"{name} has {info.st_size} bytes, expected {file.bytes}")
+            else:
+                now[name] = [str(self.path(name).resolve()), info.st_size, info.st_mtime_ns, info.st_ino]
+                if known.get(name) != now[name] and sha256_of(self.path(name)) != file.sha256:
+                    problems.append(f"{name} has changed since the export (sha256 differs)")
+        if problems:
+            raise BundleError(f"bundle {self.folder} is damaged: {'; '.join(problems)}. Export or copy it again")
+        if known != now:
+            self._write_verified(now)
+
+    def _read_verified(self) -> dict[str, Any]:
+        try:
+            known = json.loads((self.cache_folder / "verified.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _write_verified(self, now: dict[str, Any]) -> None:
+        """Best effort: a read-only home only costs the hashing at the next start."""
+        try:
+            self.cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.cache_folder, delete=False) as f:
+                json.dump(now, f)
+            Path(f.name).replace(self.cache_folder / "verified.json")
+        except OSError:
+            return
+
+
+def parse_manifest(raw: object, path: Path) -> Manifest:
+    """Check a parsed manifest. Raises BundleError with every problem, the version first."""
+    fields = raw if isinstance(raw, dict) else {}
+    if fields.get("format") != FORMAT:
+        raise BundleError(f"{path} has format {fields.get('format')!r}, expected {FORMAT!r}: not a bundle")
+    version, source = fields.get("version"), fields.get("source")
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise BundleError(f"{path} has version {version!r}, expected an integer")
+    if version > VERSION:
+        raise BundleError(
+            f"{path} has version {version}, this runtime reads {VERSION}: upgrade the runtime "
+            "(pip install --upgrade smolvla-edge)"
+        )
+    if version < VERSION:
+        checkpoint = source.get("checkpoint", "CHECKPOINT") if isinstance(source, dict) else "CHECKPOINT"
+        raise BundleError(
+            f"{path} has version {version}, this runtime reads {VERSION}: export again with "
+            f"smolvla-export {checkpoint} --precision {fields.get('precision', 'fp32')} "
+            f"--output {path.parent} --force"
+        )
+    problems: list[str] = []
+    manifest = decode(Manifest, fields, problems)
+    if manifest is not None:
+        problems = _contradictions(manifest)
+    if manifest is None or problems:
+        raise BundleError(f"{path} is not valid: {'; '.join(problems)}. Export the checkpoint again")
+    return manifest
+
+
+def _contradictions(m: Manifest) -> list[str]:
+    """What the types alone do not catch."""
+    found = [f"file name {name!r} is not a plain name" for name in m.files if not _PLAIN_NAME.fullmatch(name)]
+    wanted = [m.prefix.file, m.expert.file, "tokenizer.json", "selfcheck.npz"]
+    found += [f"file {name!r} is not listed under files" for name in wanted if name not in m.files]
+    if "selfcheck.npz" in m.files and m.files["selfcheck.npz"].bytes > _SELFCHECK_LIMIT:
+        found.append("selfcheck.npz is over 10 MB")
+    for label, vector in (("state", m.state), ("action", m.action)):
+        if not 1 <= vector.dim <= vector.padded:
+            found.append(f"{label}.dim is {vector.dim}, expected 1 to {vector.padded}")
+        found += [f"{label}: {p}" for p in vector.normalization.problems(vector.dim)]
+    names = [c.name for c in m.cameras]
+    if not names or len(set(names)) != len(names):
+        found.append(f"cameras are {names}, expected at least one and no name twice")
+    sizes = {"image_size": m.image_size, "tokens.length": m.tokens.length}
+    sizes |= {f"sampling.{n}": getattr(m.sampling, n) for n in ("chunk_size", "n_action_steps", "num_steps")}
+    found += [f"{name} is {value}, expected at least 1" for name, value in sizes.items() if value < 1]
+    shapes = {t.name: t.shape for t in (*m.prefix.inputs, *m.expert.inputs)}
+    size, chunk, s = m.image_size, m.sampling.chunk_size, m.action.padded
+    for name, shape in (
+        ("images", (len(m.cameras), 3, size, size)),
+        ("tokens", (1, m.tokens.length)),
+        ("state", (1, m.state.padded)),
+        ("noisy_actions", (1, chunk, s)),
+    ):
+        if shapes.get(name) != shape:
+            found.append(f"graph input {name} has shape {shapes.get(name)}, expected {shape}")
+    if m.fps is not None and not 0 < m.fps <= 1000:
+        found.append(f"fps is {m.fps}, expected 0 to 1000")
+    return found
+
+
+def manifest_json(manifest: Manifest) -> str:
+    """The manifest's text: sorted keys, so that equal bundles have equal hashes."""
+    return json.dumps(encode(manifest), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""What every command line of this project does alike: exit statuses, `error:` lines, --version, --debug."""
+
+import importlib.metadata
+import os
+import signal
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import typer
+
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+def new_app() -> typer.Typer:
+    """A typer application with plain text help and our own error handling."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def run(
+    app: typer.Typer, *, mistakes: tuple[type[Exception], ...], failures: tuple[type[Exception], ...]
+) -> NoReturn:
+    """Run `app` and exit: 0 done, 1 one of `failures` (a check failed, a safety stop), 2 one of `mistakes` or
+    wrong usage, 130 interrupted. --debug anywhere on the line shows tracebacks."""
+    debug = "--debug" in sys.argv
+    try:
+        status = app(standalone_mode=False)
+        code = status if isinstance(status, int) else DONE
+    except KeyboardInterrupt:
+        code = _say("interrupted", INTERRUPTED, debug)
+    except failures as e:
+        code = _say(f"error: {e}", FAILED, debug)
+    except mistakes as e:
+        code = _say(f"error: {e}", MISTAKE, debug)
+    except OSError as e:  # full disk, missing permission: the file is in the message
+        code = _say(f"error: {e}", MISTAKE, debug)
+    except Exception as e:
+        if type(e).__name__ == "Abort":  # click's own Ctrl-C
+            code = _say("interrupted", INTERRUPTED, debug)
+        elif hasattr(e, "format_message"):  # click's usage errors, under whatever name typer ships click
+            code = _say(f"error: {e.format_message()}", MISTAKE, debug)
+        else:
+            raise
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def version_option() -> Any:
+    """The --version flag."""
+    return typer.Option(
+        None, "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+    )
+
+
+def terminate_like_interrupt() -> None:
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that every `finally` runs."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGHUP, interrupt)
+
+
+def _print_version(value: bool | None) -> None:
+    if value:
+        print(f"smolvla-edge {importlib.metadata.version('smolvla-edge')}")
+        raise typer.Exit
+
+
+def _say(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(line, file=sys.stderr)
+    return code
+
+
+def require_linux() -> None:
+    """Serial ports, schedulers and pseudo-terminals are used as Linux has them."""
+    if not sys.platform.startswith("linux"):
+        print(f"error: smolvla-edge runs on Linux only, this is {sys.platform} ({os.name})", file=sys.stderr)
+        sys.exit(MISTAKE)

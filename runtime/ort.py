@@ -1,0 +1,176 @@
+"""The two graphs in ONNX Runtime, joined by buffers with fixed addresses.
+
+The prefix writes the KV cache where the expert reads it; between denoise steps two action buffers swap roles. No
+step allocates, and nothing but a few scalars crosses between host and device.
+"""
+
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from .bundle import Bundle, Graph, Tensor
+from .errors import BackendError
+from .sampling import Step
+
+Device = Literal["auto", "cpu", "cuda", "jetson"]
+_NUMPY = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "bool": np.bool_}
+_PROVIDER = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "jetson": "TensorrtExecutionProvider",
+}
+
+
+def choose_provider(device: str, available: Sequence[str]) -> tuple[str, str]:
+    """-> (execution provider, the reason in words). Raises BackendError when `device` cannot be had."""
+    if device not in ("auto", *_PROVIDER):
+        raise BackendError(f"unknown device {device!r}, expected auto, cpu, cuda or jetson")
+    if device == "auto":
+        if _PROVIDER["cuda"] in available:
+            return _PROVIDER["cuda"], "device auto: CUDA, because this onnxruntime has its provider"
+        return _PROVIDER["cpu"], "device auto: CPU, because this onnxruntime has no CUDA provider"
+    if _PROVIDER[device] in available:
+        return _PROVIDER[device], f"device {device}: as asked"
+    lacks = f"device {device} needs ONNX Runtime's {_PROVIDER[device]}, which this onnxruntime lacks"
+    both = {"onnxruntime", "onnxruntime-gpu"} <= {
+        d.metadata["Name"].lower().replace("_", "-")
+        for d in importlib.metadata.distributions()
+        if d.metadata["Name"]
+    }
+    if both:
+        raise BackendError(
+            f"{lacks}: onnxruntime and onnxruntime-gpu are both installed and overwrite each other. "
+            "Remove both, then pip install onnxruntime-gpu"
+        )
+    use = next((d for d in ("cuda", "cpu") if d != device and _PROVIDER[d] in available), "cpu")
+    wants = (
+        "TensorRT (libnvinfer) and an onnxruntime-gpu built with it, as for JetPack"
+        if device == "jetson"
+        else "an NVIDIA GPU and onnxruntime-gpu in place of onnxruntime"
+    )
+    raise BackendError(f"{lacks}. It takes {wants}; on this machine use --device {use}")
+
+
+class OrtGraphs:
+    """`prefill` once per observation, then `denoise` as often as wanted against the same cache."""
+
+    def __init__(self, bundle: Bundle, device: str = "auto", *, realtime: bool = False) -> None:
+        """realtime: leave a core to a control loop and do not spin while waiting.
+
+        Raises BackendError when the device or a graph cannot be used.
+        """
+        provider, self.reason = choose_provider(device, onnxruntime.get_available_providers())
+        if provider != _PROVIDER["cpu"] and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+        self.device = "cpu" if provider == _PROVIDER["cpu"] else "cuda"
+        manifest = bundle.manifest
+        self._prefix = self._session(bundle, manifest.prefix, provider, realtime)
+        self._expert = self._session(bundle, manifest.expert, provider, realtime)
+        # One buffer per name: what both graphs call the same is the same memory.
+        tensors = {t.name: t for g in (manifest.prefix, manifest.expert) for t in (*g.inputs, *g.outputs)}
+        self._buffers = {name: self._buffer(t) for name, t in tensors.items()}
+        self._cache = [t.name for t in manifest.prefix.outputs]
+        self._prefill = self._binding(self._prefix, manifest.prefix, {})
+        there = {"noisy_actions": "noisy_actions", "next_actions": "next_actions"}
+        back = {"noisy_actions": "next_actions", "next_actions": "noisy_actions"}
+        self._steps = [self._binding(self._expert, manifest.expert, swap) for swap in (there, back)]
+
+    def prefill(self, feeds: dict[str, NDArray[np.generic]]) -> None:
+        """Run the prefix graph on what Preprocessor.feeds made; fills the KV cache."""
+        for name, array in feeds.items():
+            self._buffers[name].update_inplace(np.ascontiguousarray(array))
+        self._run(self._prefix, self._prefill)
+
+    def denoise(
+        self,
+        noise: NDArray[np.float32],
+        steps: Sequence[Step],
+        prev_chunk: NDArray[np.float32],
+        prev_weights: NDArray[np.float32],
+        velocities: list[NDArray[np.float32]] | None = None,
+    ) -> NDArray[np.float32]:
+        """Euler steps from `noise` to normalised actions, both float32 [1, chunk, max_action_dim].
+
+        prev_chunk is normalised and padded like noise, prev_weights [1, chunk, 1]; zeros switch guidance off.
+        `velocities`, where given, collects each step's velocity.
+        """
+        self._buffers["noisy_actions"].update_inplace(noise)
+        self._buffers["prev_chunk"].update_inplace(prev_chunk)
+        self._buffers["prev_weights"].update_inplace(prev_weights)
+        for i, step in enumerate(steps):
+            self._buffers["time"].update_inplace(step.time)
+            self._buffers["dt"].update_inplace(step.dt)
+            self._buffers["time_embedding"].update_inplace(step.embedding)
+            self._buffers["guidance"].update_inplace(step.guidance)
+            self._run(self._expert, self._steps[i % 2])
+            if velocities is not None:
+                velocities.append(self._buffers["velocity"].numpy().copy())
+        out = self._buffers["noisy_actions" if len(steps) % 2 == 0 else "next_actions"].numpy()
+        return np.array(out, np.float32)
+
+    def cache(self) -> dict[str, NDArray[np.generic]]:
+        """Copies of what the prefix wrote: prefix_mask and every key.i and value.i."""
+        return {name: np.array(self._buffers[name].numpy()) for name in self._cache}
+
+    def _session(self, bundle: Bundle, graph: Graph, provider: str, realtime: bool) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        cores = len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = max(1, cores - 1) if realtime else cores
+        if realtime:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        else:  # two sessions take turns: the idle one must not spin against the busy one
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        providers = [provider] if provider == _PROVIDER["cpu"] else [provider, *self._fallback(provider)]
+        try:
+            session = onnxruntime.InferenceSession(bundle.path(graph.file), options, providers=providers)
+        except Exception as e:  # onnxruntime's own classes all derive from Exception only
+            raise BackendError(f"ONNX Runtime cannot load {bundle.path(graph.file)} on {provider}: {e}") from e
+        if session.get_providers()[0] != provider:
+            raise BackendError(
+                f"{provider} did not start (got {', '.join(session.get_providers())}): check the driver and the "
+                "CUDA libraries, or use --device cpu"
+            )
+        self._check_signature(session, graph, bundle)
+        return session
+
+    @staticmethod
+    def _fallback(provider: str) -> list[str]:
+        return [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p != provider]
+
+    @staticmethod
+    def _check_signature(session: Any, graph: Graph, bundle: Bundle) -> None:
+        names = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int32)": "int32"}
+        names |= {"tensor(bool)": "bool"}
+        for what, tensors, found in (
+            ("inputs", graph.inputs, session.get_inputs()),
+            ("outputs", graph.outputs, session.get_outputs()),
+        ):
+            has = [(t.name, names.get(t.type, t.type), tuple(t.shape)) for t in found]
+            if has != [(t.name, t.dtype, t.shape) for t in tensors]:
+                raise BackendError(
+                    f"{graph.file} in {bundle.folder} has other {what} than the manifest says: export again"
+                )
+
+    def _buffer(self, tensor: Tensor) -> Any:
+        zeros: NDArray[Any] = np.zeros(tensor.shape, _NUMPY[tensor.dtype])
+        return onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+
+    def _binding(self, session: Any, graph: Graph, renamed: dict[str, str]) -> Any:
+        binding = session.io_binding()
+        for t in graph.inputs:
+            binding.bind_ortvalue_input(t.name, self._buffers[renamed.get(t.name, t.name)])
+        for t in graph.outputs:
+            binding.bind_ortvalue_output(t.name, self._buffers[renamed.get(t.name, t.name)])
+        return binding
+
+    def _run(self, session: Any, binding: Any) -> None:
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as e:
+            raise BackendError(f"ONNX Runtime failed to run a graph: {e}") from e

@@ -1,0 +1,146 @@
+"""The policy: observation and instruction in, action chunk out. The public Python API."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Bundle, Manifest
+from .errors import InputError
+from .ort import OrtGraphs
+from .preprocessing import Preprocessor
+from .sampling import RealTimeChunking, schedule
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall time of the last chunk by stage, milliseconds."""
+
+    preprocess_ms: float
+    prefix_ms: float
+    denoise_ms: float
+
+    @property
+    def total_ms(self) -> float:
+        return self.preprocess_ms + self.prefix_ms + self.denoise_ms
+
+
+class Policy:
+    """A bundle, loaded on one device. Not thread-safe: one thread predicts at a time."""
+
+    def __init__(self, bundle: Bundle, graphs: OrtGraphs, rtc: RealTimeChunking, seed: int | None) -> None:
+        self.bundle, self.graphs, self.rtc = bundle, graphs, rtc
+        self.preprocessor = Preprocessor(bundle)
+        self.timing = Timing(0.0, 0.0, 0.0)
+        self._random = np.random.default_rng(seed)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        device: str = "auto",
+        *,
+        realtime: bool = False,
+        rtc: RealTimeChunking | None = None,
+        seed: int | None = None,
+    ) -> "Policy":
+        """Open and check a bundle and load its graphs.
+
+        device: auto | cpu | cuda | jetson. realtime: leave a core to a control loop. rtc: settings of real-time
+        chunking, used when `predict_chunk` is given a previous chunk. seed: of the noise, random when None.
+
+        Raises BundleError for the folder, BackendError for the device.
+        """
+        opened = Bundle.open(bundle)
+        return cls(opened, OrtGraphs(opened, device, realtime=realtime), rtc or RealTimeChunking(), seed)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    def predict_chunk(
+        self,
+        images: Mapping[str, NDArray[np.uint8]],
+        state: NDArray[np.floating],
+        task: str,
+        noise: Array | None = None,
+        steps: int | None = None,
+        prev_chunk: Array | None = None,
+        delay: int = 0,
+    ) -> Array:
+        """-> float32 [chunk_size, dof] in robot units, every row of the chunk.
+
+        images: camera name -> uint8 [H, W, 3] RGB, all cameras of the bundle. state: float [dof] in robot units.
+        noise: float32 [1, chunk_size, max_action_dim], drawn when None. steps: denoise steps, the checkpoint's
+        when None. prev_chunk: float32 [k, dof], the unexecuted tail of the last chunk as predicted, in robot units;
+        delay: how many of its actions will have run before this chunk starts.
+
+        Raises InputError before anything runs; BackendError when a graph fails.
+        """
+        start = time.perf_counter()
+        steps = self.manifest.sampling.num_steps if steps is None else steps
+        noise, prev, weights = self._sampling_inputs(noise, steps, prev_chunk, delay)
+        feeds = self.preprocessor.feeds(images, state, task)
+        ready = time.perf_counter()
+        self.graphs.prefill(feeds)
+        filled = time.perf_counter()
+        actions = self.denoise(noise, steps, prev, weights)
+        chunk = self.manifest.action.normalization.unnormalize(actions[0, :, : self.manifest.action.dim])
+        end = time.perf_counter()
+        self.timing = Timing(*(1e3 * s for s in (ready - start, filled - ready, end - filled)))
+        return chunk
+
+    def denoise(
+        self, noise: Array, steps: int, prev: Array, weights: Array, velocities: list[Array] | None = None
+    ) -> Array:
+        """Solve from `noise` against the current cache; all [1, chunk_size, max_action_dim] but weights
+        [1, chunk_size, 1]; normalised actions out."""
+        width = next(t.shape[1] for t in self.manifest.expert.inputs if t.name == "time_embedding")
+        rtc = self.rtc if weights.any() else None
+        return self.graphs.denoise(
+            noise, schedule(steps, width, self.manifest.sampling, rtc), prev, weights, velocities
+        )
+
+    def draw_noise(self) -> Array:
+        """Standard normal [1, chunk_size, max_action_dim] from the policy's own generator."""
+        return self._random.standard_normal(self._noise_shape, dtype=np.float32)
+
+    @property
+    def _noise_shape(self) -> tuple[int, int, int]:
+        return (1, self.manifest.sampling.chunk_size, self.manifest.action.padded)
+
+    def _sampling_inputs(
+        self, noise: Array | None, steps: int, prev_chunk: Array | None, delay: int
+    ) -> tuple[Array, Array, Array]:
+        """Checked noise, padded normalised previous chunk and its weights. Raises InputError with all problems."""
+        shape, problems = self._noise_shape, []
+        chunk, dof = shape[1], self.manifest.action.dim
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= 1000:
+            problems.append(f"steps is {steps!r}, expected 1 to 1000")
+        if not isinstance(delay, int) or isinstance(delay, bool) or not 0 <= delay <= chunk:
+            problems.append(f"delay is {delay!r}, expected 0 to {chunk} actions")
+        if noise is not None:
+            problems += _array_problems("noise", noise, shape)
+        if prev_chunk is not None:
+            tail = prev_chunk.shape[0] if isinstance(prev_chunk, np.ndarray) and prev_chunk.ndim == 2 else 0
+            problems += _array_problems("prev_chunk", prev_chunk, (min(max(tail, 1), chunk), dof))
+        if problems:
+            raise InputError("the chunk cannot be predicted: " + "; ".join(problems))
+        prev, weights = np.zeros(shape, np.float32), np.zeros((1, chunk, 1), np.float32)
+        if prev_chunk is not None:
+            prev[0, :tail, :dof] = self.manifest.action.normalization.normalize_inverse(prev_chunk)
+            weights[0, :, 0] = self.rtc.prefix_weights(delay, tail, chunk)
+        return self.draw_noise() if noise is None else noise, prev, weights
+
+
+def _array_problems(name: str, array: object, shape: tuple[int, ...]) -> list[str]:
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+        return [f"{name} is {getattr(array, 'dtype', type(array).__name__)}, expected float32"]
+    if array.shape != shape:
+        return [f"{name} has shape {array.shape}, expected {shape}"]
+    return [] if np.isfinite(array).all() else [f"{name} is not finite"]

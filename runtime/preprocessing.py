@@ -1,0 +1,79 @@
+"""An observation -> the prefix graph's feeds. One visible ordered list: check, resize, normalise, tokenise."""
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Bundle
+from .errors import InputError
+from .tokenizer import Tokenizer
+
+Feeds = dict[str, NDArray[np.generic]]
+
+
+class Preprocessor:
+    """Turns what a robot sees into what `prefix.onnx` takes, as LeRobot's SmolVLA preprocessor does."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.manifest = bundle.manifest
+        self.tokenizer = Tokenizer(bundle.path("tokenizer.json"), self.manifest.tokens)
+
+    def feeds(self, images: Mapping[str, NDArray[np.uint8]], state: NDArray[np.floating], task: str) -> Feeds:
+        """images: camera name -> uint8 [H, W, 3] RGB; state: float [dof] in robot units; task: the instruction.
+
+        Raises InputError that lists everything wrong with the observation.
+        """
+        m = self.manifest
+        problems = self._camera_problems(images) + self._state_problems(state)
+        if problems:
+            raise InputError("the observation does not fit the bundle: " + "; ".join(problems))
+        tokens, mask = self.tokenizer.encode(task)
+        padded = np.zeros((1, m.state.padded), np.float32)
+        padded[0, : m.state.dim] = m.state.normalization.normalize(np.asarray(state, np.float32))
+        stack = [resize_with_pad(images[camera.name], m.image_size) for camera in m.cameras]
+        return {"images": np.stack(stack), "tokens": tokens, "token_mask": mask, "state": padded}
+
+    def _camera_problems(self, images: Mapping[str, NDArray[np.uint8]]) -> list[str]:
+        wanted = [c.name for c in self.manifest.cameras]
+        found = [f"camera '{name}' is missing" for name in wanted if name not in images]
+        found += [f"camera '{n}' is unknown (expected {', '.join(wanted)})" for n in images if n not in wanted]
+        for name, image in images.items():
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+                kind = getattr(image, "dtype", type(image).__name__)
+                found.append(f"camera '{name}' gives {kind}, expected uint8")
+            elif image.ndim != 3 or image.shape[2] != 3 or min(image.shape) < 1:
+                found.append(f"camera '{name}' has shape {image.shape}, expected [height, width, 3] RGB")
+            elif min(_resized(image.shape[0], image.shape[1], self.manifest.image_size)) < 1:
+                found.append(f"camera '{name}' has shape {image.shape}, too narrow to resize")
+        return found
+
+    def _state_problems(self, state: NDArray[np.floating]) -> list[str]:
+        dim = self.manifest.state.dim
+        if not isinstance(state, np.ndarray) or not np.issubdtype(state.dtype, np.floating):
+            return [f"state is {getattr(state, 'dtype', type(state).__name__)}, expected a float numpy array"]
+        if state.shape != (dim,):
+            return [f"state has shape {state.shape}, expected ({dim},)"]
+        if not np.isfinite(state).all():
+            return [f"state is not finite: {state.tolist()}"]
+        return []
+
+
+def _resized(height: int, width: int, size: int) -> tuple[int, int]:
+    ratio = max(width / size, height / size)
+    return int(height / ratio), int(width / ratio)
+
+
+def resize_with_pad(image: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
+    """uint8 [H, W, 3] -> float32 [3, size, size] in [-1, 1]: bilinear, aspect kept, padded left and top with -1.
+
+    LeRobot's resize_with_pad (lerobot 0.4.4, modeling_smolvla.py): F.interpolate without align_corners or
+    antialias, which is what OpenCV's INTER_LINEAR computes on float32.
+    """
+    height, width = _resized(image.shape[0], image.shape[1], size)
+    pixels = image.astype(np.float32) / np.float32(255)
+    pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+    out = np.full((3, size, size), -1, np.float32)
+    out[:, size - height :, size - width :] = pixels.transpose(2, 0, 1) * np.float32(2) - np.float32(1)
+    return out

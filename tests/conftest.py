@@ -1,0 +1,79 @@
+"""Shared fixtures: the golden cases, exported once per test run."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+# Facts and full-size goldens that are not part of the repository; tests that need them skip without them.
+SHARED = Path(os.environ.get("SMOLVLA_EDGE_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """Nothing a test derives from a bundle lands in the user's cache."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def export_case(tmp_path_factory):
+    """(case, precision) -> the folder of its bundle, exported on first use."""
+    made = {}
+
+    def export(name: str, precision: str) -> Path:
+        from smolvla_edge.export.checkpoint import load_checkpoint
+        from smolvla_edge.export.writer import write_bundle
+
+        if (name, precision) not in made:
+            output = tmp_path_factory.mktemp("bundles") / f"{name}-{precision}"
+            write_bundle(load_checkpoint(str(DATA / name / "checkpoint")), output, precision)
+            made[name, precision] = output
+        return made[name, precision]
+
+    return export
+
+
+@pytest.fixture
+def tiny_bundle(export_case, tmp_path):
+    """A private copy of the tiny fp32 bundle, to be damaged at will."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(export_case("tiny", "fp32"), copy)
+    for path in (copy, *copy.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return copy
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path):
+    """A private copy of the tiny checkpoint, to be damaged at will."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(DATA / "tiny" / "checkpoint", copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def oldest_python():
+    """A Python 3.10 interpreter: what the lean runtime must run on."""
+    candidates = ["python3.10"]
+    if shutil.which("pyenv"):
+        root = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True).stdout.strip()
+        candidates += [str(p) for p in Path(root).glob("versions/3.10.*/bin/python3.10")]
+    for candidate in candidates:
+        try:
+            subprocess.run([candidate, "-c", ""], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return candidate
+    message = "needs a python3.10 on the PATH (or in pyenv)"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)

@@ -1,0 +1,290 @@
+"""Reading LeRobot checkpoints of every form, and refusing what cannot be exported faithfully."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smolvla_edge.export.checkpoint import load_checkpoint
+from smolvla_edge.export.errors import CheckpointError, ExportError
+from smolvla_edge.export.layers import FP16, FP32
+from smolvla_edge.export.weights import build_views
+from smolvla_edge.export.writer import architecture_of, write_bundle
+from smolvla_edge.runtime.normalization import Normalization
+
+STATE_FILE = "policy_preprocessor_step_5_normalizer_processor.safetensors"
+ACTION_FILE = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors) or tensors, folder / "model.safetensors")
+
+
+def same_weights(a, b):
+    return a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def views_of(checkpoint, dtypes=FP32):
+    return build_views(architecture_of(checkpoint), checkpoint.tensors, dtypes)
+
+
+def test_a_training_folder_is_read_through_pretrained_model(tiny_checkpoint):
+    run = tiny_checkpoint.parent / "last"
+    run.mkdir()
+    tiny_checkpoint.rename(run / "pretrained_model")
+    assert load_checkpoint(str(run)).processors.camera_names == ("front", "wrist")
+
+
+def test_compiled_checkpoints_lose_their_prefix(tiny_checkpoint):
+    before = load_checkpoint(str(tiny_checkpoint))
+    edit_weights(tiny_checkpoint, lambda t: {k.replace("model.", "model._orig_mod.", 1): v for k, v in t.items()})
+    assert same_weights(load_checkpoint(str(tiny_checkpoint)), before)
+
+
+def test_old_checkpoints_keep_their_statistics_in_the_weights(tiny_checkpoint):
+    before = load_checkpoint(str(tiny_checkpoint)).processors
+    for path in tiny_checkpoint.glob("policy_*"):
+        path.unlink()
+
+    def add(tensors):
+        for prefix, n in (("normalize_inputs.buffer_observation_state.", before.state),
+                          ("unnormalize_outputs.buffer_action.", before.action)):  # fmt: skip
+            tensors |= {prefix + name: torch.tensor(v) for name, v in n.statistics.items()}
+        return tensors
+
+    edit_weights(tiny_checkpoint, add)
+    after = load_checkpoint(str(tiny_checkpoint))
+    assert (after.processors.state, after.processors.action) == (before.state, before.action)
+    views_of(after)  # the buffers are no unknown weights
+
+
+def test_old_checkpoints_that_were_never_trained_have_infinite_statistics_and_so_none(tiny_checkpoint):
+    for path in tiny_checkpoint.glob("policy_*"):
+        path.unlink()
+    infinite = torch.full((6,), float("inf"))
+    key = "normalize_inputs.buffer_observation_state."
+    edit_weights(tiny_checkpoint, lambda t: t | {key + "mean": infinite, key + "std": infinite.clone()})
+    assert not load_checkpoint(str(tiny_checkpoint)).processors.state.active
+
+
+def test_statistics_under_other_keys_match_nothing(tiny_checkpoint):
+    for name in (STATE_FILE, ACTION_FILE):
+        tensors = load_file(tiny_checkpoint / name)
+        save_file({f"so100.buffer.{k}": v for k, v in tensors.items()}, tiny_checkpoint / name)
+    processors = load_checkpoint(str(tiny_checkpoint)).processors
+    assert not processors.state.active
+    assert not processors.action.active
+
+
+def test_cameras_get_the_names_the_robot_gives_them(tiny_checkpoint):
+    def rename(pre):
+        pre["steps"][0]["config"]["rename_map"] = {"observation.images.top": "observation.images.front"}
+
+    edit_json(tiny_checkpoint / "policy_preprocessor.json", rename)
+    assert load_checkpoint(str(tiny_checkpoint)).processors.camera_names == ("top", "wrist")
+
+
+def test_old_image_keys_keep_what_follows_observation(tiny_checkpoint):
+    def old(config):
+        features = config["input_features"]
+        features["observation.image2"] = features.pop("observation.images.front")
+
+    edit_json(tiny_checkpoint / "config.json", old)
+    assert load_checkpoint(str(tiny_checkpoint)).processors.camera_names == ("wrist", "image2")
+
+
+def test_two_cameras_of_one_name_are_refused(tiny_checkpoint):
+    def rename(pre):
+        pre["steps"][0]["config"]["rename_map"] = {"observation.images.wrist": "observation.images.front"}
+
+    edit_json(tiny_checkpoint / "policy_preprocessor.json", rename)
+    with pytest.raises(CheckpointError, match="two are equal"):
+        load_checkpoint(str(tiny_checkpoint))
+
+
+def test_frame_rate_and_joint_names_come_from_the_dataset(tiny_checkpoint, tmp_path):
+    names = [f"{j}.pos" for j in ("a", "b", "c", "d", "e", "f")]
+    (tmp_path / "set/meta").mkdir(parents=True)
+    info = {"fps": 15, "features": {"action": {"names": names}}}
+    (tmp_path / "set/meta/info.json").write_text(json.dumps(info))
+    train = {"dataset": {"repo_id": "me/set", "root": str(tmp_path / "set")}}
+    (tiny_checkpoint / "train_config.json").write_text(json.dumps(train))
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+    assert (checkpoint.joints, checkpoint.fps) == (("a", "b", "c", "d", "e", "f"), 15.0)
+
+
+def test_the_tokenizer_is_found_in_the_checkpoints_own_folder(tiny_checkpoint):
+    (tiny_checkpoint / "vlm/tokenizer.json").rename(tiny_checkpoint / "tokenizer.json")
+    assert load_checkpoint(str(tiny_checkpoint)).tokenizer == tiny_checkpoint / "tokenizer.json"
+
+
+def test_a_vlm_folder_can_be_given(tiny_checkpoint, tmp_path):
+    (tiny_checkpoint / "vlm").rename(tmp_path / "elsewhere")
+    assert load_checkpoint(str(tiny_checkpoint), vlm=tmp_path / "elsewhere").vlm.text_config.hidden_size == 96
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "pi0"}, "type 'pi0', expected 'smolvla'"),
+        ({"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha"),
+        ({"num_expert_layers": 2}, "num_expert_layers is 2"),
+        ({"resize_imgs_with_padding": None}, "resize_imgs_with_padding is None"),
+        ({"resize_imgs_with_padding": [256, 256]}, "vision tower's positions are for 128"),
+        ({"n_obs_steps": 2}, "n_obs_steps is 2"),
+        ({"use_peft": True}, "merge the adapters"),
+        ({"chunk_size": 10}, "n_action_steps 50 is over chunk_size 10"),
+        ({"max_state_dim": 4}, "state has 6 dimensions"),
+        ({"input_features": {}}, "no camera"),
+    ],
+)
+def test_configs_that_cannot_be_exported_faithfully_are_refused(tiny_checkpoint, change, message):
+    edit_json(tiny_checkpoint / "config.json", lambda c: c.update(change))
+    with pytest.raises(CheckpointError, match=message):
+        architecture_of(load_checkpoint(str(tiny_checkpoint)))
+
+
+def test_the_processor_files_win_over_the_config(tiny_checkpoint):
+    edit_json(tiny_checkpoint / "config.json", lambda c: c.update(normalization_mapping={"STATE": "MAGIC"}))
+    assert load_checkpoint(str(tiny_checkpoint)).processors.state.mode == "MEAN_STD"
+
+
+def test_an_unknown_normalisation_mode_is_refused(tiny_checkpoint):
+    def change(pre):
+        pre["steps"][5]["config"]["norm_map"]["STATE"] = "MAGIC"
+
+    edit_json(tiny_checkpoint / "policy_preprocessor.json", change)
+    with pytest.raises(CheckpointError, match="unknown normalisation mode 'MAGIC'"):
+        load_checkpoint(str(tiny_checkpoint))
+
+
+def test_all_problems_of_a_config_are_named_at_once(tiny_checkpoint):
+    edit_json(tiny_checkpoint / "config.json", lambda c: c.update(n_obs_steps=3, adapt_to_pi_aloha=True))
+    with pytest.raises(CheckpointError, match=r"adapt_to_pi_aloha.*n_obs_steps"):
+        load_checkpoint(str(tiny_checkpoint))
+
+
+def test_every_weight_that_does_not_fit_is_named_at_once(tiny_checkpoint):
+    def damage(tensors):
+        del tensors["model.state_proj.bias"]
+        tensors["model.action_in_proj.weight"] = torch.zeros(3, 3)
+        tensors["model.action_out_proj.bias"][0] = float("nan")
+        tensors["model.surprise.weight"] = torch.zeros(1)
+
+    edit_weights(tiny_checkpoint, damage)
+    with pytest.raises(CheckpointError) as caught:
+        views_of(load_checkpoint(str(tiny_checkpoint)))
+    for part in ("missing model.state_proj.bias", r"model.action_in_proj.weight is (3, 3)",
+                 "model.action_out_proj.bias holds NaN", "unknown weight model.surprise.weight"):  # fmt: skip
+        assert part in str(caught.value)
+
+
+def test_a_weight_beyond_float16_is_refused_in_float16_only(tiny_checkpoint):
+    key = "model.vlm_with_expert.vlm.model.text_model.layers.0.mlp.up_proj.weight"
+
+    def grow(tensors):
+        tensors[key][0, 0] = 70000.0
+
+    edit_weights(tiny_checkpoint, grow)
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+    views_of(checkpoint, FP32)
+    with pytest.raises(CheckpointError, match="beyond float16"):
+        views_of(checkpoint, FP16)
+
+
+def test_pickled_weights_are_not_read(tiny_checkpoint):
+    (tiny_checkpoint / "model.safetensors").rename(tiny_checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only safetensors"):
+        load_checkpoint(str(tiny_checkpoint))
+
+
+def test_truncated_weights_are_refused(tiny_checkpoint):
+    path = tiny_checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(str(tiny_checkpoint))
+
+
+def test_adapters_are_refused_by_name(tiny_checkpoint):
+    (tiny_checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json.*merge"):
+        load_checkpoint(str(tiny_checkpoint))
+
+
+def test_a_state_file_outside_the_checkpoint_is_refused(tiny_checkpoint):
+    def escape(pre):
+        pre["steps"][5]["state_file"] = "../elsewhere.safetensors"
+
+    edit_json(tiny_checkpoint / "policy_preprocessor.json", escape)
+    with pytest.raises(CheckpointError, match="plain file name"):
+        load_checkpoint(str(tiny_checkpoint))
+
+
+def test_a_processor_step_nobody_here_knows_is_refused(tiny_checkpoint):
+    def add(pre):
+        pre["steps"].append({"registry_name": "delta_action_processor", "config": {}})
+
+    edit_json(tiny_checkpoint / "policy_preprocessor.json", add)
+    with pytest.raises(CheckpointError, match="delta_action_processor"):
+        load_checkpoint(str(tiny_checkpoint))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "not-a-hub-id", "./nope/nope"])
+def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(name):
+    with pytest.raises(CheckpointError, match="neither a folder nor a Hub id"):
+        load_checkpoint(name)
+
+
+def test_a_hub_checkpoint_that_cannot_be_had_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="cannot be had from the Hub"):
+        load_checkpoint("nobody/no_such_policy")
+
+
+def test_a_revision_of_a_folder_makes_no_sense(tiny_checkpoint):
+    with pytest.raises(CheckpointError, match="leave it out"):
+        load_checkpoint(str(tiny_checkpoint), revision="main")
+
+
+def test_an_existing_output_is_refused_and_untouched(tiny_checkpoint, tmp_path):
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+    for force, message in ((False, "exists"), (True, "is not a bundle")):
+        with pytest.raises(ExportError, match=message):
+            write_bundle(checkpoint, output, "fp32", force=force)
+    assert [p.name for p in output.iterdir()] == ["thesis.tex"]
+
+
+def test_a_failed_export_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("smolvla_edge.export.writer.run_selfcheck", fail)
+    output = tmp_path / "deep" / "bundle"
+    with pytest.raises(OSError, match="No space"):
+        write_bundle(load_checkpoint(str(tiny_checkpoint)), output, "fp32")
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10"])
+def test_every_normalisation_mode_inverts_itself(mode):
+    names = ("mean", "std", "min", "max", "q01", "q99", "q10", "q90")
+    rng = np.random.default_rng(0)
+    statistics = {n: tuple(np.sort(rng.uniform(1, 9, 8))[[i] * 3] + i) for i, n in enumerate(names)}
+    n = Normalization(mode, 1e-8, statistics)
+    x = np.float32([1.5, -2.0, 30.0])
+    assert np.allclose(n.unnormalize(n.normalize(x)), x, rtol=1e-5)
+    assert np.allclose(n.normalize_inverse(n.unnormalize(x)), x, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(n.normalize(x), x)

@@ -1,0 +1,74 @@
+"""What may be in an exported graph."""
+
+import onnx
+import pytest
+from conftest import DATA
+from onnx import TensorProto, helper
+
+from smolvla_edge.export.checkpoint import load_checkpoint
+from smolvla_edge.export.errors import GraphError
+from smolvla_edge.export.graph import FORBIDDEN, check_graph, describe_graph
+from smolvla_edge.export.writer import architecture_of
+
+
+def save_toy(path, op, *, kind=TensorProto.FLOAT, domain="", shape=(2,)):
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x"], ["y"], domain=domain)],
+        "toy",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", kind, shape)],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
+
+
+@pytest.mark.parametrize(
+    ("toy", "message"),
+    [
+        ({"op": "IsNaN"}, "operator IsNaN"),
+        ({"op": "Relu", "kind": TensorProto.DOUBLE}, "float64 tensor"),
+        ({"op": "FastGelu", "domain": "com.microsoft"}, "com.microsoft::FastGelu"),
+        ({"op": "Relu", "shape": ("n",)}, "dynamic shape of x"),
+    ],
+)
+def test_what_breaks_the_contract_is_named(tmp_path, toy, message):
+    save_toy(tmp_path / "toy.onnx", **toy)
+    with pytest.raises(GraphError, match=message):
+        check_graph(tmp_path / "toy.onnx")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("case", ["tiny", "tiny_variant"])
+@pytest.mark.parametrize("name", ["prefix.onnx", "expert.onnx"])
+def test_exported_graphs_keep_the_contract(export_case, case, precision, name):
+    path = export_case(case, precision) / name
+    check_graph(path)
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert not FORBIDDEN & {n.op_type for n in model.graph.node}
+    assert model.ir_version <= 10
+
+
+def test_nothing_of_the_prefix_is_recomputed_in_a_step(export_case):
+    """The expert graph holds no projection of a cross layer's keys and values."""
+    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
+    arch = architecture_of(checkpoint)
+    expert = describe_graph(export_case("tiny", "fp32") / "expert.onnx")
+    tokens, width, kv, q = (
+        arch.chunk_size,
+        arch.expert_width,
+        arch.kv_heads * arch.head_dim,
+        arch.heads * arch.head_dim,
+    )
+    layer = 2 * q * width + 3 * arch.expert_intermediate * width  # q, o and the gated MLP
+    gemm = arch.layers * layer + len(arch.self_layers) * 2 * kv * width
+    gemm += 2 * width * width + 2 * arch.max_action_dim * width  # time MLP (action half, out), actions in and out
+    keys = arch.layers * arch.prefix_tokens + len(arch.self_layers) * tokens
+    attention = 2 * q * keys
+    once = width * width  # the time half of the MLP: one row
+    assert expert.flops == 2 * (tokens * (gemm + attention) + once)
+
+
+def test_an_empty_camera_costs_nothing(export_case):
+    """tiny_variant has one camera and one empty slot: only the real one is an input."""
+    graph = describe_graph(export_case("tiny_variant", "fp32") / "prefix.onnx")
+    assert {t.name: t.shape for t in graph.inputs}["images"] == (1, 3, 128, 128)

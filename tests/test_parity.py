@@ -1,0 +1,80 @@
+"""The parity check must notice what final actions alone hide."""
+
+from dataclasses import replace
+
+import pytest
+from conftest import DATA
+
+from smolvla_edge.export import parity
+from smolvla_edge.export.checkpoint import load_checkpoint
+from smolvla_edge.export.errors import ParityError
+from smolvla_edge.export.layers import FP32
+from smolvla_edge.export.reference import Reference, fixed_observations
+from smolvla_edge.export.weights import build_views
+from smolvla_edge.export.writer import architecture_of
+from smolvla_edge.runtime import Policy
+from smolvla_edge.runtime.selfcheck import TOLERANCE, run_selfcheck
+
+
+@pytest.fixture(scope="module")
+def references():
+    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
+    arch = architecture_of(checkpoint)
+    reference = Reference(checkpoint, arch, *build_views(arch, checkpoint.tensors, FP32))
+    observations = fixed_observations(checkpoint, arch)
+    return observations, [reference.run(o) for o in observations]
+
+
+@pytest.fixture
+def policy(export_case):
+    return Policy.load(export_case("tiny", "fp32"), device="cpu")
+
+
+def failing_stages(policy, references) -> set[str]:
+    measured = parity.measure(policy, *references)
+    with pytest.raises(ParityError):
+        parity.require(measured, "fp32")
+    return {stage for stage, value in measured.items() if not value <= TOLERANCE["fp32"]}
+
+
+def test_an_intact_bundle_passes(policy, references):
+    parity.require(parity.measure(policy, *references), "fp32")
+
+
+def test_the_instructions_are_short_padded_and_of_full_length(policy, references):
+    lengths = [len(stages.tokens) for stages in references[1]]
+    assert lengths[0] < lengths[1] < lengths[2] == policy.manifest.tokens.length
+
+
+def test_a_stale_cache_fails_the_check(policy, references):
+    prefill, calls = policy.graphs.prefill, []
+    policy.graphs.prefill = lambda feeds: calls or (calls.append(1), prefill(feeds))
+    assert "cache" in failing_stages(policy, references)
+    assert not run_selfcheck(policy)["cache"] <= TOLERANCE["fp32"]
+
+
+def test_swapped_cameras_fail_the_check(policy, references):
+    m = policy.manifest
+    policy.preprocessor.manifest = replace(m, cameras=m.cameras[::-1])
+    assert {"images", "cache", "actions"} <= failing_stages(policy, references)
+    assert not run_selfcheck(policy)["cache"] <= TOLERANCE["fp32"]
+
+
+def test_an_unnormalised_state_fails_the_check(policy, references):
+    m = policy.manifest
+    identity = replace(m.state.normalization, mode="IDENTITY")
+    policy.preprocessor.manifest = replace(m, state=replace(m.state, normalization=identity))
+    assert {"state", "cache", "actions"} <= failing_stages(policy, references)
+    assert not run_selfcheck(policy)["cache"] <= TOLERANCE["fp32"]
+
+
+def test_a_truncated_instruction_fails_the_check(policy, references):
+    encode = policy.preprocessor.tokenizer.encode
+
+    def cut(task):
+        tokens, mask = encode(task)
+        mask[:, 16:] = False
+        return tokens, mask
+
+    policy.preprocessor.tokenizer.encode = cut
+    assert "tokens" in failing_stages(policy, references)

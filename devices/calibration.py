@@ -1,0 +1,166 @@
+"""LeRobot calibration files of an SO-101 follower.
+
+One JSON object, joint name -> id, drive_mode, homing_offset, range_min, range_max; all integers, positions in
+raw ticks after the homing offset. The servos hold offset and range themselves: the file is a copy to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CalibrationError
+from .sts3215 import ENCODER_MAX
+
+JOINT_NAMES = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+# LeRobot renamed the robot in 0.4.3; an SO-100 arm has the same joints.
+ROBOT_NAMES = ("so101_follower", "so_follower", "so100_follower")
+MAX_OFFSET = 2047
+MIN_SPAN = 100
+_KEYS = ("id", "drive_mode", "homing_offset", "range_min", "range_max")
+
+
+@dataclass(frozen=True)
+class JointCalibration:
+    """One joint. `drive_mode` 1 turns the sign of the range units; positions and offset are raw ticks."""
+
+    id: int
+    drive_mode: int
+    homing_offset: int
+    range_min: int
+    range_max: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All six joints, in the order of JOINT_NAMES. `source` says where it came from, for messages.
+
+    Checked on construction; CalibrationError lists every problem at once.
+    """
+
+    joints: tuple[JointCalibration, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        if len(self.joints) != len(JOINT_NAMES):
+            raise CalibrationError(f"{self.source}: {len(self.joints)} joints, expected {len(JOINT_NAMES)}.")
+        problems = [
+            f"{name}: {problem}"
+            for number, (name, joint) in enumerate(zip(JOINT_NAMES, self.joints, strict=True), start=1)
+            for problem in _joint_problems(number, joint)
+        ]
+        if problems:
+            raise CalibrationError(_refusal(self.source, problems))
+
+    @classmethod
+    def from_dict(cls, data: object, source: str) -> Calibration:
+        """From the parsed JSON of a calibration file."""
+        if not isinstance(data, dict):
+            raise CalibrationError(_refusal(source, ["not a JSON object of six joints"]))
+        problems = [f"unknown joint {name!r}" for name in data if name not in JOINT_NAMES]
+        joints = []
+        for name in JOINT_NAMES:
+            entry = data.get(name)
+            if not isinstance(entry, dict):
+                problems.append(f"{name}: missing" if name not in data else f"{name}: not an object")
+                continue
+            missing = [key for key in _KEYS if key not in entry]
+            unknown = [str(key) for key in entry if key not in _KEYS]
+            wrong = [key for key in _KEYS if key in entry and type(entry[key]) is not int]
+            for label, keys in (("missing", missing), ("unknown", unknown), ("not an integer:", wrong)):
+                if keys:
+                    problems.append(f"{name}: {label} {', '.join(keys)}")
+            if not missing and not wrong:
+                joint = JointCalibration(**{key: entry[key] for key in _KEYS})
+                joints.append(joint)
+                if len(problems) > 0:
+                    # __post_init__ will not run: name the values' problems now, with the others.
+                    problems += [f"{name}: {p}" for p in _joint_problems(JOINT_NAMES.index(name) + 1, joint)]
+        if problems:
+            raise CalibrationError(_refusal(source, problems))
+        return cls(tuple(joints), source)
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """The content of a calibration file."""
+        return {name: asdict(joint) for name, joint in zip(JOINT_NAMES, self.joints, strict=True)}
+
+    def save(self, path: str | Path) -> None:
+        """Write LeRobot's own format (indent 4, five keys), complete or not at all."""
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(self.to_dict(), file, indent=4)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def load_calibration(path_or_id: str | Path, environ: Mapping[str, str] = os.environ) -> Calibration:
+    """A calibration by file, or by the robot id LeRobot saved it under.
+
+    An id is looked up below LeRobot's calibration folder for each of ROBOT_NAMES; `environ` gives
+    HF_LEROBOT_CALIBRATION, HF_LEROBOT_HOME, HF_HOME and XDG_CACHE_HOME as LeRobot reads them.
+    Raises CalibrationError when none or several are found, or the file is not sane.
+    """
+    text = str(path_or_id)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return _load(path)
+    if not text or path.suffix == ".json" or len(path.parts) != 1:
+        raise CalibrationError(f"no calibration file {text!r}. Give an existing file or a robot id.")
+    folder = _calibration_folder(environ) / "robots"
+    looked = [folder / robot / f"{text}.json" for robot in ROBOT_NAMES]
+    found = [candidate for candidate in looked if candidate.is_file()]
+    if len(found) > 1:
+        listing = "\n  ".join(map(str, found))
+        raise CalibrationError(f"several calibrations for id {text!r}; give the file you mean:\n  {listing}")
+    if not found:
+        listing = "\n  ".join(map(str, looked))
+        raise CalibrationError(
+            f"no calibration for id {text!r}. Calibrate the arm with LeRobot or give a file. Looked at:\n  {listing}"
+        )
+    return _load(found[0])
+
+
+def _calibration_folder(environ: Mapping[str, str]) -> Path:
+    if environ.get("HF_LEROBOT_CALIBRATION"):
+        return Path(environ["HF_LEROBOT_CALIBRATION"]).expanduser()
+    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environ.get("HF_HOME") or f"{cache}/huggingface"
+    return Path(environ.get("HF_LEROBOT_HOME") or f"{home}/lerobot").expanduser() / "calibration"
+
+
+def _load(path: Path) -> Calibration:
+    try:
+        data: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"cannot read calibration {path}: {error}.") from error
+    return Calibration.from_dict(data, str(path))
+
+
+def _joint_problems(number: int, joint: JointCalibration) -> list[str]:
+    problems = []
+    if joint.id != number:
+        problems.append(f"id {joint.id}, expected {number}")
+    if joint.drive_mode not in (0, 1):
+        problems.append(f"drive_mode {joint.drive_mode}, expected 0 or 1")
+    if abs(joint.homing_offset) > MAX_OFFSET:
+        problems.append(f"homing_offset {joint.homing_offset}, expected -{MAX_OFFSET} to {MAX_OFFSET}")
+    low, high = joint.range_min, joint.range_max
+    if not 0 <= low < high <= ENCODER_MAX:
+        problems.append(f"range {low} to {high}, expected 0 <= range_min < range_max <= {ENCODER_MAX}")
+    elif high - low < MIN_SPAN:
+        problems.append(f"range {low} to {high} spans {high - low} ticks, expected {MIN_SPAN} or more")
+    return problems
+
+
+def _refusal(source: str, problems: list[str]) -> str:
+    listing = "\n  ".join(problems)
+    return f"calibration {source} cannot be used. Calibrate the arm again with LeRobot.\n  {listing}"

@@ -1,0 +1,238 @@
+"""Cameras, all with one face: the newest picture and when it was taken.
+
+Nobody waits for a camera: `latest` returns at once, and a camera that stalls shows by the age of its picture.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CameraError
+from .shared_frame import SharedFrameReader
+
+# Seconds OpenCV waits for a stalled V4L2 device, 10 unless told; it looks once, before the first capture.
+SELECT_TIMEOUT_VARIABLE, SELECT_TIMEOUT_S = "OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT", "2"
+OPEN_LIMIT_S = 8.0
+STOP_LIMIT_S = 3.0
+FAILED_READS_LIMIT = 10
+FAILED_READ_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True)
+class Frame:
+    """image: uint8 RGB [height, width, 3]. time_s: monotonic time of capture."""
+
+    image: NDArray[np.uint8]
+    time_s: float
+
+
+class Camera(Protocol):
+    """What the control loop needs of a camera. `open` and `latest` raise CameraError."""
+
+    @property
+    def name(self) -> str: ...
+
+    def open(self) -> None:
+        """Return when the first picture is there. May be called again."""
+
+    def latest(self) -> Frame:
+        """The newest picture, at once; the caller judges its age."""
+
+    def close(self) -> None:
+        """May be called again."""
+
+
+class OpenCVCamera:
+    """A camera read by a thread of its own. `source`: device path or index, or a video file."""
+
+    def __init__(self, name: str, source: str | int, width: int = 640, height: int = 480, fps: float = 30.0) -> None:
+        self.name = name
+        self._source = source
+        self._width, self._height, self._fps = width, height, fps
+        self._frame: Frame | None = None
+        self._error = ""
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        if self._thread is not None:
+            return
+        device = Path(f"/dev/video{self._source}" if isinstance(self._source, int) else self._source)
+        if not device.exists():
+            present = ", ".join(sorted(map(str, Path("/dev").glob("video*")))) or "none"
+            raise CameraError(f"camera {self.name}: no {device}. Video devices here: {present}.")
+        os.environ.setdefault(SELECT_TIMEOUT_VARIABLE, SELECT_TIMEOUT_S)
+        self._frame, self._error = None, ""
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._run, name=f"camera {self.name}", daemon=True)
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._frame or self._error, OPEN_LIMIT_S)
+        try:
+            frame = self.latest()
+            height, width = frame.image.shape[:2]
+            if (width, height) != (self._width, self._height):
+                raise CameraError(
+                    f"camera {self.name} gives {width} x {height} pictures, expected "
+                    f"{self._width} x {self._height}. Ask for a size that it supports."
+                )
+        except CameraError:
+            self.close()
+            raise
+
+    def latest(self) -> Frame:
+        with self._changed:
+            if self._error:
+                raise CameraError(self._error)
+            if self._thread is None:
+                raise CameraError(f"camera {self.name} is not open. Call open() first.")
+            if self._frame is None:
+                raise CameraError(
+                    f"camera {self.name}: no picture from {self._source} in {OPEN_LIMIT_S} s. "
+                    "Check its cable, and whether it shares a USB port with another camera."
+                )
+            return self._frame
+
+    def close(self) -> None:
+        thread, self._thread = self._thread, None
+        self._stopping.set()
+        if thread is not None:
+            # A thread inside a stalled driver ends by itself; it holds nothing anybody waits for.
+            thread.join(STOP_LIMIT_S)
+
+    def _run(self) -> None:
+        capture = cv2.VideoCapture()
+        try:
+            self._read(capture)
+        except cv2.error as error:
+            self._fail(f"OpenCV failed: {error}")
+        finally:
+            capture.release()
+
+    def _read(self, capture: cv2.VideoCapture) -> None:
+        is_device = isinstance(self._source, int) or str(self._source).startswith("/dev/")
+        if not capture.open(self._source, cv2.CAP_V4L2 if is_device else cv2.CAP_ANY):
+            self._fail("cannot be opened. Is it the device's first node, and free of other programs?")
+            return
+        if is_device:
+            # In this order: uncompressed pictures eat the bandwidth of the others, and on some cameras the
+            # rate cannot be set before the size.
+            capture.set(cv2.CAP_PROP_FOURCC, cv2.VideoWriter.fourcc(*"MJPG"))
+            capture.set(cv2.CAP_PROP_FRAME_WIDTH, self._width)
+            capture.set(cv2.CAP_PROP_FRAME_HEIGHT, self._height)
+            capture.set(cv2.CAP_PROP_FPS, self._fps)
+            # One picture in the queue: the newest, not one from a backlog.
+            capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
+        failed = 0
+        while not self._stopping.is_set():
+            ok, image = capture.read()
+            time_s = time.monotonic()
+            if not ok:
+                failed += 1
+                if failed == FAILED_READS_LIMIT:
+                    self._fail(f"{failed} reads in a row failed. Check its cable")
+                    return
+                self._stopping.wait(FAILED_READ_PAUSE_S)
+                continue
+            failed = 0
+            rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+            with self._changed:
+                self._frame = Frame(rgb, time_s)
+                self._changed.notify_all()
+
+    def _fail(self, what: str) -> None:
+        with self._changed:
+            self._error = f"camera {self.name} ({self._source}): {what}"
+            self._changed.notify_all()
+
+
+class ImageFileCamera:
+    """A still picture as a camera. It never grows old: every picture is taken now."""
+
+    def __init__(self, name: str, path: str | Path) -> None:
+        self.name = name
+        self._path = Path(path)
+        self._image: NDArray[np.uint8] | None = None
+
+    def open(self) -> None:
+        try:
+            data = np.frombuffer(self._path.read_bytes(), np.uint8)
+        except OSError as error:
+            raise CameraError(f"camera {self.name}: cannot read {self._path}: {error}.") from error
+        bgr = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+        if bgr is None:
+            raise CameraError(f"camera {self.name}: {self._path} is no picture that OpenCV reads.")
+        self._image = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+    def latest(self) -> Frame:
+        if self._image is None:
+            raise CameraError(f"camera {self.name} is not open. Call open() first.")
+        return Frame(self._image.copy(), time.monotonic())
+
+    def close(self) -> None:
+        self._image = None
+
+
+class SharedFrameCamera:
+    """A camera of the virtual arm: pictures another process draws into a shared file."""
+
+    def __init__(self, name: str, path: str | Path) -> None:
+        self.name = name
+        self._path = Path(path)
+        self._reader: SharedFrameReader | None = None
+
+    def open(self) -> None:
+        if self._reader is not None:
+            return
+        self._reader = SharedFrameReader(self._path)
+        deadline = time.monotonic() + OPEN_LIMIT_S
+        while self._reader.read() is None:
+            if time.monotonic() > deadline:
+                self.close()
+                raise CameraError(f"camera {self.name}: no picture in {self._path} for {OPEN_LIMIT_S} s.")
+            time.sleep(0.01)
+
+    def latest(self) -> Frame:
+        picture = self._reader.read() if self._reader else None
+        if picture is None:
+            raise CameraError(f"camera {self.name} is not open. Call open() first.")
+        return Frame(*picture)
+
+    def close(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+
+def open_camera(name: str, source: str | int, width: int = 640, height: int = 480, fps: float = 30.0) -> Camera:
+    """An open camera for `source`; size and rate matter to devices only.
+
+    /dev/video* or an integer: a video device; sim:<path>: the virtual arm; an existing file: a still picture.
+    """
+    text = str(source)
+    camera: Camera
+    if text.isdecimal():
+        camera = OpenCVCamera(name, int(text), width, height, fps)
+    elif text.startswith(("/dev/video", "/dev/v4l/")):
+        camera = OpenCVCamera(name, text, width, height, fps)
+    elif text.startswith("sim:"):
+        camera = SharedFrameCamera(name, text.removeprefix("sim:"))
+    elif Path(text).is_file():
+        camera = ImageFileCamera(name, text)
+    else:
+        raise CameraError(
+            f"camera {name}: cannot tell what {text!r} is. Expected /dev/video* or /dev/v4l/..., "
+            "a device number, an existing picture file, or sim:<path> of a virtual arm."
+        )
+    camera.open()
+    return camera

@@ -1,0 +1,158 @@
+"""The registers of the Feetech STS3215 servo.
+
+Source: vendor sheet "Magnetic Encoded SMS & STS memory table 220328", agreeing in address and size with the
+tables of LeRobot and rustypot except at 24/25, which the vendor lists as two registers (never written here).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+from .errors import ArmError
+
+MODEL_NUMBER = 777
+TICKS_PER_TURN = 4096
+ENCODER_MAX = TICKS_PER_TURN - 1
+# About 50 rpm without load at 7.4 V.
+NO_LOAD_TICKS_PER_S = 3400
+# The current position becomes 2048 when this is written to Torque_Enable: it rewrites the calibration.
+TORQUE_ENABLE_RECENTRE = 128
+PHASE_ZERO_SPEED_IS_MAX = 0x08
+PHASE_MULTI_TURN = 0x10
+
+Area = Literal["EPROM", "SRAM", "FACTORY"]
+
+
+class Register(Enum):
+    """(address, bytes, area, access, factory default or None, sign bit or None).
+
+    Signed registers are sign-magnitude: the sign bit, then the magnitude below it; never two's complement.
+    """
+
+    FIRMWARE_MAJOR_VERSION = (0, 1, "EPROM", "R", None, None)
+    FIRMWARE_MINOR_VERSION = (1, 1, "EPROM", "R", None, None)
+    ENDIANNESS = (2, 1, "EPROM", "R", 0, None)
+    MODEL_NUMBER = (3, 2, "EPROM", "R", 777, None)
+    ID = (5, 1, "EPROM", "RW", 1, None)
+    BAUD_RATE = (6, 1, "EPROM", "RW", 0, None)
+    RETURN_DELAY_TIME = (7, 1, "EPROM", "RW", 250, None)
+    RESPONSE_STATUS_LEVEL = (8, 1, "EPROM", "RW", 1, None)
+    MIN_POSITION_LIMIT = (9, 2, "EPROM", "RW", 0, None)
+    MAX_POSITION_LIMIT = (11, 2, "EPROM", "RW", 4095, None)
+    MAX_TEMPERATURE_LIMIT = (13, 1, "EPROM", "RW", 70, None)
+    MAX_VOLTAGE_LIMIT = (14, 1, "EPROM", "RW", None, None)
+    MIN_VOLTAGE_LIMIT = (15, 1, "EPROM", "RW", None, None)
+    MAX_TORQUE_LIMIT = (16, 2, "EPROM", "RW", 1000, None)
+    PHASE = (18, 1, "EPROM", "RW", None, None)
+    UNLOADING_CONDITION = (19, 1, "EPROM", "RW", 44, None)
+    LED_ALARM_CONDITION = (20, 1, "EPROM", "RW", 47, None)
+    P_COEFFICIENT = (21, 1, "EPROM", "RW", 32, None)
+    D_COEFFICIENT = (22, 1, "EPROM", "RW", 32, None)
+    I_COEFFICIENT = (23, 1, "EPROM", "RW", 0, None)
+    MINIMUM_STARTUP_FORCE = (24, 1, "EPROM", "RW", None, None)
+    INTEGRAL_LIMIT = (25, 1, "EPROM", "RW", None, None)
+    CW_DEAD_ZONE = (26, 1, "EPROM", "RW", 1, None)
+    CCW_DEAD_ZONE = (27, 1, "EPROM", "RW", 1, None)
+    PROTECTION_CURRENT = (28, 2, "EPROM", "RW", 500, None)
+    ANGULAR_RESOLUTION = (30, 1, "EPROM", "RW", 1, None)
+    HOMING_OFFSET = (31, 2, "EPROM", "RW", 0, 11)
+    OPERATING_MODE = (33, 1, "EPROM", "RW", 0, None)
+    PROTECTIVE_TORQUE = (34, 1, "EPROM", "RW", 20, None)
+    PROTECTION_TIME = (35, 1, "EPROM", "RW", 200, None)
+    OVERLOAD_TORQUE = (36, 1, "EPROM", "RW", 80, None)
+    VELOCITY_P = (37, 1, "EPROM", "RW", None, None)
+    OVER_CURRENT_PROTECTION_TIME = (38, 1, "EPROM", "RW", 200, None)
+    VELOCITY_I = (39, 1, "EPROM", "RW", None, None)
+    TORQUE_ENABLE = (40, 1, "SRAM", "RW", 0, None)
+    ACCELERATION = (41, 1, "SRAM", "RW", 0, None)
+    GOAL_POSITION = (42, 2, "SRAM", "RW", 0, 15)
+    GOAL_TIME = (44, 2, "SRAM", "RW", 0, None)
+    GOAL_VELOCITY = (46, 2, "SRAM", "RW", 0, 15)
+    TORQUE_LIMIT = (48, 2, "SRAM", "RW", 1000, None)
+    LOCK = (55, 1, "SRAM", "RW", 0, None)
+    PRESENT_POSITION = (56, 2, "SRAM", "R", None, 15)
+    PRESENT_VELOCITY = (58, 2, "SRAM", "R", None, 15)
+    PRESENT_LOAD = (60, 2, "SRAM", "R", None, 10)
+    PRESENT_VOLTAGE = (62, 1, "SRAM", "R", None, None)
+    PRESENT_TEMPERATURE = (63, 1, "SRAM", "R", None, None)
+    ASYNC_WRITE_FLAG = (64, 1, "SRAM", "R", None, None)
+    STATUS = (65, 1, "SRAM", "R", None, None)
+    MOVING = (66, 1, "SRAM", "R", None, None)
+    PRESENT_CURRENT = (69, 2, "SRAM", "R", None, 15)
+    GOAL_POSITION_2 = (71, 2, "SRAM", "R", None, None)
+    MOVING_VELOCITY_THRESHOLD = (80, 1, "FACTORY", "RW", None, None)
+    DTS = (81, 1, "FACTORY", "RW", None, None)
+    VELOCITY_UNIT_FACTOR = (82, 1, "FACTORY", "RW", None, None)
+    HTS = (83, 1, "FACTORY", "RW", None, None)
+    MAXIMUM_VELOCITY_LIMIT = (84, 1, "FACTORY", "RW", None, None)
+    MAXIMUM_ACCELERATION = (85, 1, "FACTORY", "RW", None, None)
+    ACCELERATION_MULTIPLIER = (86, 1, "FACTORY", "RW", None, None)
+
+    def __init__(
+        self, address: int, size: int, area: Area, access: str, default: int | None, sign_bit: int | None
+    ) -> None:
+        self.address = address
+        self.size = size
+        self.area = area
+        self.writable = access == "RW"
+        self.default = default
+        self.sign_bit = sign_bit
+
+    @property
+    def end(self) -> int:
+        """First address after this register."""
+        return self.address + self.size
+
+    def __str__(self) -> str:
+        return f"{self.name.title()} ({self.address})"
+
+
+FORBIDDEN_WRITES = frozenset(
+    {Register.ID, Register.BAUD_RATE, Register.MINIMUM_STARTUP_FORCE, Register.INTEGRAL_LIMIT}
+)
+
+# The ERROR byte of a status frame, and registers 65 and 19, use the same bits.
+ERROR_BITS = {0x01: "voltage", 0x02: "encoder", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
+
+
+def encode(register: Register, value: int) -> bytes:
+    """Little-endian bytes of `value`; ArmError when it does not fit the register."""
+    bits = 8 * register.size if register.sign_bit is None else register.sign_bit
+    low = 0 if register.sign_bit is None else -((1 << bits) - 1)
+    high = (1 << bits) - 1
+    if not low <= value <= high:
+        raise ArmError(f"{register} cannot hold {value}: it takes {low} to {high}.")
+    raw = abs(value) | (1 << bits if value < 0 else 0)
+    return raw.to_bytes(register.size, "little")
+
+
+def decode(register: Register, data: bytes) -> int:
+    """Value of `register` from its bytes, sign applied. Bits above the sign bit are ignored."""
+    assert len(data) == register.size, f"{register} has {register.size} bytes, not {len(data)}"
+    raw = int.from_bytes(data, "little")
+    if register.sign_bit is None:
+        return raw
+    magnitude = raw & ((1 << register.sign_bit) - 1)
+    return -magnitude if raw >> register.sign_bit & 1 else magnitude
+
+
+def registers_between(first: Register, last: Register) -> tuple[Register, ...]:
+    """Every register that lies wholly in the block from `first` to `last`, in address order."""
+    return tuple(r for r in Register if first.address <= r.address and r.end <= last.end)
+
+
+def write_problem(register: Register, value: int) -> str | None:
+    """Why this package never performs the write, or None."""
+    if not register.writable:
+        return f"{register} is read-only"
+    if register in FORBIDDEN_WRITES:
+        return f"{register} is never written: it changes how the servo is addressed or is not documented"
+    if register is Register.TORQUE_ENABLE and value not in (0, 1):
+        return f"{register} takes 0 or 1, not {value} (128 would recentre the servo and void its calibration)"
+    return None
+
+
+def error_names(error: int) -> tuple[str, ...]:
+    """Names of the bits set in an ERROR byte, lowest first; unnamed bits as 'bit 4'."""
+    return tuple(ERROR_BITS.get(1 << bit, f"bit {bit}") for bit in range(8) if error >> bit & 1)

@@ -1,0 +1,138 @@
+"""Calibration files as LeRobot writes them."""
+
+import json
+
+import pytest
+
+from smolvla_edge.devices.calibration import JOINT_NAMES, Calibration, JointCalibration, load_calibration
+from smolvla_edge.devices.errors import CalibrationError
+from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
+
+GOOD = {
+    name: {
+        "id": number,
+        "drive_mode": 0,
+        "homing_offset": -100 * number,
+        "range_min": 700,
+        "range_max": 3300,
+    }
+    for number, name in enumerate(JOINT_NAMES, start=1)
+}
+
+
+def changed(**joints):
+    data = json.loads(json.dumps(GOOD))
+    for name, values in joints.items():
+        data[name].update(values)
+    return data
+
+
+def test_a_file_is_read_and_written_back_unchanged(tmp_path):
+    path = tmp_path / "arm.json"
+    path.write_text(json.dumps(GOOD, indent=4))
+    calibration = load_calibration(path)
+    assert calibration.joints[1] == JointCalibration(2, 0, -200, 700, 3300)
+    copy = tmp_path / "copy.json"
+    calibration.save(copy)
+    assert copy.read_text() == path.read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["arm.json", "copy.json"]
+
+
+def test_the_order_of_the_file_does_not_matter(tmp_path):
+    path = tmp_path / "arm.json"
+    path.write_text(json.dumps(dict(reversed(GOOD.items()))))
+    assert [joint.id for joint in load_calibration(path).joints] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("joint", "values", "complaint"),
+    [
+        ("shoulder_pan", {"id": 2}, "shoulder_pan: id 2, expected 1"),
+        ("gripper", {"drive_mode": 2}, "gripper: drive_mode 2"),
+        ("elbow_flex", {"homing_offset": 2048}, "elbow_flex: homing_offset 2048"),
+        ("elbow_flex", {"homing_offset": -2048}, "elbow_flex: homing_offset -2048"),
+        ("wrist_flex", {"range_min": -1}, "wrist_flex: range -1 to 3300"),
+        ("wrist_flex", {"range_max": 4096}, "wrist_flex: range 700 to 4096"),
+        ("wrist_flex", {"range_max": 700}, "wrist_flex: range 700 to 700"),
+        ("wrist_flex", {"range_max": 799}, "spans 99 ticks"),
+        ("wrist_roll", {"range_min": 1.5}, "wrist_roll: not an integer: range_min"),
+        ("wrist_roll", {"range_min": True}, "wrist_roll: not an integer: range_min"),
+        ("wrist_roll", {"speed": 1}, "wrist_roll: unknown speed"),
+    ],
+)
+def test_a_value_that_is_not_sane_is_named(joint, values, complaint):
+    with pytest.raises(CalibrationError) as error:
+        Calibration.from_dict(changed(**{joint: values}), "here")
+    assert complaint in str(error.value)
+
+
+def test_a_full_turn_of_the_wrist_is_sane():
+    Calibration.from_dict(changed(wrist_roll={"range_min": 0, "range_max": 4095}), "here")
+
+
+def test_all_problems_are_told_at_once():
+    data = changed(shoulder_pan={"id": 9}, elbow_flex={"extra": 1}, gripper={"homing_offset": 5000})
+    del data["wrist_roll"]
+    del data["wrist_flex"]["range_max"]
+    data["tail"] = {}
+    with pytest.raises(CalibrationError) as error:
+        Calibration.from_dict(data, "here")
+    for part in (
+        "unknown joint 'tail'",
+        "shoulder_pan: id 9",
+        "elbow_flex: unknown extra",
+        "wrist_flex: missing range_max",
+        "wrist_roll: missing",
+        "gripper: homing_offset 5000",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
+def test_a_file_that_is_no_calibration_is_refused(tmp_path, text):
+    path = tmp_path / "arm.json"
+    path.write_text(text)
+    with pytest.raises(CalibrationError, match=r"arm\.json"):
+        load_calibration(path)
+
+
+@pytest.mark.parametrize("robot", ["so101_follower", "so_follower", "so100_follower"])
+@pytest.mark.parametrize(
+    ("variable", "below"),
+    [
+        ("HF_LEROBOT_CALIBRATION", ""),
+        ("HF_LEROBOT_HOME", "calibration"),
+        ("HF_HOME", "lerobot/calibration"),
+        ("XDG_CACHE_HOME", "huggingface/lerobot/calibration"),
+    ],
+)
+def test_an_id_is_found_where_lerobot_saves_it(tmp_path, robot, variable, below):
+    folder = tmp_path / below / "robots" / robot
+    folder.mkdir(parents=True)
+    VIRTUAL_CALIBRATION.save(folder / "blue.json")
+    found = load_calibration("blue", {variable: str(tmp_path)})
+    assert found.joints == VIRTUAL_CALIBRATION.joints
+    assert found.source == str(folder / "blue.json")
+
+
+def test_an_id_found_twice_is_refused_with_both_places(tmp_path):
+    paths = [tmp_path / "robots" / robot / "blue.json" for robot in ("so101_follower", "so_follower")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        VIRTUAL_CALIBRATION.save(path)
+    with pytest.raises(CalibrationError) as error:
+        load_calibration("blue", {"HF_LEROBOT_CALIBRATION": str(tmp_path)})
+    assert all(str(path) in str(error.value) for path in paths)
+
+
+def test_an_id_found_nowhere_tells_where_it_was_looked_for(tmp_path):
+    with pytest.raises(CalibrationError) as error:
+        load_calibration("blue", {"HF_HOME": str(tmp_path)})
+    for robot in ("so101_follower", "so_follower", "so100_follower"):
+        assert str(tmp_path / "lerobot/calibration/robots" / robot / "blue.json") in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "nowhere/blue", "nowhere.json"])
+def test_a_missing_file_is_not_taken_for_an_id(text, tmp_path):
+    with pytest.raises(CalibrationError, match="no calibration file"):
+        load_calibration(text, {"HF_HOME": str(tmp_path)})

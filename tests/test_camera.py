@@ -1,0 +1,143 @@
+"""Cameras: colours, ages, and errors that do not wait."""
+
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from smolvla_edge.devices.camera import ImageFileCamera, OpenCVCamera, SharedFrameCamera, open_camera
+from smolvla_edge.devices.errors import CameraError
+from smolvla_edge.devices.shared_frame import SharedFrameReader, SharedFrameWriter
+
+RED_RGB = (200, 30, 20)
+
+
+def red_picture(width=64, height=48):
+    return np.full((height, width, 3), RED_RGB, np.uint8)
+
+
+@pytest.fixture
+def video(tmp_path):
+    """Thirty red pictures. OpenCV opens a video as it opens a device."""
+    path = tmp_path / "red.avi"
+    writer = cv2.VideoWriter(str(path), cv2.CAP_OPENCV_MJPEG, cv2.VideoWriter.fourcc(*"MJPG"), 30, (64, 48))
+    assert writer.isOpened()
+    for _ in range(30):
+        writer.write(cv2.cvtColor(red_picture(), cv2.COLOR_RGB2BGR))
+    writer.release()
+    return str(path)
+
+
+def test_a_picture_file_is_a_camera_in_rgb(tmp_path):
+    path = tmp_path / "red.png"
+    cv2.imwrite(str(path), cv2.cvtColor(red_picture(), cv2.COLOR_RGB2BGR))
+    camera = open_camera("front", str(path))
+    assert isinstance(camera, ImageFileCamera)
+    frame = camera.latest()
+    assert camera.name == "front"
+    assert np.array_equal(frame.image, red_picture())
+    assert 0 <= time.monotonic() - frame.time_s < 1
+    frame.image[:] = 0
+    assert np.array_equal(camera.latest().image, red_picture())
+    camera.close()
+    with pytest.raises(CameraError, match="not open"):
+        camera.latest()
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path):
+    for content in (b"", b"text"):
+        path = tmp_path / "front.png"
+        path.write_bytes(content)
+        with pytest.raises(CameraError, match="no picture"):
+            open_camera("front", str(path))
+
+
+def test_a_captured_picture_is_rgb_and_carries_its_time(video):
+    camera = OpenCVCamera("front", video, 64, 48)
+    camera.open()
+    frame = camera.latest()
+    assert frame.image.shape == (48, 64, 3) and frame.image.dtype == np.uint8
+    assert np.abs(frame.image.astype(int) - RED_RGB).max() < 12
+    assert 0 <= time.monotonic() - frame.time_s < 5
+    camera.close()
+    camera.close()
+
+
+def test_a_camera_that_stops_delivering_reports_it(video):
+    camera = OpenCVCamera("front", video, 64, 48)
+    camera.open()
+    deadline = time.monotonic() + 10
+    with pytest.raises(CameraError, match="reads in a row failed"):
+        while time.monotonic() < deadline:
+            camera.latest()
+            time.sleep(0.01)
+    camera.close()
+
+
+def test_pictures_of_another_size_are_refused(video):
+    with pytest.raises(CameraError, match="64 x 48 pictures, expected 640 x 480"):
+        OpenCVCamera("front", video).open()
+
+
+@pytest.mark.parametrize("source", ["/dev/video99", 99, "99"])
+def test_a_device_that_is_not_there_is_refused_at_once(source):
+    before = time.monotonic()
+    with pytest.raises(CameraError, match=r"no /dev/video99\. Video devices here"):
+        open_camera("front", source)
+    assert time.monotonic() - before < 1
+
+
+def test_a_device_that_is_no_camera_is_refused_in_bounded_time(tmp_path, capfd):
+    path = tmp_path / "video"
+    path.write_bytes(b"no video at all")
+    before = time.monotonic()
+    with pytest.raises(CameraError, match="cannot be opened"):
+        OpenCVCamera("front", str(path)).open()
+    assert time.monotonic() - before < 9
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("source", ["", "nowhere.png", "http://camera/stream", "/dev/ttyACM0"])
+def test_an_unknown_source_is_told_what_is_accepted(source):
+    with pytest.raises(CameraError, match=r"/dev/video\*.*picture file.*sim:<path>"):
+        open_camera("front", source)
+
+
+def test_a_shared_picture_arrives_with_its_time(tmp_path):
+    path = tmp_path / "front.frame"
+    writer = SharedFrameWriter(path, 64, 48)
+    writer.write(red_picture(), 12.5)
+    camera = open_camera("front", f"sim:{path}")
+    assert isinstance(camera, SharedFrameCamera)
+    frame = camera.latest()
+    assert np.array_equal(frame.image, red_picture()) and frame.time_s == 12.5
+    writer.write(red_picture() // 2, 13.0)
+    assert camera.latest().time_s == 13.0
+    # Nobody writes any more: the picture stays and its age shows.
+    writer.close()
+    assert camera.latest().time_s == 13.0
+    camera.close()
+    camera.close()
+
+
+def test_a_half_written_picture_is_never_shown(tmp_path):
+    path = tmp_path / "front.frame"
+    writer = SharedFrameWriter(path, 8, 8)
+    writer.write(np.zeros((8, 8, 3), np.uint8), 1.0)
+    reader = SharedFrameReader(path)
+    writer._set_sequence(3)
+    with pytest.raises(CameraError, match="half-written"):
+        reader.read()
+    reader.close()
+    writer.close()
+
+
+def test_a_missing_or_foreign_shared_file_is_refused(tmp_path):
+    with pytest.raises(CameraError, match="Is the virtual arm running"):
+        open_camera("front", f"sim:{tmp_path / 'none'}")
+    path = tmp_path / "other"
+    for content in (b"", b"x" * 1000):
+        path.write_bytes(content)
+        with pytest.raises(CameraError, match="no shared picture"):
+            open_camera("front", f"sim:{path}")

@@ -54,9 +54,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
     config = PolicyConfig.from_json(raw)
     if not (folder / WEIGHTS).is_file():
         found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
-        raise CheckpointError(
-            f"{folder} has no {WEIGHTS} (found {found or 'no weights'}): only safetensors are read"
-        )
+        raise CheckpointError(f"{folder} has no {WEIGHTS} (found {found or 'no weights'}): only safetensors are read")
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as e:

@@ -20,17 +20,13 @@ _NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "transformers", "hugging
 @app.command()
 def export(
     checkpoint: str = typer.Argument("lerobot/smolvla_base", help="Folder, training folder or Hub id."),
-    precision: str = typer.Option(
-        "fp32", help="fp32 or fp16 (float16 weights and cache, float32 where it matters)."
-    ),
+    precision: str = typer.Option("fp32", help="fp32 or fp16 (float16 weights and cache, float32 where it matters)."),
     output: Path = typer.Option(Path("bundle"), help="Folder of the new bundle."),
     revision: str | None = typer.Option(None, help="Hub branch, tag or commit.  [default: main]"),
     vlm: Path | None = typer.Option(
         None, help="Folder with the VLM's config.json and tokenizer, where the checkpoint has none."
     ),
-    demo: bool = typer.Option(
-        False, "--demo", help="Full-size random weights instead of CHECKPOINT: runs offline."
-    ),
+    demo: bool = typer.Option(False, "--demo", help="Full-size random weights instead of CHECKPOINT: runs offline."),
     check_lerobot: bool = typer.Option(False, "--check-lerobot", help="Compare with LeRobot itself too."),
     force: bool = typer.Option(False, "--force", help="Replace an existing bundle at --output."),
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),

@@ -1,17 +1,22 @@
 """The bundle against LeRobot itself, on a machine that has both (`--check-lerobot`)."""
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..runtime import Policy
-from .checkpoint import Checkpoint
+from .checkpoint import TOKENIZER, Checkpoint
 from .errors import ExportError
 from .reference import Observation
+from .tokens import image_special_tokens, read_tokenizer
 
 
 def require_lerobot() -> None:
@@ -20,52 +25,60 @@ def require_lerobot() -> None:
         raise ExportError("--check-lerobot needs lerobot beside this package: pip install 'lerobot[smolvla]'")
 
 
-def measure(checkpoint: Checkpoint, policy: Policy, observations: Sequence[Observation]) -> float:
-    """Max abs difference on normalised actions between the bundle and LeRobot in float32, over all observations."""
+def lerobot_actions(checkpoint: Checkpoint, observations: Sequence[Observation]) -> list[NDArray[np.float32]]:
+    """LeRobot's own answer in float32: normalised actions [1, chunk, dof] for each observation.
+
+    Raises ExportError where LeRobot cannot load the checkpoint.
+    """
     import torch
 
-    theirs, preprocess = _load(checkpoint)
+    names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
+    answers = []
+    with tempfile.TemporaryDirectory() as scratch, _vision_positions():
+        policy, preprocess = _load(checkpoint, Path(scratch) / "vlm")
+        for observation in observations:
+            batch: dict[str, Any] = {
+                names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
+                for name, image in observation.images.items()
+            }
+            batch |= {"observation.state": torch.from_numpy(observation.state), "task": observation.task}
+            noise = torch.from_numpy(observation.noise)
+            answers.append(policy.predict_action_chunk(preprocess(batch), noise=noise).numpy())
+    return answers
+
+
+def measure(checkpoint: Checkpoint, policy: Policy, observations: Sequence[Observation]) -> float:
+    """Max abs difference on normalised actions between the bundle and LeRobot over all observations."""
     worst = 0.0
-    for observation in observations:
-        names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
-        batch: dict[str, Any] = {
-            names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
-            for name, image in observation.images.items()
-        }
-        batch |= {"observation.state": torch.from_numpy(observation.state), "task": observation.task}
-        with _vision_positions():
-            expected = theirs.predict_action_chunk(
-                preprocess(batch), noise=torch.from_numpy(observation.noise)
-            ).numpy()
+    for observation, expected in zip(observations, lerobot_actions(checkpoint, observations), strict=True):
         feeds = policy.preprocessor.feeds(observation.images, observation.state, observation.task)
         policy.graphs.prefill(feeds)
         nothing = np.zeros_like(observation.noise)
-        got = policy.denoise(
-            observation.noise, policy.manifest.sampling.num_steps, nothing, nothing[:, :, :1].copy()
-        )
+        steps = policy.manifest.sampling.num_steps
+        got = policy.denoise(observation.noise, steps, nothing, nothing[:, :, :1].copy())
         difference = np.abs(got[:, :, : expected.shape[2]] - expected).max()
         worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
     return worst
 
 
-def _load(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """LeRobot's policy in float32 and its preprocessor."""
+def _load(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
+    """LeRobot's policy in float32 and its preprocessor; `vlm` is a scratch folder for what it loads by name."""
     try:
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import make_pre_post_processors
         from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
+        _write_vlm(checkpoint, vlm)
         config = PreTrainedConfig.from_pretrained(checkpoint.folder)
         config.device, config.load_vlm_weights = "cpu", False  # the checkpoint holds every weight
+        config.vlm_model_name = str(vlm)
+        with _processor_stub(checkpoint):
+            policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).float().eval()
         overrides: dict[str, Any] = {
             "device_processor": {"device": "cpu"},
             "rename_observations_processor": {"rename_map": {}},
+            "tokenizer_processor": {"tokenizer_name": str(vlm)},
         }
-        local = checkpoint.folder / config.vlm_model_name
-        if local.is_dir():
-            config.vlm_model_name = str(local)
-            overrides["tokenizer_processor"] = {"tokenizer_name": str(local)}
-        policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).float().eval()
         has_files = Path(checkpoint.folder, "policy_preprocessor.json").is_file()
         preprocess, _ = make_pre_post_processors(
             config,
@@ -75,6 +88,33 @@ def _load(checkpoint: Checkpoint) -> tuple[Any, Any]:
     except Exception as e:  # LeRobot, transformers and the Hub raise anything
         raise ExportError(f"LeRobot cannot load {checkpoint.folder}: {type(e).__name__}: {e}") from e
     return policy, preprocess
+
+
+def _write_vlm(checkpoint: Checkpoint, folder: Path) -> None:
+    """The VLM's config and tokenizer as this exporter found them, so that LeRobot needs no network either."""
+    checkpoint.vlm.save_pretrained(folder)
+    for name in (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"):
+        source = checkpoint.tokenizer.with_name(name)
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+
+
+@contextmanager
+def _processor_stub(checkpoint: Checkpoint) -> Iterator[None]:
+    """Of the VLM's processor LeRobot uses two token ids; loading it whole needs torchvision and more files."""
+    from transformers import AutoProcessor
+
+    if checkpoint.config.add_image_special_tokens:
+        fake, whole, _ = image_special_tokens(read_tokenizer(checkpoint.tokenizer))
+        ids = SimpleNamespace(fake_image_token_id=fake, global_image_token_id=whole)
+    else:  # LeRobot makes tensors of them all the same
+        ids = SimpleNamespace(fake_image_token_id=0, global_image_token_id=0)
+    original = AutoProcessor.from_pretrained
+    AutoProcessor.from_pretrained = classmethod(lambda *_, **__: SimpleNamespace(tokenizer=ids))
+    try:
+        yield
+    finally:
+        AutoProcessor.from_pretrained = original
 
 
 @contextmanager

@@ -76,9 +76,7 @@ class Prefix(nn.Module):
         self.connector = Connector(arch, dtypes)
         self.embed_tokens = nn.Parameter(torch.empty(arch.vocab, arch.width, dtype=dtypes.matmul))
         self.state_proj = Linear(arch.max_state_dim, arch.width, bias=True, dtype=dtypes.stream)
-        self.layers = nn.ModuleList(
-            PrefixLayer(arch, dtypes, last=i == arch.layers - 1) for i in range(arch.layers)
-        )
+        self.layers = nn.ModuleList(PrefixLayer(arch, dtypes, last=i == arch.layers - 1) for i in range(arch.layers))
         self.cross = nn.ModuleDict(
             {str(i): CrossProjection(arch, dtypes) for i in range(arch.layers) if not arch.is_self(i)}
         )

@@ -110,9 +110,7 @@ def _normalization(
             state = tensors_of_step
     if not steps:
         state = {
-            k.replace(_OLD_BUFFERS[key], key + "."): t
-            for k, t in tensors.items()
-            if k.startswith(_OLD_BUFFERS[key])
+            k.replace(_OLD_BUFFERS[key], key + "."): t for k, t in tensors.items() if k.startswith(_OLD_BUFFERS[key])
         }
     if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
         problems.append(f"images are normalised by {modes['VISUAL']}, only IDENTITY is supported")

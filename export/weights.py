@@ -103,6 +103,4 @@ def build_views(arch: Architecture, tensors: Mapping[str, Tensor], dtypes: Dtype
 
 def _source_shape(name: str, parameter: Tensor) -> tuple[int, ...]:
     rows, *columns = parameter.shape
-    return (
-        (rows, 2 * columns[0]) if name in ("time_mlp_actions.weight", "time_mlp_time.weight") else (rows, *columns)
-    )
+    return (rows, 2 * columns[0]) if name in ("time_mlp_actions.weight", "time_mlp_time.weight") else (rows, *columns)

@@ -26,6 +26,8 @@ def run(
     try:
         status = app(standalone_mode=False)
         code = status if isinstance(status, int) else DONE
+        if code == INTERRUPTED:  # typer answers Ctrl-C with a silent status of its own
+            code = _say("interrupted", INTERRUPTED, False)
     except KeyboardInterrupt:
         code = _say("interrupted", INTERRUPTED, debug)
     except failures as e:

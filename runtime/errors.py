@@ -26,3 +26,7 @@ class BackendError(SmolVLAError):
 
 class SettingsError(SmolVLAError):
     """Deployment settings are wrong or incomplete; the message lists all of them."""
+
+
+class SafetyStop(SmolVLAError):
+    """A running arm was stopped; the message says why."""

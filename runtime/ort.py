@@ -38,9 +38,7 @@ def choose_provider(device: str, available: Sequence[str]) -> tuple[str, str]:
         return _PROVIDER[device], f"device {device}: as asked"
     lacks = f"device {device} needs ONNX Runtime's {_PROVIDER[device]}, which this onnxruntime lacks"
     both = {"onnxruntime", "onnxruntime-gpu"} <= {
-        d.metadata["Name"].lower().replace("_", "-")
-        for d in importlib.metadata.distributions()
-        if d.metadata["Name"]
+        d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions() if d.metadata["Name"]
     }
     if both:
         raise BackendError(

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory):
     """The wheel of a clean copy of the tracked tree: nothing of this checkout but what git would give."""
     source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("dist")
-    ignore = shutil.ignore_patterns(".git", ".venv", ".*cache*", "bundle*", "*.egg-info", "build", "dist", "tests")
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", ".*cache*", "bundle", "bundle-demo", "*.egg-info", "build", "dist", "tests"
+    )
     shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(source)],
@@ -77,7 +79,7 @@ def test_exporting_from_the_lean_runtime_says_what_to_install(lean, tmp_path):
     assert "pip install 'smolvla-edge[export]'" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["smolvla-export"])
+@pytest.mark.parametrize("command", ["smolvla-export", "smolvla-run"])
 def test_every_command_has_a_version_and_a_help_with_defaults(lean, tmp_path, command):
     assert run(lean / command, "--version", cwd=tmp_path).stdout.startswith("smolvla-edge 0.")
     shown = run(lean / command, "--help", cwd=tmp_path)

@@ -1,0 +1,80 @@
+"""The policy in a thread of its own, so that control never waits for it."""
+
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .policy import Policy, Timing
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy is asked about. time_s: monotonic, when it was seen."""
+
+    images: Mapping[str, NDArray[np.uint8]]
+    state: NDArray[np.float64]
+    time_s: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What it answered. actions: float32 [rows, dof] in robot units; latency_s: from request to answer."""
+
+    actions: NDArray[np.float32]
+    observed_s: float
+    latency_s: float
+    timing: Timing
+
+
+class InferenceThread:
+    """One request at a time: `request`, then `poll` until the chunk is there."""
+
+    def __init__(self, policy: Policy, task: str, steps: int | None) -> None:
+        self._policy, self._task, self._steps = policy, task, steps
+        self._requests: queue.SimpleQueue[Observation | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Chunk | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="inference")
+        self.busy = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def request(self, observation: Observation) -> None:
+        """Ask for a chunk; returns at once. Only while not busy."""
+        assert not self.busy, "one request at a time"
+        self.busy = True
+        self._requests.put(observation)
+
+    def poll(self) -> Chunk | None:
+        """The chunk that was asked for, or None while it is computed. Raises what the policy raised."""
+        try:
+            answer = self._answers.get_nowait()
+        except queue.Empty:
+            return None
+        self.busy = False
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        """End the thread; waits for a chunk under way. May be called again."""
+        self._requests.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (observation := self._requests.get()) is not None:
+            start = time.monotonic()
+            try:
+                actions = self._policy.predict_chunk(
+                    observation.images, observation.state, self._task, steps=self._steps
+                )
+                latency = time.monotonic() - start
+                self._answers.put(Chunk(actions, observation.time_s, latency, self._policy.timing))
+            except BaseException as e:  # raised again in the thread that polls
+                self._answers.put(e)

@@ -1,0 +1,53 @@
+"""The goldens at full size, with rebuilt weights: minutes and gigabytes (make test-full)."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import SHARED
+from goldens import Golden, stage_errors
+from safetensors.torch import load_file
+
+from smolvla_edge.export.checkpoint import load_checkpoint
+from smolvla_edge.export.writer import write_bundle
+from smolvla_edge.runtime import Policy
+from smolvla_edge.runtime.selfcheck import TOLERANCE
+
+pytestmark = pytest.mark.full
+REFERENCE = SHARED / "reference"
+
+
+@pytest.fixture(scope="module", params=["full", "full_outliers"])
+def checkpoint(request, tmp_path_factory):
+    """A full-size checkpoint folder; one at a time on the disk."""
+    if not (REFERENCE / request.param).is_dir():
+        pytest.skip("needs the full-size golden cases")
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copytree(REFERENCE / request.param / "checkpoint", folder, dirs_exist_ok=True)
+    folder.chmod(0o755)
+    outliers = ["--outliers"] if request.param == "full_outliers" else []
+    weights = [REFERENCE / request.param / "keys.json", folder / "model.safetensors", *outliers]
+    subprocess.run([sys.executable, REFERENCE / "weights.py", *weights], check=True)
+    yield request.param, folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_stage_equals_lerobot_at_full_size(checkpoint, precision, tmp_path):
+    name, folder = checkpoint
+    output = tmp_path / "bundle"
+    loaded = load_checkpoint(str(folder), vlm=SHARED / "smolvlm2")
+    written = write_bundle(loaded, output, precision)
+    errors = stage_errors(
+        Policy.load(output, device="cpu"), Golden(REFERENCE / name), load_file(folder / "model.safetensors")
+    )
+    shutil.rmtree(output)
+    print(f"\n{name} {precision}: " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
+    print(f"largest float16 magnitude: {written.manifest.float16_largest}")
+    assert errors.pop("images") < 1e-3  # these goldens hold images in float16
+    assert {k: v for k, v in errors.items() if v > TOLERANCE[precision]} == {}
+    if name == "full" and precision == "fp32":  # performance.md's count: 2 cameras, 48 tokens, K and V hoisted
+        gflop = np.array([written.manifest.prefix.flops, written.manifest.expert.flops]) / 1e9
+        assert np.allclose(gflop, [430.6 + 54.2 + 0.6, 10.34], rtol=0.01)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from ..export.checkpoint import load_checkpoint
+from ..export.checkpoint import Checkpoint, load_checkpoint
 from ..export.demo import write_demo_checkpoint
 from ..export.errors import ExportError
 from ..export.layers import FP32
@@ -45,13 +45,16 @@ def latency(
         if demo:
             checkpoint = str(Path(temporary) / "checkpoint")
             write_demo_checkpoint(Path(checkpoint), print)
-        source = load_checkpoint(checkpoint)
+        _compare(load_checkpoint(checkpoint), bundle, device, repeats, warmup)
+
+
+def _compare(source: Checkpoint, bundle: str, device: str, repeats: int, warmup: int) -> None:
     arch = architecture_of(source)
     views = Reference(source, arch, *build_views(arch, source.tensors, FP32))
     observation = fixed_observations(source, arch)[-1]
     policy = Policy.load(bundle, device)
     if policy.manifest.source.weights_sha256 != source.weights_sha256:
-        raise ExportError(f"{bundle} was exported from other weights than {checkpoint}: name its own checkpoint")
+        raise ExportError(f"{bundle} was exported from other weights than {source.name}: name its own checkpoint")
     stages: list[tuple[float, float, float]] = []
 
     def ours() -> None:

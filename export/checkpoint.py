@@ -106,20 +106,10 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> Path:
-    """The snapshot folder, whose name is the resolved commit. Works offline from the local cache."""
+    """The snapshot folder, whose name is the resolved commit; from the local cache where the Hub does not answer."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        try:  # a cached commit needs no network
-            path = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
-            if not any(Path(path).glob("*.json")):
-                raise LocalEntryNotFoundError("cached without its files")
-            if "*.safetensors" not in patterns or (Path(path) / WEIGHTS).exists():
-                online = _refresh(repo, revision, patterns)
-                return Path(online or path)
-        except LocalEntryNotFoundError:
-            pass
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as e:  # the library's errors span requests, httpx, OSError and its own
         at = f" at revision {revision}" if revision else ""
@@ -127,18 +117,6 @@ def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> P
             f"{repo}{at} cannot be had from the Hub ({type(e).__name__}: {str(e).splitlines()[0]}). "
             "Check the name and the network, or give a folder"
         ) from e
-
-
-def _refresh(repo: str, revision: str | None, patterns: list[str]) -> str | None:
-    """A newer snapshot where the Hub answers; None where it does not."""
-    from huggingface_hub import snapshot_download
-
-    if os.environ.get("HF_HUB_OFFLINE"):
-        return None
-    try:
-        return str(snapshot_download(repo, revision=revision, allow_patterns=patterns, etag_timeout=3))
-    except Exception:  # offline: the cached snapshot is what there is
-        return None
 
 
 def _refuse_adapters(folder: Path) -> None:

@@ -51,11 +51,8 @@ def measure(checkpoint: Checkpoint, policy: Policy, observations: Sequence[Obser
     """Max abs difference on normalised actions between the bundle and LeRobot over all observations."""
     worst = 0.0
     for observation, expected in zip(observations, lerobot_actions(checkpoint, observations), strict=True):
-        feeds = policy.preprocessor.feeds(observation.images, observation.state, observation.task)
-        policy.graphs.prefill(feeds)
-        nothing = np.zeros_like(observation.noise)
-        steps = policy.manifest.sampling.num_steps
-        got = policy.denoise(observation.noise, steps, nothing, nothing[:, :, :1].copy())
+        policy.prefill(observation.images, observation.state, observation.task)
+        got = policy.denoise(observation.noise)
         difference = np.abs(got[:, :, : expected.shape[2]] - expected).max()
         worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
     return worst

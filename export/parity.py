@@ -27,21 +27,18 @@ def measure(policy: Policy, observations: Sequence[Observation], expected: Seque
         worst[stage] = max(worst.get(stage, 0.0), value)
 
     for observation, want in zip(observations, expected, strict=True):
-        feeds = policy.preprocessor.feeds(observation.images, observation.state, observation.task)
+        feeds = policy.prefill(observation.images, observation.state, observation.task)
         record("images", error(feeds["images"], want.images))
         tokens = feeds["tokens"][feeds["token_mask"]]
         record("tokens", 0.0 if np.array_equal(tokens, want.tokens) else float("inf"))
         record("state", error(feeds["state"], want.state))
-        policy.graphs.prefill(feeds)
         cache = policy.graphs.cache()
         same_rows = np.array_equal(cache["prefix_mask"][0], want.valid)
         record("cache", 0.0 if same_rows else float("inf"))
         for name, reference in want.cache.items():
             record("cache", error(cache[name][:, :, want.valid], reference[:, :, want.valid]))
         velocities: list[NDArray[np.float32]] = []
-        nothing = np.zeros_like(observation.noise)
-        steps = policy.manifest.sampling.num_steps
-        actions = policy.denoise(observation.noise, steps, nothing, nothing[:, :, :1].copy(), velocities)
+        actions = policy.denoise(observation.noise, velocities=velocities)
         record("velocity", error(np.stack(velocities), want.velocity))
         difference = np.abs(actions - want.actions).max()
         record("actions", float(difference) if np.isfinite(difference) else float("inf"))

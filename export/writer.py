@@ -8,14 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from ..quantize.ranges import float16_ranges, require_headroom
+from ..quantize.ranges import policy_ranges, require_headroom
 from ..runtime import Bundle, Policy, bundle
 from ..runtime.bundle import MANIFEST, manifest_json, sha256_of
-from ..runtime.sampling import schedule
 from ..runtime.selfcheck import run_selfcheck
 from . import graph, lerobot_check, parity, tokens
 from .architecture import Architecture
@@ -102,7 +99,7 @@ def write_bundle(
             parity.require(measured, precision)
         if dtypes.matmul == torch.float16:
             say("measuring float16 ranges")
-            manifest = replace(manifest, float16_largest=_float16_largest(folder, policy, observations[-1]))
+            manifest = replace(manifest, float16_largest=_float16_largest(policy, observations[-1]))
         manifest = replace(manifest, parity=measured)
         (folder / MANIFEST).write_text(manifest_json(manifest))
         shutil.rmtree(policy.bundle.cache_folder, ignore_errors=True)  # of the manifest without its numbers
@@ -110,36 +107,13 @@ def write_bundle(
     return Written(output, Bundle.open(output).manifest)
 
 
-def _float16_largest(folder: Path, policy: Policy, observation: Observation) -> float:
+def _float16_largest(policy: Policy, observation: Observation) -> float:
     """The largest float16 magnitude in either graph; raises RangeError without headroom."""
-    feeds = policy.preprocessor.feeds(observation.images, observation.state, observation.task)
-    policy.graphs.prefill(feeds)
-    runs = {"prefix.onnx": [feeds], "expert.onnx": expert_feeds(policy, observation.noise)}
-    largest = {name: float16_ranges(folder / name, feeds_of) for name, feeds_of in runs.items()}
+    feeds = policy.prefill(observation.images, observation.state, observation.task)
+    largest = policy_ranges(policy, feeds, observation.noise)
     for name, found in largest.items():
         require_headroom(name, found)
     return max(v for found in largest.values() for v in found.values())
-
-
-def expert_feeds(policy: Policy, noise: NDArray[np.float32]) -> list[dict[str, NDArray[np.generic]]]:
-    """The expert graph's inputs at the first and the last denoise step, from the current cache."""
-    m = policy.manifest
-    width = next(t.shape[1] for t in m.expert.inputs if t.name == "time_embedding")
-    nothing = np.zeros_like(noise)
-    actions = policy.denoise(noise, m.sampling.num_steps, nothing, nothing[:, :, :1].copy())
-    common = {"prev_chunk": nothing, "prev_weights": nothing[:, :, :1], **policy.graphs.cache()}
-    steps = schedule(m.sampling.num_steps, width, m.sampling, None)
-    return [
-        {
-            "noisy_actions": x,
-            "time_embedding": step.embedding,
-            "time": step.time,
-            "dt": step.dt,
-            "guidance": step.guidance,
-            **common,
-        }
-        for x, step in ((noise, steps[0]), (actions, steps[-1]))
-    ]
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -167,7 +141,12 @@ def _staging(output: Path, force: bool) -> Iterator[Path]:
         check_output(output, force)
         if output.exists():
             output.rename(root / "old")
-        folder.rename(output)
+        try:
+            folder.rename(output)
+        except BaseException:
+            if (root / "old").exists():
+                (root / "old").rename(output)
+            raise
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -194,8 +173,9 @@ def _describe(
         ),
         image_size=arch.image_size,
         tokens=bundle.Tokens(arch.token_length, pad),
-        state=bundle.Vector(config.state_dim, config.max_state_dim, around.state, None),
-        action=bundle.Vector(config.action_dim, config.max_action_dim, around.action, checkpoint.joints),
+        state=bundle.Vector(config.state_dim, config.max_state_dim, around.state),
+        action=bundle.Vector(config.action_dim, config.max_action_dim, around.action),
+        joints=checkpoint.joints,
         sampling=bundle.Sampling(
             config.chunk_size, config.n_action_steps, config.num_steps, config.min_period, config.max_period
         ),

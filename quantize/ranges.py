@@ -15,6 +15,8 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from ..runtime import Policy
+from ..runtime.preprocessing import Feeds
 from .errors import RangeError
 
 FLOAT16_MAX = 65504.0
@@ -50,6 +52,34 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
                 top = float(np.abs(value).max()) if np.isfinite(value).all() else float("inf")
                 largest[name] = max(largest.get(name, 0.0), top)
     return largest
+
+
+def policy_ranges(policy: Policy, feeds: Feeds, noise: NDArray[np.float32]) -> dict[str, dict[str, float]]:
+    """`float16_ranges` of both graphs of a bundle: the prefix on `feeds`, the expert at its first and last step.
+
+    The policy's cache must be the one that `feeds` filled. noise: [1, chunk_size, max_action_dim].
+    """
+    actions, nothing = policy.denoise(noise), np.zeros_like(noise)
+    steps = policy.steps(policy.manifest.sampling.num_steps)
+    cache = policy.graphs.cache()
+    expert = [
+        {
+            "noisy_actions": x,
+            "time_embedding": step.embedding,
+            "time": step.time,
+            "dt": step.dt,
+            "prev_chunk": nothing,
+            "prev_weights": nothing[:, :, :1],
+            "guidance": step.guidance,
+            **cache,
+        }
+        for x, step in ((noise, steps[0]), (actions, steps[-1]))
+    ]
+    m, path = policy.manifest, policy.bundle.path
+    return {
+        m.prefix.file: float16_ranges(path(m.prefix.file), [feeds]),
+        m.expert.file: float16_ranges(path(m.expert.file), expert),
+    }
 
 
 def require_headroom(graph: str, largest: Mapping[str, float]) -> None:

@@ -91,7 +91,6 @@ class Vector:
     dim: int
     padded: int
     normalization: Normalization
-    joints: tuple[str, ...] | None  # names, where the dataset records them
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,7 @@ class Manifest:
     state: Vector
     action: Vector
     sampling: Sampling
+    joints: tuple[str, ...] | None  # names of the action's values, where the dataset records them
     units: str | None
     fps: float | None
     precision: Precision
@@ -271,6 +271,8 @@ def _contradictions(m: Manifest) -> list[str]:
     ):
         if shapes.get(name) != shape:
             found.append(f"graph input {name} has shape {shapes.get(name)}, expected {shape}")
+    if m.joints is not None and len(m.joints) != m.action.dim:
+        found.append(f"{len(m.joints)} joints are named, the action has {m.action.dim} values")
     if m.fps is not None and not 0 < m.fps <= 1000:
         found.append(f"fps is {m.fps}, expected 0 to 1000")
     return found

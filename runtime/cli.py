@@ -145,6 +145,7 @@ def _check(chosen: Settings) -> tuple[_Plan, Manifest]:
         choose_provider(chosen.device, onnxruntime.get_available_providers())
     except BackendError as e:
         problems.append(str(e))
+    print(f"checking {chosen.bundle}", flush=True)  # the first time, every file is hashed
     try:
         manifest = Bundle.open(chosen.bundle).manifest
     except BundleError as e:
@@ -168,7 +169,7 @@ def _check(chosen: Settings) -> tuple[_Plan, Manifest]:
     else:
         settings.require_complete(chosen, manifest, problems)
     assert manifest is not None  # a bundle that does not open is a problem above
-    if not chosen.simulated and (reasons := settings.refusals(manifest, len(JOINT_NAMES))):
+    if not chosen.simulated and (reasons := settings.refusals(manifest, JOINT_NAMES)):
         raise SettingsError(
             f"the bundle {chosen.bundle} must not move a real arm: {'; '.join(reasons)}. "
             "Run it on the virtual arm: --port sim"

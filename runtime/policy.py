@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from .bundle import Bundle, Manifest
 from .errors import InputError
 from .ort import OrtGraphs
-from .preprocessing import Preprocessor
-from .sampling import RealTimeChunking, schedule
+from .preprocessing import Feeds, Preprocessor
+from .sampling import RealTimeChunking, Step, schedule
 
 Array = NDArray[np.float32]
 
@@ -95,16 +95,34 @@ class Policy:
         self.timing = Timing(*(1e3 * s for s in (ready - start, filled - ready, end - filled)))
         return chunk
 
+    def prefill(self, images: Mapping[str, NDArray[np.uint8]], state: NDArray[np.floating], task: str) -> Feeds:
+        """Preprocess an observation and fill the KV cache from it; -> what the prefix graph was fed."""
+        feeds = self.preprocessor.feeds(images, state, task)
+        self.graphs.prefill(feeds)
+        return feeds
+
     def denoise(
-        self, noise: Array, steps: int, prev: Array, weights: Array, velocities: list[Array] | None = None
+        self,
+        noise: Array,
+        steps: int | None = None,
+        prev: Array | None = None,
+        weights: Array | None = None,
+        velocities: list[Array] | None = None,
     ) -> Array:
-        """Solve from `noise` against the current cache; all [1, chunk_size, max_action_dim] but weights
-        [1, chunk_size, 1]; normalised actions out."""
+        """Solve from `noise` against the current cache; -> normalised actions.
+
+        noise, prev and the result: [1, chunk_size, max_action_dim]; weights: [1, chunk_size, 1], zeros (no
+        guidance) when None. `velocities`, where given, collects each step's velocity.
+        """
+        steps = self.manifest.sampling.num_steps if steps is None else steps
+        prev = np.zeros_like(noise) if prev is None else prev
+        weights = np.zeros((1, noise.shape[1], 1), np.float32) if weights is None else weights
+        return self.graphs.denoise(noise, self.steps(steps, guided=bool(weights.any())), prev, weights, velocities)
+
+    def steps(self, count: int, *, guided: bool = False) -> list[Step]:
+        """What the expert graph is given beside actions and cache, for each of `count` Euler steps."""
         width = next(t.shape[1] for t in self.manifest.expert.inputs if t.name == "time_embedding")
-        rtc = self.rtc if weights.any() else None
-        return self.graphs.denoise(
-            noise, schedule(steps, width, self.manifest.sampling, rtc), prev, weights, velocities
-        )
+        return schedule(count, width, self.manifest.sampling, self.rtc if guided else None)
 
     def draw_noise(self) -> Array:
         """Standard normal [1, chunk_size, max_action_dim] from the policy's own generator."""

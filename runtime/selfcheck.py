@@ -36,15 +36,12 @@ def run_selfcheck(policy: Policy) -> dict[str, float]:
         images = {c.name: data[f"image.{c.name}"] for c in m.cameras}
         worst = {"cache": 0.0, "actions": 0.0}
         for i, task in enumerate(data["task"]):
-            feeds = policy.preprocessor.feeds(images, data["state"], str(task))
-            policy.graphs.prefill(feeds)
+            policy.prefill(images, data["state"], str(task))
             cache = policy.graphs.cache()
             for name in _kv_names(m):
                 got = cache[name].ravel()[data[f"where.{i}"]]
                 worst["cache"] = max(worst["cache"], error(got, data[f"{name}.{i}"]))
-            nothing = np.zeros_like(data["noise"])
-            actions = policy.denoise(data["noise"], m.sampling.num_steps, nothing, nothing[:, :, :1].copy())
-            worst["actions"] = max(worst["actions"], error(actions, data[f"actions.{i}"]))
+            worst["actions"] = max(worst["actions"], error(policy.denoise(data["noise"]), data[f"actions.{i}"]))
     except (OSError, KeyError, IndexError, zipfile.BadZipFile) as e:
         raise BundleError(f"{path} is damaged ({e!r}): export the checkpoint again") from e
     return worst

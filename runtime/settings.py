@@ -152,16 +152,18 @@ def _as_toml(s: Settings) -> str:
     return "\n".join("  " + line for line in lines)
 
 
-def refusals(manifest: Manifest, joints: int) -> list[str]:
-    """Why this bundle must not move a real arm of `joints` joints; empty when it may."""
+def refusals(manifest: Manifest, joints: Sequence[str]) -> list[str]:
+    """Why this bundle must not move a real arm with these joints, in order; empty when it may."""
     found = []
     if manifest.source.demo:
         found.append("it is a demo: its weights are random")
     for name, vector in (("state", manifest.state), ("action", manifest.action)):
         if not vector.normalization.active:
             found.append(f"no statistics match its {name}, so its outputs are not joint angles (fine-tune it first)")
-        if vector.dim != joints:
-            found.append(f"its {name} has {vector.dim} values, the arm has {joints} joints")
+        if vector.dim != len(joints):
+            found.append(f"its {name} has {vector.dim} values, the arm has {len(joints)} joints")
+    if manifest.joints is not None and tuple(manifest.joints) != tuple(joints):
+        found.append(f"it was trained on the joints {', '.join(manifest.joints)}, the arm has {', '.join(joints)}")
     return found
 
 

@@ -29,7 +29,7 @@ def stage_errors(policy: Policy, golden: Golden, tensors: dict) -> dict[str, flo
     projected by the expert first, as the prefix graph does.
     """
     m, errors = policy.manifest, {}
-    feeds = policy.preprocessor.feeds(golden.images, golden.state, golden.task)
+    feeds = policy.prefill(golden.images, golden.state, golden.task)
     errors["images"] = error(feeds["images"], golden["images_preprocessed"][: len(m.cameras)])
     valid_tokens = golden["tokens"][golden["token_mask"].astype(bool)]
     assert np.array_equal(feeds["tokens"][feeds["token_mask"]], valid_tokens)
@@ -37,7 +37,6 @@ def stage_errors(policy: Policy, golden: Golden, tensors: dict) -> dict[str, flo
         assert np.array_equal(feeds["tokens"], golden["tokens"])  # padding too
     errors["state"] = error(feeds["state"], golden["state_normalized"])
 
-    policy.graphs.prefill(feeds)
     cache = policy.graphs.cache()
     valid, golden_valid = cache["prefix_mask"][0], golden["prefix_pad_mask"][0]
     errors["cache"] = 0.0
@@ -53,8 +52,8 @@ def stage_errors(policy: Policy, golden: Golden, tensors: dict) -> dict[str, flo
             got = cache[f"{kind}.{layer}"][0].transpose(1, 0, 2)[valid]
             errors["cache"] = max(errors["cache"], error(got, expected))
 
-    velocities, nothing = [], np.zeros_like(golden.noise)
-    actions = policy.denoise(golden.noise, m.sampling.num_steps, nothing, nothing[:, :, :1].copy(), velocities)
+    velocities = []
+    actions = policy.denoise(golden.noise, velocities=velocities)
     errors["velocity"] = error(np.stack(velocities), golden["velocity"])
     errors["x_t"] = error(actions, golden["x_t"][-1])
     errors["actions normalized"] = error(actions[:, :, : m.action.dim], golden["actions_normalized"])

@@ -155,6 +155,7 @@ def edit(folder, change):
         (lambda m: m["source"].update(demo=True), "its weights are random"),
         (lambda m: m["state"]["normalization"].update(statistics={}), "no statistics match its state"),
         (lambda m: m["action"]["normalization"].update(statistics={}), "no statistics match its action"),
+        (lambda m: m.update(joints=["a", "b", "c", "d", "e", "f"]), "it was trained on the joints a, b, c, d, e, f"),
     ],
 )
 def test_bundles_that_must_not_move_an_arm_are_refused_before_the_port_is_touched(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import typer
 from numpy.typing import NDArray
 
@@ -142,7 +141,7 @@ def _check(chosen: Settings) -> tuple[_Plan, Manifest]:
     """Raises one SettingsError with everything that is missing or wrong."""
     problems, manifest = [], None
     try:
-        choose_provider(chosen.device, onnxruntime.get_available_providers())
+        choose_provider(chosen.device)
     except BackendError as e:
         problems.append(str(e))
     print(f"checking {chosen.bundle}", flush=True)  # the first time, every file is hashed

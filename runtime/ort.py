@@ -4,9 +4,10 @@ The prefix writes the KV cache where the expert reads it; between denoise steps 
 step allocates, and nothing but a few scalars crosses between host and device.
 """
 
+import ctypes
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -26,32 +27,56 @@ _PROVIDER = {
 }
 
 
-def choose_provider(device: str, available: Sequence[str]) -> tuple[str, str]:
-    """-> (execution provider, the reason in words). Raises BackendError when `device` cannot be had."""
+def choose_provider(
+    device: str, available: Sequence[str] | None = None, loads: Callable[[str], bool] | None = None
+) -> tuple[str, str]:
+    """-> (execution provider, the reason in words). Raises BackendError when `device` cannot be had.
+
+    available: ONNX Runtime's providers, loads: whether a shared library can be loaded; this machine's when None.
+    """
+    available = onnxruntime.get_available_providers() if available is None else available
+    loads = _loads if loads is None else loads
     if device not in ("auto", *_PROVIDER):
         raise BackendError(f"unknown device {device!r}, expected auto, cpu, cuda or jetson")
+    lacks = {name: _lacks(name, available, loads) for name in _PROVIDER}
     if device == "auto":
-        if _PROVIDER["cuda"] in available:
-            return _PROVIDER["cuda"], "device auto: CUDA, because this onnxruntime has its provider"
-        return _PROVIDER["cpu"], "device auto: CPU, because this onnxruntime has no CUDA provider"
-    if _PROVIDER[device] in available:
+        if lacks["cuda"]:
+            return _PROVIDER["cpu"], f"device auto: CPU, because CUDA needs {lacks['cuda']}"
+        return _PROVIDER["cuda"], "device auto: CUDA, because its provider and the NVIDIA driver are there"
+    if not lacks[device]:
         return _PROVIDER[device], f"device {device}: as asked"
-    lacks = f"device {device} needs ONNX Runtime's {_PROVIDER[device]}, which this onnxruntime lacks"
-    both = {"onnxruntime", "onnxruntime-gpu"} <= {
-        d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions() if d.metadata["Name"]
-    }
-    if both:
-        raise BackendError(
-            f"{lacks}: onnxruntime and onnxruntime-gpu are both installed and overwrite each other. "
-            "Remove both, then pip install onnxruntime-gpu"
+    use = "cpu" if device == "cuda" or lacks["cuda"] else "cuda"
+    raise BackendError(f"device {device} needs {lacks[device]}. On this machine use --device {use}")
+
+
+def _lacks(device: str, available: Sequence[str], loads: Callable[[str], bool]) -> str:
+    """What is missing for `device`, in words; empty when nothing is."""
+    if device == "cpu":
+        return ""
+    missing = []
+    if _PROVIDER[device] not in available:
+        package = (
+            "an onnxruntime-gpu built with TensorRT, as for JetPack"
+            if device == "jetson"
+            else "onnxruntime-gpu in place of onnxruntime"
         )
-    use = next((d for d in ("cuda", "cpu") if d != device and _PROVIDER[d] in available), "cpu")
-    wants = (
-        "TensorRT (libnvinfer) and an onnxruntime-gpu built with it, as for JetPack"
-        if device == "jetson"
-        else "an NVIDIA GPU and onnxruntime-gpu in place of onnxruntime"
-    )
-    raise BackendError(f"{lacks}. It takes {wants}; on this machine use --device {use}")
+        missing.append(f"ONNX Runtime's {_PROVIDER[device]} ({package})")
+        installed = {str(d.metadata["Name"]).lower().replace("_", "-") for d in importlib.metadata.distributions()}
+        if {"onnxruntime", "onnxruntime-gpu"} <= installed:
+            missing.append("only one of onnxruntime and onnxruntime-gpu (remove both, then install onnxruntime-gpu)")
+    if not loads("libcuda.so.1"):
+        missing.append("the NVIDIA driver (libcuda.so.1)")
+    if device == "jetson" and not any(loads(f"libnvinfer.so.{version}") for version in (10, 11)):
+        missing.append("TensorRT (libnvinfer.so.10)")
+    return ", ".join(missing)
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 class OrtGraphs:
@@ -62,7 +87,7 @@ class OrtGraphs:
 
         Raises BackendError when the device or a graph cannot be used.
         """
-        provider, self.reason = choose_provider(device, onnxruntime.get_available_providers())
+        provider, self.reason = choose_provider(device)
         if provider != _PROVIDER["cpu"] and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
         self.device = "cpu" if provider == _PROVIDER["cpu"] else "cuda"
@@ -131,8 +156,8 @@ class OrtGraphs:
             raise BackendError(f"ONNX Runtime cannot load {bundle.path(graph.file)} on {provider}: {e}") from e
         if session.get_providers()[0] != provider:
             raise BackendError(
-                f"{provider} did not start (got {', '.join(session.get_providers())}): check the driver and the "
-                "CUDA libraries, or use --device cpu"
+                f"{provider} did not start (got {', '.join(session.get_providers())}): its CUDA, cuDNN or TensorRT "
+                "libraries do not load, see above. Install them, or use --device cpu"
             )
         self._check_signature(session, graph, bundle)
         return session

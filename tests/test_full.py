@@ -11,9 +11,12 @@ from goldens import Golden, stage_errors
 from safetensors.torch import load_file
 
 from smolvla_edge.export.checkpoint import load_checkpoint
-from smolvla_edge.export.writer import write_bundle
+from smolvla_edge.export.layers import FP16
+from smolvla_edge.export.reference import Observation, Reference
+from smolvla_edge.export.weights import build_views
+from smolvla_edge.export.writer import architecture_of, write_bundle
 from smolvla_edge.runtime import Policy
-from smolvla_edge.runtime.selfcheck import TOLERANCE
+from smolvla_edge.runtime.selfcheck import TOLERANCE, error
 
 pytestmark = pytest.mark.full
 REFERENCE = SHARED / "reference"
@@ -51,3 +54,15 @@ def test_every_stage_equals_lerobot_at_full_size(checkpoint, precision, tmp_path
     if name == "full" and precision == "fp32":  # performance.md's count: 2 cameras, 48 tokens, K and V hoisted
         gflop = np.array([written.manifest.prefix.flops, written.manifest.expert.flops]) / 1e9
         assert np.allclose(gflop, [430.6 + 54.2 + 0.6, 10.34], rtol=0.01)
+
+
+def test_float16_computed_in_float16_equals_lerobot_at_full_size(checkpoint):
+    """Torch's half arithmetic rounds every intermediate to float16; ONNX Runtime on a CPU would not."""
+    name, folder = checkpoint
+    loaded, golden = load_checkpoint(str(folder), vlm=SHARED / "smolvlm2"), Golden(REFERENCE / name)
+    arch = architecture_of(loaded)
+    views = Reference(loaded, arch, *build_views(arch, loaded.tensors, FP16))
+    got = views.run(Observation(golden.images, golden.state, golden.task, golden.noise))
+    worst = error(got.actions[:, :, :6], golden["actions_normalized"])
+    print(f"\n{name}: float16 in float16 {worst:.1e}")
+    assert worst < TOLERANCE["fp16"]

@@ -96,21 +96,31 @@ def test_all_problems_of_an_observation_are_named_at_once(policy, observation):
         policy.predict_chunk(**observation)
 
 
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+
 def test_jetson_without_tensorrt_says_what_is_missing_and_what_to_use():
-    with pytest.raises(BackendError, match=r"TensorRT.*on this machine use --device cpu"):
-        choose_provider("jetson", ["CPUExecutionProvider"])
-    with pytest.raises(BackendError, match="use --device cuda"):
-        choose_provider("jetson", ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(BackendError, match=r"TensorRT.*libcuda.*libnvinfer.*[Oo]n this machine use --device cpu"):
+        choose_provider("jetson", [CPU], lambda _: False)
+    with pytest.raises(BackendError, match=r"needs TensorRT \(libnvinfer.so.10\). On this machine use --device cuda"):
+        choose_provider("jetson", [TENSORRT, CUDA, CPU], lambda name: name == "libcuda.so.1")
+
+
+def test_cuda_without_a_driver_is_refused_before_anything_is_loaded():
+    with pytest.raises(BackendError, match=r"needs the NVIDIA driver .* use --device cpu"):
+        choose_provider("cuda", [CUDA, CPU], lambda _: False)
 
 
 def test_automatic_choices_give_their_reason():
-    assert choose_provider("auto", ["CPUExecutionProvider"]) == (
-        "CPUExecutionProvider",
-        "device auto: CPU, because this onnxruntime has no CUDA provider",
-    )
-    assert choose_provider("auto", ["CUDAExecutionProvider", "CPUExecutionProvider"])[0].startswith("CUDA")
+    provider, reason = choose_provider("auto", [CPU], lambda _: True)
+    assert (provider, reason[:46]) == (CPU, "device auto: CPU, because CUDA needs ONNX Runt")
+    provider, reason = choose_provider("auto", [CUDA, CPU], lambda _: False)
+    assert provider == CPU
+    assert "libcuda.so.1" in reason
+    assert choose_provider("auto", [CUDA, CPU], lambda _: True)[0] == CUDA
+    assert choose_provider("jetson", [TENSORRT, CUDA, CPU], lambda _: True) == (TENSORRT, "device jetson: as asked")
     with pytest.raises(BackendError, match="unknown device 'tpu'"):
-        choose_provider("tpu", [])
+        choose_provider("tpu", [], lambda _: True)
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,14 @@ def version_option() -> Any:
 
 
 def terminate_like_interrupt() -> None:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that every `finally` runs."""
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that every `finally` runs. SIGINT too: a shell that starts a program
+    in the background has it ignored."""
 
     def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGHUP, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
 
 
 def _print_version(value: bool | None) -> None:

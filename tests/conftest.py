@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,12 @@ import pytest
 DATA = Path(__file__).parent / "data"
 # Facts and full-size goldens that are not part of the repository; tests that need them skip without them.
 SHARED = Path(os.environ.get("SMOLVLA_EDGE_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """A run in the background of a shell inherits an ignored SIGINT, and so would every process it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,16 +72,15 @@ def tiny_checkpoint(tmp_path):
 def oldest_python():
     """A Python 3.10 interpreter: what the lean runtime must run on."""
     candidates = ["python3.10"]
-    if shutil.which("pyenv"):
-        root = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True).stdout.strip()
-        candidates += [str(p) for p in Path(root).glob("versions/3.10.*/bin/python3.10")]
+    # Version managers keep interpreters side by side: look beside the one that runs the tests.
+    candidates += [str(p) for p in sorted(Path(sys.base_prefix).parent.glob("*3.10*/bin/python3.10"))]
     for candidate in candidates:
         try:
             subprocess.run([candidate, "-c", ""], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
             continue
         return candidate
-    message = "needs a python3.10 on the PATH (or in pyenv)"
+    message = "needs a python3.10 on the PATH or beside the Python that runs the tests"
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)

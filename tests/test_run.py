@@ -5,7 +5,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -44,6 +43,23 @@ def real_port(arm, folder, tmp_path, *more):
 
 def run(line, cwd, timeout=60):
     return subprocess.run([str(x) for x in line], capture_output=True, text=True, cwd=cwd, timeout=timeout)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a line without waiting for it; whatever is still running at the end of the test is killed."""
+    started = []
+
+    def popen(line, **options):
+        started.append(
+            subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, **options)
+        )
+        return started[-1]
+
+    yield popen
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def assert_limp_and_unharmed(arm):
@@ -93,9 +109,9 @@ def test_a_run_on_a_port_ends_limp_and_within_every_limit(fresh, export_case, tm
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_switches_every_motor_off_and_exits_130(fresh, export_case, tmp_path, number):
+def test_a_signal_switches_every_motor_off_and_exits_130(fresh, export_case, tmp_path, start, number):
     line = real_port(fresh, export_case("tiny", "fp32"), tmp_path)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = start(line)
     wait_for_goals(fresh, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
@@ -105,9 +121,19 @@ def test_a_signal_switches_every_motor_off_and_exits_130(fresh, export_case, tmp
     assert_limp_and_unharmed(fresh)
 
 
-def test_a_servo_that_falls_silent_ends_the_run_with_every_other_motor_off(fresh, export_case, tmp_path):
+def test_a_run_in_the_background_of_a_shell_is_interruptible_too(fresh, export_case, tmp_path, start):
     line = real_port(fresh, export_case("tiny", "fp32"), tmp_path)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = start(line, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    wait_for_goals(fresh, process, count=5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert_limp_and_unharmed(fresh)
+
+
+def test_a_servo_that_falls_silent_ends_the_run_with_every_other_motor_off(fresh, export_case, tmp_path, start):
+    line = real_port(fresh, export_case("tiny", "fp32"), tmp_path)
+    process = start(line)
     wait_for_goals(fresh, process)
     fresh.inject("mute", servo_id=3, count=-1)
     _, err = process.communicate(timeout=20)
@@ -116,9 +142,9 @@ def test_a_servo_that_falls_silent_ends_the_run_with_every_other_motor_off(fresh
     assert_limp_and_unharmed(fresh)
 
 
-def test_one_lost_answer_does_not_end_the_run(fresh, export_case, tmp_path):
+def test_one_lost_answer_does_not_end_the_run(fresh, export_case, tmp_path, start):
     line = real_port(fresh, export_case("tiny", "fp32"), tmp_path, "--seconds", "2")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = start(line)
     wait_for_goals(fresh, process, count=10)
     fresh.inject("mute", servo_id=3, count=1)
     _, err = process.communicate(timeout=20)
@@ -288,15 +314,13 @@ def test_the_self_check_tells_a_good_bundle_from_a_changed_one(tiny_bundle, tmp_
     assert "does not compute here" in done.stderr
 
 
-def test_no_torch_is_loaded_in_the_process_that_drives_the_arm(fresh, export_case, tmp_path):
+def test_no_torch_is_loaded_in_the_process_that_drives_the_arm(fresh, export_case, tmp_path, start):
     """Read from the running process, not from its source."""
     line = real_port(fresh, export_case("tiny", "fp32"), tmp_path)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    reader = threading.Thread(target=process.communicate)
+    process = start(line)
     wait_for_goals(fresh, process, count=5)
     mapped = Path(f"/proc/{process.pid}/maps").read_text()
-    reader.start()
     process.send_signal(signal.SIGINT)
-    reader.join(timeout=20)
+    process.communicate(timeout=20)
     assert "onnxruntime" in mapped
     assert "libtorch" not in mapped

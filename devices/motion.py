@@ -14,13 +14,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from .calibration import JOINT_NAMES, Calibration
 from .errors import ArmError
-from .sts3215 import ENCODER_MAX
+from .sts3215 import ENCODER_MAX, NO_LOAD_TICKS_PER_S
 from .units import Scale, Units, to_raw, to_values
 
 JOINTS = len(JOINT_NAMES)
 # Far outside any range, yet small enough that the conversion to ticks cannot overflow.
 LARGEST_VALUE = 1e6
 TICKS_PER_DEG = ENCODER_MAX / 360
+# A step never covers more time than this, however slow the loop: a goal far away is a jump to the servo.
+MAX_DT_S = 0.1
+# The servo's own top speed without load (3400 step/s); a higher limit would limit nothing.
+TOP_SPEED_DEG_S = NO_LOAD_TICKS_PER_S / TICKS_PER_DEG
+TOP_GRIPPER_PCT_S = 500.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class MotionLimits:
         if type(self.margin_ticks) is not int or not 0 <= self.margin_ticks <= 45:
             # Twice the margin must leave some of the smallest range a calibration may have (100 ticks).
             problems.append(f"margin_ticks is {self.margin_ticks}, expected an integer from 0 to 45")
+        for name, top in (("speed_deg_s", TOP_SPEED_DEG_S), ("gripper_speed_pct_s", TOP_GRIPPER_PCT_S)):
+            if getattr(self, name) > top:
+                problems.append(f"{name} is {getattr(self, name)}, expected at most {top:.0f}")
         if not problems and self.first_move_speed_deg_s > self.speed_deg_s:
             problems.append("first_move_speed_deg_s is above speed_deg_s, expected the slower of the two")
         if not problems and self.first_move_gripper_pct_s > self.gripper_speed_pct_s:
@@ -93,7 +101,7 @@ class MotionShaper:
     """Turns targets in robot units into raw goals.
 
     Two consecutive goals of a joint never differ by more than speed x dt, to within one tick of rounding; dt
-    is the time between the calls, at most two periods of `rate_hz`: a pause never turns into a jump.
+    is the time between the calls, at most two periods of `rate_hz` and 0.1 s: a pause never turns into a jump.
     """
 
     def __init__(self, calibration: Calibration, units: Units, limits: MotionLimits, rate_hz: float) -> None:
@@ -101,7 +109,7 @@ class MotionShaper:
             raise ArmError(f"rate_hz is {rate_hz}, expected a finite number above 0.")
         self._calibration = calibration
         self._units = units
-        self._max_dt_s = 2 / rate_hz
+        self._max_dt_s = min(2 / rate_hz, MAX_DT_S)
         self._low = np.array([j.range_min for j in calibration.joints], np.int64) + limits.margin_ticks
         self._high = np.array([j.range_max for j in calibration.joints], np.int64) - limits.margin_ticks
         self._speed = limits.ticks_per_s(calibration)

@@ -122,7 +122,8 @@ class SO101:
         try:
             findings = inspect(self.bus, self.calibration)
             if findings.problems:
-                listing = "\n  ".join(findings.problems)
+                # The warnings too: that motors are on already matters most when the run does not start.
+                listing = "\n  ".join((*findings.problems, *findings.warnings))
                 raise ArmError(f"the arm on {self.bus.path} is refused, nothing was written:\n  {listing}")
         except BaseException:
             self.bus.close()

@@ -43,9 +43,12 @@ def read_vlm_config(source: Path | dict[str, Any]) -> Any:
     if isinstance(source, dict):
         return AutoConfig.for_model("smolvlm", **source)
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as e:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as e:  # transformers raises anything on a damaged file
         raise CheckpointError(f"{source} holds no readable VLM config.json: {e}") from e
+    if config.model_type != "smolvlm":
+        raise CheckpointError(f"{source}/config.json is of type {config.model_type!r}, expected 'smolvlm'")
+    return config
 
 
 @dataclass(frozen=True)

@@ -164,15 +164,18 @@ def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, floa
     path = folder / "train_config.json"
     if not path.is_file():
         return None, None
-    dataset = read_json(path).get("dataset") or {}
-    home = os.environ.get("HF_LEROBOT_HOME") or "~/.cache/huggingface/lerobot"
-    roots = [dataset.get("root"), Path(home).expanduser() / str(dataset.get("repo_id"))]
-    for root in roots:
-        info = Path(root) / "meta/info.json" if root else None
-        if info is None or not info.is_file():
+    dataset = read_json(path).get("dataset")
+    if not isinstance(dataset, dict):
+        return None, None
+    home = os.environ.get("HF_LEROBOT_HOME") or os.path.expanduser("~/.cache/huggingface/lerobot")  # noqa: PTH111
+    for root in (dataset.get("root"), f"{home}/{dataset.get('repo_id')}"):
+        info = Path(str(root)) / "meta/info.json"
+        if root is None or not info.is_file():
             continue
         meta = read_json(info)
-        names = ((meta.get("features") or {}).get("action") or {}).get("names")
+        features = meta.get("features")
+        action = features.get("action") if isinstance(features, dict) else None
+        names = action.get("names") if isinstance(action, dict) else None
         if isinstance(names, dict):  # older datasets: {"motors": [...]}
             names = next(iter(names.values()), None)
         fps = meta.get("fps")
@@ -180,6 +183,6 @@ def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, floa
             tuple(str(n).removesuffix(".pos") for n in names)
             if isinstance(names, list) and len(names) == dof
             else None,
-            float(fps) if isinstance(fps, int | float) else None,
+            float(fps) if isinstance(fps, int | float) and 0 < fps <= 200 else None,
         )
     return None, None

@@ -47,6 +47,7 @@ def export(
         raise ExportError(f"--precision is {precision!r}, expected fp32 or fp16")
     if missing := [name for name in _NEEDS if find_spec(name) is None]:
         raise ExportError(f"exporting needs {', '.join(missing)}: pip install 'smolvla-edge[export]'")
+    command.terminate_like_interrupt()  # so that nothing half-written stays behind
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     say("loading torch")
     from .checkpoint import load_checkpoint

@@ -51,9 +51,11 @@ def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: N
     _write_json(folder / "config.json", config)
     _write_tokenizer(vlm, say)
     for kind, side in (("pre", "normalizer"), ("post", "unnormalizer")):
-        state = f"policy_{kind}processor_step_0_{side}_processor.safetensors"
-        step = {"registry_name": f"{side}_processor", "config": {"norm_map": modes}, "state_file": state}
-        _write_json(folder / f"policy_{kind}processor.json", {"steps": [step]})
+        state = f"policy_{kind}processor_{side}_processor.safetensors"
+        scaling = {"registry_name": f"{side}_processor", "config": {"norm_map": modes}, "state_file": state}
+        text = [{"registry_name": n} for n in ("smolvla_new_line_processor", "tokenizer_processor")]
+        steps = [*text, scaling] if kind == "pre" else [scaling]
+        _write_json(folder / f"policy_{kind}processor.json", {"steps": steps})
         keys = ("observation.state", "action")
         save_file({f"{k}.{n}": torch.tensor(v) for k in keys for n, v in _STATISTICS.items()}, folder / state)
     say("drawing 403 million random weights")

@@ -90,6 +90,8 @@ def export_graph(view: nn.Module, example: Example, path: Path) -> None:
             assert program is not None  # dynamo=True without a path always returns a program
             program.model.ir_version = IR_VERSION
             program.save(str(path), external_data=True)
+    except OSError as e:
+        raise GraphError(f"{path.name} cannot be written: {e}. Is the disk full?") from e
     except torch.onnx.errors.OnnxExporterError as e:
         raise GraphError(f"torch.onnx could not export {path.name}: {e}") from e
     finally:

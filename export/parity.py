@@ -42,6 +42,7 @@ def measure(policy: Policy, observations: Sequence[Observation], expected: Seque
         record("velocity", error(np.stack(velocities), want.velocity))
         difference = np.abs(actions - want.actions).max()
         record("actions", float(difference) if np.isfinite(difference) else float("inf"))
+        record("chunk", error(policy.robot_units(actions), want.chunk))
     return worst
 
 
@@ -68,5 +69,5 @@ def write_selfcheck(path: Path, observations: Sequence[Observation], expected: S
         data[f"where.{i}"] = rng.choice(where, min(_SAMPLES, len(where)), replace=False).astype(np.int32)
         for name, tensor in stages.cache.items():
             data[f"{name}.{i}"] = tensor.ravel()[data[f"where.{i}"]]
-        data[f"actions.{i}"] = stages.actions
+        data[f"actions.{i}"], data[f"chunk.{i}"] = stages.actions, stages.chunk
     np.savez_compressed(path, **data)  # type: ignore[arg-type]  # numpy types **kwds as bool

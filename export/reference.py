@@ -1,7 +1,7 @@
 """The checkpoint's own answer: preprocessing and the float32 views in torch, stage by stage.
 
-It shares no code with the runtime, so that a mistake there shows. Stages, in order: images, tokens, state, cache,
-velocity, actions.
+It shares no code with the runtime, so that a mistake there shows; a mistake in the views themselves does not: that
+is what the goldens and --check-lerobot are for. Stages: images, tokens, state, cache, velocity, actions, chunk.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,13 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..runtime.normalization import Normalization
 from .architecture import Architecture
 from .checkpoint import Checkpoint
 from .expert import Expert
 from .graph import cache_names
 from .prefix import Prefix
-from .tokens import instructions
+from .tokens import instructions, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Stages:
     valid: NDArray[np.bool_]  # [P]: rows of the cache that are ever read
     velocity: NDArray[np.float32]  # [steps, 1, chunk, max_action_dim]
     actions: NDArray[np.float32]  # [1, chunk, max_action_dim], normalised
+    chunk: NDArray[np.float32]  # [chunk, dof], robot units
 
 
 def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0) -> list[Observation]:
@@ -70,7 +72,7 @@ def _image(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint
 
 
 def _tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint.tokenizer))
+    tokenizer = read_tokenizer(checkpoint.tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -108,6 +110,7 @@ class Reference:
             valid=mask[0].numpy(),
             velocity=np.stack(velocities),
             actions=x.numpy(),
+            chunk=self._robot_units(x[0, :, : self.checkpoint.config.action_dim]).numpy(),
         )
 
     def _images(self, images: Mapping[str, NDArray[np.uint8]]) -> Tensor:
@@ -125,18 +128,22 @@ class Reference:
     def _state(self, state: NDArray[np.float32]) -> Tensor:
         """LeRobot's NormalizerProcessorStep and prepare_state."""
         x, n = torch.from_numpy(state), self.checkpoint.processors.state
-        stats = {k: torch.tensor(v) for k, v in n.statistics.items()}
         if n.active and n.mode == "MEAN_STD":
-            x = (x - stats["mean"]) / (stats["std"] + n.eps)
+            x = (x - torch.tensor(n.statistics["mean"])) / (torch.tensor(n.statistics["std"]) + n.eps)
         elif n.active:
-            low, high = {
-                "MIN_MAX": ("min", "max"),
-                "QUANTILES": ("q01", "q99"),
-                "QUANTILE10": ("q10", "q90"),
-            }[n.mode]
-            span = stats[high] - stats[low]
-            x = 2 * (x - stats[low]) / torch.where(span == 0, torch.tensor(n.eps), span) - 1
+            low, span = _low_and_span(n)
+            x = 2 * (x - low) / span - 1
         return F.pad(x[None], (0, self.arch.max_state_dim - x.shape[0]))
+
+    def _robot_units(self, x: Tensor) -> Tensor:
+        """LeRobot's UnnormalizerProcessorStep."""
+        n = self.checkpoint.processors.action
+        if n.active and n.mode == "MEAN_STD":
+            return x * torch.tensor(n.statistics["std"]) + torch.tensor(n.statistics["mean"])
+        if n.active:
+            low, span = _low_and_span(n)
+            return (x + 1) / 2 * span + low
+        return x
 
     def _time_embedding(self, time: Tensor) -> Tensor:
         """LeRobot's create_sinusoidal_pos_embedding, in float64."""
@@ -145,3 +152,9 @@ class Reference:
         period = config.min_period * (config.max_period / config.min_period) ** fraction
         angle = 1.0 / period * 2 * torch.pi * time.double()[:, None]
         return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def _low_and_span(n: Normalization) -> tuple[Tensor, Tensor]:
+    names = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}[n.mode]
+    low, high = (torch.tensor(n.statistics[name]) for name in names)
+    return low, torch.where(high == low, torch.tensor(n.eps), high - low)

@@ -1,6 +1,7 @@
 """Checkpoint -> bundle: build the views, export, describe, prove, and only then move the folder into place."""
 
 import importlib.metadata
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -118,19 +119,42 @@ def _float16_largest(policy: Policy, observation: Observation) -> float:
 
 def check_output(output: Path, force: bool) -> None:
     """Raises ExportError when `output` may not be written; called before anything that takes time."""
+    if output.name in ("", ".."):
+        raise ExportError(f"--output is {str(output)!r}, expected the name of a new folder")
+    parent = output.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as e:
+        raise ExportError(f"{output} cannot be made: {parent} cannot be written to ({e.strerror})") from e
     if not output.exists() and not output.is_symlink():
         return
     if not force:
         raise ExportError(f"{output} exists: give another --output, or --force to replace it")
-    ours = output.is_dir() and not output.is_symlink()
-    if not ours or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise ExportError(f"{output} is not a bundle, so --force will not replace it: give another --output")
+    if output.is_symlink() or not output.is_dir():
+        raise ExportError(f"{output} is not a folder, so --force will not replace it: give another --output")
+    strangers = _strangers(output)
+    if strangers:
+        raise ExportError(
+            f"{output} holds what no bundle holds ({', '.join(strangers[:5])}), so --force will not replace it: "
+            "give another --output, or move these away"
+        )
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Names in `folder` that a bundle does not account for."""
+    names = sorted(p.name for p in folder.iterdir())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        known = {MANIFEST, *manifest["files"]} if manifest["format"] == bundle.FORMAT else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        known = set()
+    return [name for name in names if name not in known]
 
 
 @contextmanager
 def _staging(output: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place when the block ends well, and is gone otherwise."""
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
     try:
         folder = root / "new"

@@ -1,7 +1,7 @@
 """The runtime: a bundle, run without torch. `Policy` is the public API."""
 
 from .bundle import Bundle
-from .errors import BackendError, BundleError, InputError, SettingsError, SmolVLAError
+from .errors import BackendError, BundleError, CheckFailed, InputError, SafetyStop, SettingsError, SmolVLAError
 from .policy import Policy
 from .sampling import RealTimeChunking
 
@@ -9,9 +9,11 @@ __all__ = [
     "BackendError",
     "Bundle",
     "BundleError",
+    "CheckFailed",
     "InputError",
     "Policy",
     "RealTimeChunking",
+    "SafetyStop",
     "SettingsError",
     "SmolVLAError",
 ]

@@ -11,6 +11,7 @@ Any change of the fields raises VERSION. A newer bundle asks for a newer runtime
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -30,6 +31,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SELFCHECK_LIMIT = 10_000_000  # bytes
 
 Precision = Literal["fp32", "fp16"]
+_CACHE_DTYPE = {"fp32": "float32", "fp16": "float16"}
 Dtype = Literal["float32", "float16", "int32", "bool"]
 
 
@@ -157,8 +159,8 @@ class Bundle:
         except FileNotFoundError:
             what = "has no manifest.json" if folder.is_dir() else "is not there"
             raise BundleError(f"bundle {folder} {what}: make one with smolvla-export") from None
-        except OSError as e:
-            raise BundleError(f"cannot read {path}: {e.strerror or e}") from e
+        except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+            raise BundleError(f"cannot read {path}: {e}") from e
         try:
             raw = json.loads(text)
         except ValueError as e:
@@ -170,8 +172,12 @@ class Bundle:
     @property
     def cache_folder(self) -> Path:
         """Where anything derived from this bundle is kept: `$XDG_CACHE_HOME/smolvla-edge/<manifest hash>`."""
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(base).expanduser() / "smolvla-edge" / self.digest
+        base = os.environ.get("XDG_CACHE_HOME")
+        try:
+            folder = Path(base) if base else Path.home() / ".cache"
+        except RuntimeError:  # a container's user may have no home at all
+            folder = Path(tempfile.gettempdir()) / f"smolvla-edge-{os.getuid()}"
+        return folder / "smolvla-edge" / self.digest
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -262,19 +268,36 @@ def _contradictions(m: Manifest) -> list[str]:
     sizes |= {f"sampling.{n}": getattr(m.sampling, n) for n in ("chunk_size", "n_action_steps", "num_steps")}
     found += [f"{name} is {value}, expected at least 1" for name, value in sizes.items() if value < 1]
     shapes = {t.name: t.shape for t in (*m.prefix.inputs, *m.expert.inputs)}
-    size, chunk, s = m.image_size, m.sampling.chunk_size, m.action.padded
+    size, chunk = m.image_size, m.sampling.chunk_size
     for name, shape in (
         ("images", (len(m.cameras), 3, size, size)),
         ("tokens", (1, m.tokens.length)),
         ("state", (1, m.state.padded)),
-        ("noisy_actions", (1, chunk, s)),
+        ("noisy_actions", (1, chunk, m.action.padded)),
     ):
         if shapes.get(name) != shape:
             found.append(f"graph input {name} has shape {shapes.get(name)}, expected {shape}")
     if m.joints is not None and len(m.joints) != m.action.dim:
         found.append(f"{len(m.joints)} joints are named, the action has {m.action.dim} values")
-    if m.fps is not None and not 0 < m.fps <= 1000:
-        found.append(f"fps is {m.fps}, expected 0 to 1000")
+    if m.fps is not None and not 0 < m.fps <= 200:
+        found.append(f"fps is {m.fps}, expected above 0 and at most 200")
+    s = m.sampling
+    if s.n_action_steps > s.chunk_size:
+        found.append(f"n_action_steps {s.n_action_steps} is over chunk_size {s.chunk_size}")
+    if s.num_steps > 1000:
+        found.append(f"num_steps is {s.num_steps}, expected at most 1000")
+    if not 0 < s.min_period < s.max_period < math.inf:
+        found.append(f"periods are {s.min_period} to {s.max_period}, expected 0 < min_period < max_period")
+    if not 0 <= m.tokens.pad_id < 2**31:
+        found.append(f"tokens.pad_id is {m.tokens.pad_id}, expected a token id")
+    written = {t.name: t for t in m.prefix.outputs}
+    read = {t.name: t for t in m.expert.inputs if t.name in written}
+    found += [
+        f"the expert takes {name} not as the prefix leaves it" for name in written if read.get(name) != written[name]
+    ]
+    kinds = {t.dtype for t in m.prefix.outputs if t.name != "prefix_mask"}
+    if kinds != {_CACHE_DTYPE[m.precision]}:
+        found.append(f"precision is {m.precision}, but the cache is {', '.join(sorted(kinds))}")
     return found
 
 

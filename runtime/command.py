@@ -55,13 +55,16 @@ def version_option() -> Any:
 
 
 def terminate_like_interrupt() -> None:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that every `finally` runs. SIGINT too: a shell that starts a program
-    in the background has it ignored."""
+    """Every signal that ends or stops a program unwinds like Ctrl-C, so that each `finally` runs.
+
+    SIGINT too: a shell that starts a program in the background has it ignored. SIGTSTP (Ctrl-Z) and SIGQUIT would
+    leave an arm energised with nobody driving it.
+    """
 
     def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, interrupt)
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SafetyStop
+from .errors import SafetyStop, SmolVLAError
 from .inference import Chunk, InferenceThread, Observation
 
 STALE_FRAME_S = 0.5  # older frames are not shown to the policy
@@ -96,17 +96,20 @@ class ControlLoop:
         rows: int,
         seconds: float | None,
         faults: tuple[type[Exception], ...],
+        patience_s: float = 60.0,
         watch: Callable[[Tick], None] = lambda _: None,
     ) -> None:
         """frames: camera name -> its latest frame. rows: how many rows of a chunk are executed. faults: what arm and
-        cameras raise when they fail; one failed read is bridged, more end the run with SafetyStop."""
+        cameras raise when they fail; one failed read is bridged, more end the run with SafetyStop. patience_s: how
+        long a chunk may take."""
         self.arm, self.frames, self.inference = arm, frames, inference
         self.period_s, self.rows, self.seconds, self.faults = 1 / fps, rows, seconds, faults
-        self.watch, self.log = watch, Log()
+        self.patience_s, self.watch, self.log = patience_s, watch, Log()
         self._queue: deque[NDArray[np.float32]] = deque()
         self._position: NDArray[np.float64] | None = None
         self._lost_reads = self._bad_chunks = 0
-        self._fresh_s: dict[str, float] = {}
+        self._asked_s = 0.0
+        self._images: dict[str, NDArray[np.uint8]] = {}  # the frames of this tick that are fresh
 
     def run(self) -> Log:
         """-> what happened. Raises SafetyStop when arm, cameras or policy fail for longer than can be bridged."""
@@ -121,6 +124,7 @@ class ControlLoop:
                 return self.log
             self.log.late_ms.append(1e3 * (start - due))
             self._read()
+            self._look()
             self._collect()
             if self._act() and first_action is None:
                 first_action = start
@@ -146,9 +150,29 @@ class ControlLoop:
             if self._lost_reads >= LOST_READS or self._position is None:
                 raise SafetyStop(f"the arm cannot be read ({self._lost_reads} times in a row): {e}") from e
 
+    def _look(self) -> None:
+        """Take the fresh frames; a camera that gave none for too long ends the run, whatever the policy is doing."""
+        self._images = {}
+        for name, latest in self.frames.items():
+            try:
+                frame = latest()
+            except self.faults as e:
+                raise SafetyStop(f"a camera failed: {e}") from e
+            age_s = time.monotonic() - frame.time_s
+            if age_s > CAMERA_FAULT_S:
+                raise SafetyStop(f"camera '{name}' gave no new frame for {age_s:.1f} s")
+            if age_s <= STALE_FRAME_S:
+                self._images[name] = frame.image
+        self.log.counts.stale_frames += len(self._images) < len(self.frames)
+
     def _collect(self) -> None:
-        chunk = self.inference.poll()
+        try:
+            chunk = self.inference.poll()
+        except SmolVLAError as e:
+            raise SafetyStop(f"the policy failed: {e}") from e
         if chunk is None:
+            if self.inference.busy and time.monotonic() - self._asked_s > self.patience_s:
+                raise SafetyStop(f"the policy has not answered for {self.patience_s:.0f} s")
             return
         if not np.isfinite(chunk.actions).all():
             self._bad_chunks += 1
@@ -177,23 +201,6 @@ class ControlLoop:
         """Ask for a chunk once the queue is empty, on fresh frames only."""
         if self._queue or self.inference.busy or self._lost_reads or self._position is None:
             return
-        images = self._fresh_images()
-        if images is not None:
-            self.inference.request(Observation(images, self._position, time.monotonic()))
-
-    def _fresh_images(self) -> dict[str, NDArray[np.uint8]] | None:
-        images, now, stale = {}, time.monotonic(), ""
-        for name, latest in self.frames.items():
-            try:
-                frame = latest()
-            except self.faults as e:
-                frame, stale = None, f"camera '{name}': {e}"
-            if frame is not None and now - frame.time_s <= STALE_FRAME_S:
-                self._fresh_s[name] = now
-                images[name] = frame.image
-            elif now - self._fresh_s.setdefault(name, now) > CAMERA_FAULT_S:
-                raise SafetyStop(stale or f"camera '{name}' gave no new frame for {CAMERA_FAULT_S:g} s")
-        if len(images) == len(self.frames):
-            return images
-        self.log.counts.stale_frames += 1
-        return None
+        if len(self._images) == len(self.frames):
+            self._asked_s = time.monotonic()
+            self.inference.request(Observation(self._images, self._position))

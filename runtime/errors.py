@@ -1,10 +1,12 @@
 """What the runtime raises. Foreign exceptions are mapped to these at the border.
 
-SmolVLAError           everything below; the command line prints it and exits 2
-  BundleError          the bundle is missing, damaged, incomplete, changed, or of another version
-  InputError           an observation, an instruction or an option does not fit the bundle (also a ValueError)
-  BackendError         the device that was asked for cannot run here, or a graph failed to run
-  SettingsError        robot.toml or the flags that override it are wrong or incomplete
+SmolVLAError         everything below; the command line prints it and exits 2
+    BundleError      the bundle is missing, damaged, incomplete, changed, or of another version
+    InputError       an observation, an instruction or an option does not fit the bundle (also a ValueError)
+    BackendError     the device that was asked for cannot run here, or a graph failed to run
+    SettingsError    robot.toml or the flags that override it are wrong or incomplete
+    CheckFailed      the self-check: the bundle computes something else here; the command line exits 1
+    SafetyStop       a run was ended because going on was not safe; the command line exits 1
 """
 
 
@@ -30,3 +32,7 @@ class SettingsError(SmolVLAError):
 
 class SafetyStop(SmolVLAError):
     """A running arm was stopped; the message says why."""
+
+
+class CheckFailed(SmolVLAError):
+    """The bundle does not compute on this machine what its checkpoint computed."""

@@ -14,11 +14,10 @@ from .policy import Policy, Timing
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy is asked about. time_s: monotonic, when it was seen."""
+    """What the policy is asked about."""
 
     images: Mapping[str, NDArray[np.uint8]]
     state: NDArray[np.float64]
-    time_s: float
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Chunk:
     """What it answered. actions: float32 [rows, dof] in robot units; latency_s: from request to answer."""
 
     actions: NDArray[np.float32]
-    observed_s: float
     latency_s: float
     timing: Timing
 
@@ -75,6 +73,6 @@ class InferenceThread:
                     observation.images, observation.state, self._task, steps=self._steps
                 )
                 latency = time.monotonic() - start
-                self._answers.put(Chunk(actions, observation.time_s, latency, self._policy.timing))
+                self._answers.put(Chunk(actions, latency, self._policy.timing))
             except BaseException as e:  # raised again in the thread that polls
                 self._answers.put(e)

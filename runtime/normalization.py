@@ -37,12 +37,20 @@ class Normalization:
         """Why this cannot normalise vectors of `dim` values; empty when it can."""
         if not self.active:
             return []
+        if not 0 < self.eps < 1:
+            return [f"eps is {self.eps}, expected a small number above 0"]
         found = [f"{self.mode} needs statistic '{n}'" for n in NEEDS[self.mode] if n not in self.statistics]
         for name, values in self.statistics.items():
             if len(values) != dim:
                 found.append(f"statistic '{name}' has {len(values)} values, expected {dim}")
             elif not np.all(np.isfinite(values)):
                 found.append(f"statistic '{name}' is not finite")
+        if not found:
+            first, second = (np.array(self.statistics[n]) for n in NEEDS[self.mode])
+            if self.mode == "MEAN_STD" and (second < 0).any():
+                found.append("statistic 'std' is negative")
+            elif self.mode != "MEAN_STD" and (first > second).any():
+                found.append(f"statistic '{NEEDS[self.mode][0]}' is above '{NEEDS[self.mode][1]}'")
         return found
 
     def normalize(self, x: Array) -> Array:

@@ -87,6 +87,7 @@ class OrtGraphs:
 
         Raises BackendError when the device or a graph cannot be used.
         """
+        onnxruntime.disable_telemetry_events()
         provider, self.reason = choose_provider(device)
         if provider != _PROVIDER["cpu"] and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed

@@ -25,10 +25,6 @@ class Timing:
     prefix_ms: float
     denoise_ms: float
 
-    @property
-    def total_ms(self) -> float:
-        return self.preprocess_ms + self.prefix_ms + self.denoise_ms
-
 
 class Policy:
     """A bundle, loaded on one device. Not thread-safe: one thread predicts at a time."""
@@ -42,21 +38,21 @@ class Policy:
     @classmethod
     def load(
         cls,
-        bundle: str | Path,
+        bundle: str | Path | Bundle,
         device: str = "auto",
         *,
         realtime: bool = False,
         rtc: RealTimeChunking | None = None,
         seed: int | None = None,
     ) -> "Policy":
-        """Open and check a bundle and load its graphs.
+        """Open and check a bundle (unless it is open already) and load its graphs.
 
         device: auto | cpu | cuda | jetson. realtime: leave a core to a control loop. rtc: settings of real-time
         chunking, used when `predict_chunk` is given a previous chunk. seed: of the noise, random when None.
 
         Raises BundleError for the folder, BackendError for the device.
         """
-        opened = Bundle.open(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(opened, OrtGraphs(opened, device, realtime=realtime), rtc or RealTimeChunking(), seed)
 
     @property
@@ -90,7 +86,7 @@ class Policy:
         self.graphs.prefill(feeds)
         filled = time.perf_counter()
         actions = self.denoise(noise, steps, prev, weights)
-        chunk = self.manifest.action.normalization.unnormalize(actions[0, :, : self.manifest.action.dim])
+        chunk = self.robot_units(actions)
         end = time.perf_counter()
         self.timing = Timing(*(1e3 * s for s in (ready - start, filled - ready, end - filled)))
         return chunk
@@ -118,6 +114,10 @@ class Policy:
         prev = np.zeros_like(noise) if prev is None else prev
         weights = np.zeros((1, noise.shape[1], 1), np.float32) if weights is None else weights
         return self.graphs.denoise(noise, self.steps(steps, guided=bool(weights.any())), prev, weights, velocities)
+
+    def robot_units(self, actions: Array) -> Array:
+        """Normalised actions [1, chunk_size, max_action_dim] -> [chunk_size, dof] in robot units."""
+        return self.manifest.action.normalization.unnormalize(actions[0, :, : self.manifest.action.dim])
 
     def steps(self, count: int, *, guided: bool = False) -> list[Step]:
         """What the expert graph is given beside actions and cache, for each of `count` Euler steps."""

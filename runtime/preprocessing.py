@@ -55,7 +55,7 @@ class Preprocessor:
             return [f"state is {getattr(state, 'dtype', type(state).__name__)}, expected a float numpy array"]
         if state.shape != (dim,):
             return [f"state has shape {state.shape}, expected ({dim},)"]
-        if not np.isfinite(state).all():
+        if not (np.abs(state) <= np.finfo(np.float32).max).all():  # a NaN fails this too
             return [f"state is not finite: {state.tolist()}"]
         return []
 

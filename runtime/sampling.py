@@ -36,10 +36,10 @@ class RealTimeChunking:
         wrong = []
         if self.schedule not in get_args(Schedule):
             wrong.append(f"schedule is {self.schedule!r}, expected one of {', '.join(get_args(Schedule))}")
-        if self.execution_horizon < 1:
+        if not isinstance(self.execution_horizon, int) or self.execution_horizon < 1:
             wrong.append(f"execution_horizon is {self.execution_horizon}, expected at least 1 action")
-        if not self.max_guidance_weight > 0:
-            wrong.append(f"max_guidance_weight is {self.max_guidance_weight}, expected above 0")
+        if not 0 < self.max_guidance_weight < math.inf:
+            wrong.append(f"max_guidance_weight is {self.max_guidance_weight}, expected a finite number above 0")
         if wrong:
             raise InputError("real-time chunking: " + "; ".join(wrong))
 

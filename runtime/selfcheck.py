@@ -1,7 +1,7 @@
 """Does this bundle compute on this machine what the checkpoint computed where it was exported?
 
-`selfcheck.npz` holds one observation, three instructions (short, padded, full-length), the normalised actions that
-the checkpoint answers, and a sample of every KV tensor: final actions alone hide a stale cache.
+`selfcheck.npz` holds one observation, three instructions (short, padded, full-length), the actions that the
+checkpoint answers, normalised and in robot units, and a sample of every KV tensor: actions hide a stale cache.
 """
 
 import zipfile
@@ -28,20 +28,22 @@ def error(got: NDArray[Any], expected: NDArray[Any]) -> float:
 
 
 def run_selfcheck(policy: Policy) -> dict[str, float]:
-    """-> worst error over the instructions for 'cache' and 'actions'. Raises BundleError for a damaged file."""
+    """-> worst error over the instructions of 'cache', 'actions', 'chunk'. Raises BundleError for a damaged file."""
     path, m = policy.bundle.path(FILE), policy.manifest
     try:
         with np.load(path, allow_pickle=False) as file:
             data = dict(file)
         images = {c.name: data[f"image.{c.name}"] for c in m.cameras}
-        worst = {"cache": 0.0, "actions": 0.0}
+        worst = {"cache": 0.0, "actions": 0.0, "chunk": 0.0}
         for i, task in enumerate(data["task"]):
             policy.prefill(images, data["state"], str(task))
             cache = policy.graphs.cache()
             for name in _kv_names(m):
                 got = cache[name].ravel()[data[f"where.{i}"]]
                 worst["cache"] = max(worst["cache"], error(got, data[f"{name}.{i}"]))
-            worst["actions"] = max(worst["actions"], error(policy.denoise(data["noise"]), data[f"actions.{i}"]))
+            actions = policy.denoise(data["noise"])
+            worst["actions"] = max(worst["actions"], error(actions, data[f"actions.{i}"]))
+            worst["chunk"] = max(worst["chunk"], error(policy.robot_units(actions), data[f"chunk.{i}"]))
     except (OSError, KeyError, IndexError, zipfile.BadZipFile) as e:
         raise BundleError(f"{path} is damaged ({e!r}): export the checkpoint again") from e
     return worst

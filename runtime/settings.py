@@ -20,7 +20,7 @@ else:
 
 SIM = "sim"
 DEFAULT_FPS = 30.0
-_EXAMPLE_TASK = "Pick up the red cube and place it on the plate."
+EXAMPLE_TASK = "Pick up the red cube and place it on the plate."
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def require_complete(settings: Settings, manifest: Manifest | None, problems: Se
             ("calibration", "a LeRobot calibration file, or the id of one"),
             ("task", "the instruction"),
         )
-        if getattr(settings, name) is None
+        if not getattr(settings, name)  # an empty string is a shell variable that was not set
     ]
     names = [c.name for c in manifest.cameras] if manifest else list(settings.cameras) or ["NAME"]
     missing += [f"camera '{n}'" for n in names if n not in settings.cameras and manifest]
@@ -118,6 +118,8 @@ def require_complete(settings: Settings, manifest: Manifest | None, problems: Se
         found.append("missing " + ", ".join(missing))
     if unknown and manifest:
         found.append(f"the bundle has no camera {', '.join(map(repr, unknown))}, it has {', '.join(names)}")
+    sources = list(settings.cameras.values())
+    found += [f"two cameras share {x}" for x in sorted({x for x in sources if sources.count(x) > 1})]
     if not found:
         return
     full = dataclasses.replace(
@@ -125,7 +127,7 @@ def require_complete(settings: Settings, manifest: Manifest | None, problems: Se
         port=settings.port or "/dev/ttyACM0",
         units=settings.units or "degrees",
         calibration=settings.calibration or "my_arm",
-        task=settings.task or _EXAMPLE_TASK,
+        task=settings.task or EXAMPLE_TASK,
         cameras={n: settings.cameras.get(n, f"/dev/video{2 * i}") for i, n in enumerate(names)},
     )
     listed = "\n  ".join(found)

@@ -28,7 +28,8 @@ class Tokenizer:
         A newline is added unless the task ends with one, as in LeRobot. Raises InputError for an instruction
         longer than the bundle's length: cutting it costs task success without a word.
         """
-        if not isinstance(task, str) or not task.strip():
+        if not isinstance(task, str) or not task.strip() or any("\ud800" <= c <= "\udfff" for c in task):
+            # A lone surrogate is what Python makes of bytes on the command line that are not UTF-8.
             raise InputError(f"the task is {task!r}, expected an instruction such as 'Pick up the red cube.'")
         ids = self._tokenizer.encode(task if task.endswith("\n") else task + "\n").ids
         if len(ids) > self._length:

@@ -110,6 +110,14 @@ def test_what_is_derived_is_kept_private_to_the_user(tiny_bundle):
         (lambda m: m.update(precision="int3"), "expected one of"),
         (lambda m: m.update(cameras=[]), "at least one"),
         (lambda m: m["files"].pop("selfcheck.npz"), "not listed"),
+        (lambda m: m["action"]["normalization"]["statistics"].update(std=[-1.0] * 6), "'std' is negative"),
+        (lambda m: m["sampling"].update(n_action_steps=500), "n_action_steps 500 is over"),
+        (lambda m: m["sampling"].update(min_period=0.0), "expected 0 < min_period"),
+        (lambda m: m["sampling"].update(num_steps=5000), "num_steps is 5000"),
+        (lambda m: m["tokens"].update(pad_id=2**40), "expected a token id"),
+        (lambda m: m.update(precision="fp16"), "precision is fp16, but the cache is float32"),
+        (lambda m: m["expert"]["inputs"][8].update(shape=[1, 2, 3, 4]), "not as the prefix leaves it"),
+        (lambda m: m.update(joints=["a"]), "1 joints are named"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(tiny_bundle, change, message):
@@ -131,5 +139,5 @@ def test_the_manifest_holds_what_a_reader_needs(export_case):
     assert [c.name for c in m.cameras] == ["front", "wrist"]
     assert m.cache_bytes == sum(t.bytes for t in m.prefix.outputs[1:])
     assert m.prefix.flops > m.expert.flops > 0
-    assert set(m.parity) == {"images", "tokens", "state", "cache", "velocity", "actions"}
+    assert set(m.parity) == {"images", "tokens", "state", "cache", "velocity", "actions", "chunk"}
     assert m.built_with["torch"]

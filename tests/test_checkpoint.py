@@ -1,6 +1,9 @@
 """Reading LeRobot checkpoints of every form, and refusing what cannot be exported faithfully."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from smolvla_edge.export.weights import build_views
 from smolvla_edge.export.writer import architecture_of, write_bundle
 from smolvla_edge.runtime.normalization import Normalization
 
+PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 STATE_FILE = "policy_preprocessor_step_5_normalizer_processor.safetensors"
 ACTION_FILE = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 
@@ -145,6 +149,14 @@ def test_a_vlm_folder_can_be_given(tiny_checkpoint, tmp_path):
         ({"chunk_size": 10}, "n_action_steps 50 is over chunk_size 10"),
         ({"max_state_dim": 4}, "state has 6 dimensions"),
         ({"input_features": {}}, "no camera"),
+        ({"input_features": [1]}, "expected a table of features"),
+        ({"min_period": "x"}, "min_period is 'x', expected float"),
+        ({"max_period": 0}, "expected 0 < min < max"),
+        ({"empty_cameras": -1}, "empty_cameras is -1"),
+        ({"num_vlm_layers": None}, "expected whole numbers"),
+        ({"add_image_special_tokens": "no"}, "add_image_special_tokens is 'no', expected bool"),
+        ({"vlm_model_name": None}, "vlm is None"),
+        ({"output_features": {"action": {"type": "ACTION", "shape": [6, 3]}}}, r"action_dim is \[6, 3\]"),
     ],
 )
 def test_configs_that_cannot_be_exported_faithfully_are_refused(tiny_checkpoint, change, message):
@@ -238,6 +250,41 @@ def test_a_processor_step_nobody_here_knows_is_refused(tiny_checkpoint):
         load_checkpoint(str(tiny_checkpoint))
 
 
+def edit_step(folder, side, index, **options):
+    edit_json(folder / f"policy_{side}processor.json", lambda p: p["steps"][index]["config"].update(options))
+
+
+SIDE_TO_EMPTY = {"observation.images.side": "observation.images.empty_camera_0"}
+RELATIVE = {"registry_name": "absolute_actions_processor", "config": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: edit_step(f, "pre", 5, normalize_observation_keys=[]), "leaves the state out"),
+        (lambda f: edit_step(f, "pre", 5, features={}), "leaves the state out"),
+        (lambda f: edit_step(f, "pre", 3, padding_side="left"), "pads on the left"),
+        (lambda f: edit_step(f, "pre", 3, tokenizer_name="google/paligemma-3b"), "they must be one"),
+        (lambda f: edit_step(f, "pre", 3, max_length=2), "cut to 2 tokens"),
+        (lambda f: edit_step(f, "pre", 3, max_length="many"), "is damaged"),
+        (lambda f: edit_step(f, "pre", 0, rename_map=SIDE_TO_EMPTY), "into the empty slot"),
+        (lambda f: edit_json(f / PRE, lambda p: p["steps"].pop(2)), "new_line.* is missing"),
+        (lambda f: edit_json(f / PRE, lambda p: p["steps"].append(p["steps"][5])), "comes 2 times"),
+        (lambda f: edit_json(f / POST, lambda p: p["steps"].append(RELATIVE)), "absolute_actions_processor"),
+    ],
+)
+def test_processors_that_do_something_else_are_refused(tiny_checkpoint, change, message):
+    change(tiny_checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(str(tiny_checkpoint))
+
+
+def test_a_tokenizer_that_is_none_is_refused(tiny_checkpoint, tmp_path):
+    (tiny_checkpoint / "vlm" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        write_bundle(load_checkpoint(str(tiny_checkpoint)), tmp_path / "bundle", "fp32")
+
+
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "not-a-hub-id", "./nope/nope"])
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused(name):
     with pytest.raises(CheckpointError, match="neither a folder nor a Hub id"):
@@ -261,10 +308,39 @@ def test_an_existing_output_is_refused_and_untouched(tiny_checkpoint, tmp_path):
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
     checkpoint = load_checkpoint(str(tiny_checkpoint))
-    for force, message in ((False, "exists"), (True, "is not a bundle")):
+    (output / "manifest.json").write_text('{"name": "my web app"}')
+    for force, message in ((False, "exists"), (True, "holds what no bundle holds .*thesis.tex")):
         with pytest.raises(ExportError, match=message):
             write_bundle(checkpoint, output, "fp32", force=force)
-    assert [p.name for p in output.iterdir()] == ["thesis.tex"]
+    assert sorted(p.name for p in output.iterdir()) == ["manifest.json", "thesis.tex"]
+
+
+def test_force_replaces_a_bundle_but_not_what_somebody_put_into_it(tiny_bundle, tiny_checkpoint):
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+    (tiny_bundle / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"notes\.txt"):
+        write_bundle(checkpoint, tiny_bundle, "fp32", force=True)
+    (tiny_bundle / "notes.txt").unlink()
+    write_bundle(checkpoint, tiny_bundle, "fp32", force=True)
+
+
+@pytest.mark.parametrize("output", [".", "", "/proc/x/y", "file/x"])
+def test_an_output_that_cannot_be_is_refused_at_once(tiny_checkpoint, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"expected the name of a new folder|cannot be made"):
+        write_bundle(load_checkpoint(str(tiny_checkpoint)), Path(output), "fp32")
+
+
+def test_an_export_that_is_terminated_leaves_nothing_behind(tiny_checkpoint, tmp_path):
+    command = [str(Path(sys.executable).with_name("smolvla-export")), str(tiny_checkpoint), "--output", "out/bundle"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while "exporting expert" not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_failed_export_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The control loop against an arm and a policy that misbehave on purpose."""
 
-import threading
 import time
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import pytest
 
 from smolvla_edge.runtime import control
 from smolvla_edge.runtime.control import ControlLoop
-from smolvla_edge.runtime.errors import SafetyStop
+from smolvla_edge.runtime.errors import BackendError, SafetyStop
 from smolvla_edge.runtime.inference import InferenceThread
 from smolvla_edge.runtime.policy import Timing
 
@@ -45,7 +44,6 @@ class ScriptedPolicy:
 
     def __init__(self, delay_s=0.0, answers=()):
         self.delay_s, self.answers, self.calls = delay_s, list(answers), 0
-        self.release = threading.Event()
 
     def predict_chunk(self, images, state, task, steps):
         time.sleep(self.delay_s)
@@ -138,13 +136,48 @@ def test_lost_reads_are_bridged_until_there_are_too_many():
         run(arm, ScriptedPolicy(), seconds=0.3)
 
 
-def test_a_stale_frame_is_never_shown_to_the_policy(monkeypatch):
-    monkeypatch.setattr(control, "CAMERA_FAULT_S", 0.2)
-    policy, old = ScriptedPolicy(), time.monotonic() - 10
-    stale = {"front": lambda: SimpleNamespace(image=np.zeros((2, 2, 3), np.uint8), time_s=old)}
+def camera(age_s):
+    """A camera whose newest frame is `age_s()` old."""
+    return {"front": lambda: SimpleNamespace(image=np.zeros((2, 2, 3), np.uint8), time_s=time.monotonic() - age_s())}
+
+
+def test_a_stale_frame_is_never_shown_to_the_policy():
+    policy, start = ScriptedPolicy(), time.monotonic()
+    late = camera(lambda: 1.0 if time.monotonic() - start < 0.3 else 0.0)
+    log = run(RecordingArm(), policy, frames=late, seconds=0.1)
+    assert log.counts.stale_frames >= 20
+    assert log.counts.acted > 0  # once the frames were fresh again
+
+
+def test_a_camera_that_dies_ends_the_run_while_a_chunk_is_still_executed():
+    arm, start = RecordingArm(), time.monotonic()
+    policy = ScriptedPolicy(answers=[np.zeros((1000, 2), np.float32)])
+    dying = camera(lambda: 0.0 if time.monotonic() - start < 0.2 else control.CAMERA_FAULT_S + 1)
     with pytest.raises(SafetyStop, match="camera 'front' gave no new frame"):
-        run(RecordingArm(), policy, frames=stale)
-    assert policy.calls == 0
+        run(arm, policy, frames=dying, rows=1000, seconds=5)
+    assert 5 < len(arm.sent) < 60
+
+
+def test_a_long_chunk_is_no_camera_fault(monkeypatch):
+    monkeypatch.setattr(control, "CAMERA_FAULT_S", 0.2)
+    chunk = np.zeros((40, 2), np.float32)
+    log = run(RecordingArm(), ScriptedPolicy(answers=[chunk, chunk]), rows=40, seconds=0.6)
+    assert log.counts.stale_frames == 0
+
+
+def test_a_policy_that_never_answers_ends_the_run():
+    loop, inference = loop_of(RecordingArm(), ScriptedPolicy(delay_s=0.6))
+    loop.patience_s = 0.2
+    try:
+        with pytest.raises(SafetyStop, match="has not answered for"):
+            loop.run()
+    finally:
+        inference.stop()
+
+
+def test_a_policy_that_fails_is_a_safety_stop():
+    with pytest.raises(SafetyStop, match="the policy failed: out of memory"):
+        run(RecordingArm(), ScriptedPolicy(answers=[BackendError("out of memory")]))
 
 
 def test_a_slow_tick_is_not_made_up_for_in_a_burst():

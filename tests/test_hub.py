@@ -60,9 +60,9 @@ def test_a_cached_hub_checkpoint_is_exported_offline_at_its_commit(tmp_path):
     files |= {"tokenizer/tokenizer.json": tiny / "vlm" / "tokenizer.json"}
     snapshot = fill_cache(tmp_path / "hf", "me/tiny", files)
     save_mismatched_statistics(snapshot)
-    config = json.loads((snapshot / "config.json").read_text())
-    config["vlm_model_name"] = "me/tiny-vlm"
-    (snapshot / "config.json").write_text(json.dumps(config))
+    for name in ("config.json", "policy_preprocessor.json"):
+        text = (snapshot / name).read_text()
+        (snapshot / name).write_text(text.replace('"./vlm"', '"me/tiny-vlm"'))
     fill_cache(tmp_path / "hf", "me/tiny-vlm", {"config.json": tiny / "vlm" / "config.json"})
 
     done = export_offline(tmp_path / "hf", tmp_path, "me/tiny")

@@ -68,6 +68,15 @@ def test_an_unnormalised_state_fails_the_check(policy, references):
     assert not run_selfcheck(policy)["cache"] <= TOLERANCE["fp32"]
 
 
+def test_actions_scaled_back_wrongly_fail_the_check(policy, references):
+    """Nothing before the last stage knows the action's statistics."""
+    m = policy.manifest
+    identity = replace(m.action.normalization, mode="IDENTITY")
+    policy.bundle.manifest = replace(m, action=replace(m.action, normalization=identity))
+    assert failing_stages(policy, references) == {"chunk"}
+    assert not run_selfcheck(policy)["chunk"] <= TOLERANCE["fp32"]
+
+
 def test_a_truncated_instruction_fails_the_check(policy, references):
     encode = policy.preprocessor.tokenizer.encode
 

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from smolvla_edge.devices.sts3215 import Register
@@ -108,7 +110,9 @@ def test_a_run_on_a_port_ends_limp_and_within_every_limit(fresh, export_case, tm
         assert max(steps) <= fastest
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP], ids=lambda n: n.name
+)
 def test_a_signal_switches_every_motor_off_and_exits_130(fresh, export_case, tmp_path, start, number):
     line = real_port(fresh, export_case("tiny", "fp32"), tmp_path)
     process = start(line)
@@ -152,7 +156,7 @@ def test_one_lost_answer_does_not_end_the_run(fresh, export_case, tmp_path, star
     assert_limp_and_unharmed(fresh)
 
 
-def test_cameras_that_freeze_end_the_run(fresh, export_case, tmp_path):
+def test_a_camera_that_is_frozen_at_the_start_leaves_the_motors_off(fresh, export_case, tmp_path):
     """The picture stays in place but nobody draws a new one: its time of capture gives it away."""
     frozen = {}
     for name, source in fresh.camera_sources.items():
@@ -164,7 +168,8 @@ def test_cameras_that_freeze_end_the_run(fresh, export_case, tmp_path):
     line = [w.replace(fresh.camera_sources["wrist"], frozen["wrist"]) for w in line]
     done = run(line, tmp_path, timeout=30)
     assert done.returncode == 1
-    assert "camera 'wrist' gave no new frame" in done.stderr
+    assert "no new frame from camera wrist" in done.stderr
+    assert fresh.goals() == []
     assert_limp_and_unharmed(fresh)
 
 
@@ -249,6 +254,52 @@ def test_everything_that_is_missing_is_listed_with_a_command_and_a_file_that_wor
     assert_limp_and_unharmed(fresh)
 
 
+@pytest.mark.parametrize("empty", ["--units", "--task", "--calibration"])
+def test_an_empty_flag_is_a_missing_one(fresh, export_case, tmp_path, empty):
+    """As a script with an unset variable would give it."""
+    line = real_port(fresh, export_case("tiny", "fp32"), tmp_path)
+    line[line.index(empty) + 1] = ""
+    done = run(line, tmp_path)
+    assert done.returncode == 2
+    assert empty.removeprefix("--") in done.stderr
+    assert fresh.frames_seen() == 0
+
+
+def test_one_camera_cannot_be_two(fresh, export_case, tmp_path):
+    line = real_port(fresh, export_case("tiny", "fp32"), tmp_path)
+    line = [w.replace(fresh.camera_sources["wrist"], fresh.camera_sources["front"]) for w in line]
+    done = run(line, tmp_path)
+    assert done.returncode == 2
+    assert "two cameras share" in done.stderr
+
+
+def test_a_still_picture_on_an_arm_is_pointed_out(fresh, export_case, tmp_path):
+    cv2.imwrite(str(tmp_path / "still.png"), np.zeros((48, 64, 3), np.uint8))
+    line = real_port(fresh, export_case("tiny", "fp32"), tmp_path, "--seconds", "0.5")
+    line = [w.replace(fresh.camera_sources["wrist"], str(tmp_path / "still.png")) for w in line]
+    done = run(line, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: camera 'wrist' is a still picture" in done.stdout
+
+
+def test_a_rate_too_slow_for_an_arm_is_refused(fresh, export_case, tmp_path):
+    done = run(real_port(fresh, export_case("tiny", "fp32"), tmp_path, "--fps", "1"), tmp_path)
+    assert done.returncode == 2
+    assert "too slow for a real arm" in done.stderr
+    assert fresh.frames_seen() == 0
+
+
+def test_a_refused_start_says_that_motors_are_on_already(fresh, export_case, tmp_path):
+    fresh.set_register(2, Register.TORQUE_ENABLE, 1)
+    raw = json.loads((tmp_path / "my_arm.json").read_text())
+    raw["elbow_flex"]["homing_offset"] += 40
+    (tmp_path / "my_arm.json").write_text(json.dumps(raw))
+    done = run(real_port(fresh, export_case("tiny", "fp32"), tmp_path), tmp_path)
+    assert done.returncode == 2
+    assert "shoulder_lift" in done.stderr
+    assert "elbow_flex" in done.stderr
+
+
 def test_jetson_without_tensorrt_is_told_together_with_what_else_is_missing(tmp_path):
     done = run([COMMAND, "--device", "jetson", "--port", "/dev/ttyACM0"], tmp_path)
     assert done.returncode == 2
@@ -267,6 +318,9 @@ def test_jetson_without_tensorrt_is_told_together_with_what_else_is_missing(tmp_
         ("fps = 0", "fps is 0"),
         ("[limits]\nspeed_deg_s = -1", "speed_deg_s is -1"),
         ("[limits]\nwarp = 9", "unknown limits warp"),
+        ("[limits]\nmargin_ticks = inf", "margin_ticks is inf"),
+        ("[limits]\nspeed_deg_s = 1e12", "expected at most 299"),
+        (f"fps = {'9' * 400}", "expected float"),
         ("fps =", "is not TOML"),
     ],
 )
@@ -297,6 +351,8 @@ def test_flags_override_robot_toml(export_case, tmp_path):
         (["--units", "radians"], "expected degrees or range_m100_100"),
         (["--seconds", "-1"], "seconds is -1"),
         (["--surprise"], "--surprise"),
+        (["--task", "caf\udce9"], "the task is"),
+        (["--config", "robot.toml"], "robot.toml is not there"),
     ],
 )
 def test_a_wrong_flag_exits_2_with_an_error_line(export_case, tmp_path, more, message):

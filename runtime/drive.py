@@ -114,6 +114,11 @@ def check(chosen: Settings) -> Plan:
         if problems:
             raise SettingsError("; ".join(problems))
     else:
+        if bundle is not None and (reasons := settings.refusals(bundle.manifest, JOINT_NAMES)):
+            raise SettingsError(
+                f"the bundle {chosen.bundle} must not move a real arm: {'; '.join(reasons)}. "
+                "Run it on the virtual arm: --port sim"
+            )
         if chosen.calibration:
             try:
                 calibration = load_calibration(chosen.calibration)
@@ -124,15 +129,8 @@ def check(chosen: Settings) -> Plan:
     assert units is not None
     assert limits is not None
     fps, reason = settings.choose_fps(chosen, bundle.manifest)
-    if not chosen.simulated:
-        reasons = settings.refusals(bundle.manifest, JOINT_NAMES)
-        if reasons:
-            raise SettingsError(
-                f"the bundle {chosen.bundle} must not move a real arm: {'; '.join(reasons)}. "
-                "Run it on the virtual arm: --port sim"
-            )
-        if fps < SLOWEST_ARM_FPS:
-            raise SettingsError(f"{fps:g} fps is too slow for a real arm, expected at least {SLOWEST_ARM_FPS:g}")
+    if not chosen.simulated and fps < SLOWEST_ARM_FPS:
+        raise SettingsError(f"{fps:g} fps is too slow for a real arm, expected at least {SLOWEST_ARM_FPS:g}")
     print(reason)
     return Plan(chosen, bundle, units, limits, calibration, chosen.task or settings.EXAMPLE_TASK, fps)
 

@@ -119,6 +119,8 @@ def check(chosen: Settings) -> Plan:
                 f"the bundle {chosen.bundle} must not move a real arm: {'; '.join(reasons)}. "
                 "Run it on the virtual arm: --port sim"
             )
+        if bundle is not None and units is not None and bundle.manifest.units not in (None, units.value):
+            problems.append(f"units is {units.value}, but the bundle was trained in {bundle.manifest.units}")
         if chosen.calibration:
             try:
                 calibration = load_calibration(chosen.calibration)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from .policy import Policy, Timing
 
+STOP_LIMIT_S = 30.0  # a device that hangs must not keep the process alive
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -36,7 +38,7 @@ class InferenceThread:
         self._policy, self._task, self._steps = policy, task, steps
         self._requests: queue.SimpleQueue[Observation | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Chunk | BaseException] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="inference")
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self.busy = False
 
     def start(self) -> None:
@@ -60,10 +62,10 @@ class InferenceThread:
         return answer
 
     def stop(self) -> None:
-        """End the thread; waits for a chunk under way. May be called again."""
+        """End the thread; waits for a chunk under way, but not for ever. May be called again."""
         self._requests.put(None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(STOP_LIMIT_S)
 
     def _work(self) -> None:
         while (observation := self._requests.get()) is not None:

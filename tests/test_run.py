@@ -282,6 +282,13 @@ def test_a_still_picture_on_an_arm_is_pointed_out(fresh, export_case, tmp_path):
     assert "warning: camera 'wrist' is a still picture" in done.stdout
 
 
+def test_other_units_than_the_bundle_records_are_refused(fresh, tiny_bundle, tmp_path):
+    edit(tiny_bundle, lambda m: m.update(units="range_m100_100"))
+    done = run(real_port(fresh, tiny_bundle, tmp_path), tmp_path)
+    assert done.returncode == 2
+    assert "units is degrees, but the bundle was trained in range_m100_100" in done.stderr
+
+
 def test_a_rate_too_slow_for_an_arm_is_refused(fresh, export_case, tmp_path):
     done = run(real_port(fresh, export_case("tiny", "fp32"), tmp_path, "--fps", "1"), tmp_path)
     assert done.returncode == 2

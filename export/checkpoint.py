@@ -96,8 +96,10 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"--revision is for Hub checkpoints, but {name} is a folder: leave it out")
-        inner = folder / "pretrained_model"
-        return (inner if inner.is_dir() and not (folder / "config.json").exists() else folder), None
+        inside = [folder / "pretrained_model", folder / "checkpoints" / "last" / "pretrained_model"]
+        if not (folder / "config.json").exists():  # a training run's folder, or one of its steps
+            folder = next((p for p in inside if p.is_dir()), folder)
+        return folder, None
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name} is neither a folder nor a Hub id such as lerobot/smolvla_base")
     wanted = ["*.json", "*.safetensors", "tokenizer/*"]
@@ -143,20 +145,29 @@ def _find_vlm_config(places: list[Path], vlm_name: str) -> Any:
             return read_vlm_config(place)
     if vlm_name in KNOWN_VLMS:
         return read_vlm_config(KNOWN_VLMS[vlm_name])
-    return read_vlm_config(hub_folder(vlm_name, ["config.json"]))
+    return read_vlm_config(_vlm_from_hub(vlm_name, ["config.json"], "config.json", places))
 
 
 def _find_tokenizer(places: list[Path], vlm_name: str) -> Path:
     for place in places:
         if (place / TOKENIZER).is_file():
             return place / TOKENIZER
-    try:
-        hub = hub_folder(vlm_name, ["tokenizer*.json", "special_tokens_map.json"])
-    except CheckpointError as e:
-        raise CheckpointError(f"no {TOKENIZER} in the checkpoint, and {e}, or give --vlm PATH") from e
-    if not (hub / TOKENIZER).is_file():
-        raise CheckpointError(f"{vlm_name} has no {TOKENIZER}: give --vlm PATH with one")
+    hub = _vlm_from_hub(vlm_name, ["tokenizer*.json", "special_tokens_map.json"], TOKENIZER, places)
     return hub / TOKENIZER
+
+
+def _vlm_from_hub(vlm_name: str, patterns: list[str], wanted: str, places: list[Path]) -> Path:
+    """The VLM's Hub snapshot, with `wanted` in it; CheckpointError names the folders that were looked at before."""
+    looked = f"no {wanted} of the VLM in {', '.join(map(str, places)) or 'the checkpoint'}"
+    if vlm_name.count("/") != 1 or vlm_name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{looked}, and {vlm_name} is no Hub id: give --vlm FOLDER with the VLM's files")
+    try:
+        hub = hub_folder(vlm_name, patterns)
+    except CheckpointError as e:
+        raise CheckpointError(f"{looked}, and {e}, or give --vlm FOLDER with the VLM's files") from e
+    if not (hub / wanted).is_file():
+        raise CheckpointError(f"{looked}, and {vlm_name} on the Hub has none either: give --vlm FOLDER")
+    return hub
 
 
 def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, float | None]:

@@ -19,7 +19,9 @@ _NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "transformers", "hugging
 
 @app.command()
 def export(
-    checkpoint: str = typer.Argument("lerobot/smolvla_base", help="Folder, training folder or Hub id."),
+    checkpoint: str | None = typer.Argument(
+        None, help="Checkpoint folder, training folder or Hub id.", show_default="lerobot/smolvla_base"
+    ),
     precision: str = typer.Option("fp32", help="fp32 or fp16 (float16 weights and cache, float32 where it matters)."),
     output: Path = typer.Option(Path("bundle"), help="Folder of the new bundle."),
     revision: str | None = typer.Option(None, help="Hub branch, tag or commit.  [default: main]"),
@@ -27,7 +29,9 @@ def export(
         None, help="Folder with the VLM's config.json and tokenizer, where the checkpoint has none."
     ),
     demo: bool = typer.Option(False, "--demo", help="Full-size random weights instead of CHECKPOINT: runs offline."),
-    check_lerobot: bool = typer.Option(False, "--check-lerobot", help="Compare with LeRobot itself too."),
+    check_lerobot: bool = typer.Option(
+        False, "--check-lerobot", help="Compare with LeRobot itself too, where it is installed."
+    ),
     force: bool = typer.Option(False, "--force", help="Replace an existing bundle at --output."),
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),
     version: bool | None = command.version_option(),
@@ -41,12 +45,17 @@ def export(
     def say(line: str) -> None:
         print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
 
+    if demo and checkpoint is not None:
+        raise ExportError(f"--demo makes a checkpoint of its own: leave out {checkpoint}, or --demo")
+    checkpoint = checkpoint or "lerobot/smolvla_base"
     if precision == "int8":
         raise ExportError("--precision int8 is not there yet: use fp32 or fp16")
     if precision not in ("fp32", "fp16"):
         raise ExportError(f"--precision is {precision!r}, expected fp32 or fp16")
     if missing := [name for name in _NEEDS if find_spec(name) is None]:
-        raise ExportError(f"exporting needs {', '.join(missing)}: pip install 'smolvla-edge[export]'")
+        raise ExportError(
+            f"exporting needs {', '.join(missing)}: install this package with its [export] extra (README)"
+        )
     command.terminate_like_interrupt()  # so that nothing half-written stays behind
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     say("loading torch")

@@ -22,7 +22,7 @@ from .tokens import image_special_tokens, read_tokenizer
 def require_lerobot() -> None:
     """Raises ExportError where LeRobot cannot be imported."""
     if find_spec("lerobot") is None:
-        raise ExportError("--check-lerobot needs lerobot beside this package: pip install 'lerobot[smolvla]'")
+        raise ExportError("--check-lerobot needs lerobot beside this package: pip install 'lerobot[smolvla]==0.4.4'")
 
 
 def lerobot_actions(checkpoint: Checkpoint, observations: Sequence[Observation]) -> list[NDArray[np.float32]]:

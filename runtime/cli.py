@@ -18,17 +18,29 @@ app = command.new_app()
 @app.command()
 def run(
     bundle: str | None = typer.Option(None, help="Bundle folder.  [default: bundle]"),
-    device: str | None = typer.Option(None, help="auto, cpu, cuda or jetson.  [default: auto]"),
-    port: str | None = typer.Option(None, help="Serial port of the arm, or sim for the virtual arm."),
-    units: str | None = typer.Option(None, help="degrees or range_m100_100, as the policy was trained."),
-    calibration: str | None = typer.Option(None, help="LeRobot calibration file, or the id of one."),
-    camera: list[str] | None = typer.Option(None, help="NAME=SOURCE, once for each camera of the bundle."),
+    device: str | None = typer.Option(
+        None, help="cpu, cuda, jetson, or auto: CUDA where it is there, else CPU.  [default: auto]"
+    ),
+    port: str | None = typer.Option(
+        None, help="Serial port of the arm, or sim: the virtual arm, which needs no other setting."
+    ),
+    units: str | None = typer.Option(
+        None, help="degrees (LeRobot 0.4.4 on) or range_m100_100 (before), as the policy was trained."
+    ),
+    calibration: str | None = typer.Option(
+        None, help="LeRobot calibration file, or the id the arm was calibrated under."
+    ),
+    camera: list[str] | None = typer.Option(
+        None, metavar="NAME=SOURCE", help="Once for each camera: /dev/videoN, a number, or a picture file."
+    ),
     task: str | None = typer.Option(None, help="The instruction."),
     seconds: float | None = typer.Option(None, help="Stop so long after the first action.  [default: Ctrl-C]"),
     fps: float | None = typer.Option(None, help="Control rate.  [default: the training data's, else 30]"),
     steps: int | None = typer.Option(None, help="Denoise steps.  [default: the checkpoint's]"),
     seed: int | None = typer.Option(None, help="Seed of the noise.  [default: random]"),
-    config: Path | None = typer.Option(None, help="Settings that flags override.  [default: ./robot.toml]"),
+    config: Path | None = typer.Option(
+        None, help="Settings that flags override; motion limits are set here.  [default: ./robot.toml]"
+    ),
     self_check: bool = typer.Option(False, "--self-check", help="Check the bundle on this device and leave."),
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),
     version: bool | None = command.version_option(),
@@ -69,7 +81,10 @@ def _self_check(chosen: Settings) -> None:
     for stage, value in errors.items():
         print(f"{stage:<8} {value:.2e}  (at most {limit:.0e})")
     if over := [stage for stage, value in errors.items() if not value <= limit]:
-        raise CheckFailed(f"the bundle does not compute here what its checkpoint computes: {', '.join(over)}")
+        raise CheckFailed(
+            f"self-check failed: the bundle does not compute here what its checkpoint computes: {', '.join(over)}"
+        )
+    print("self-check passed")
 
 
 def main() -> None:

@@ -75,6 +75,7 @@ def _print_version(value: bool | None) -> None:
 
 
 def _say(line: str, code: int, debug: bool) -> int:
+    sys.stdout.flush()  # so that the error is the last line in a log too
     if debug:
         traceback.print_exc()
     print(line, file=sys.stderr)

@@ -111,6 +111,9 @@ def check(chosen: Settings) -> Plan:
         problems.append(str(e))
     if chosen.simulated:
         units = units or Units.DEGREES
+        ignored = [n for n in ("calibration", "cameras") if getattr(chosen, n)]
+        if ignored:
+            print(f"note: the virtual arm brings its own {' and '.join(ignored)}, yours are not used")
         if problems:
             raise SettingsError("; ".join(problems))
     else:
@@ -133,8 +136,9 @@ def check(chosen: Settings) -> Plan:
     fps, reason = settings.choose_fps(chosen, bundle.manifest)
     if not chosen.simulated and fps < SLOWEST_ARM_FPS:
         raise SettingsError(f"{fps:g} fps is too slow for a real arm, expected at least {SLOWEST_ARM_FPS:g}")
-    print(reason)
-    return Plan(chosen, bundle, units, limits, calibration, chosen.task or settings.EXAMPLE_TASK, fps)
+    task = chosen.task or settings.EXAMPLE_TASK
+    print(f"task: {task!r}, in {units.value}\n{reason}")
+    return Plan(chosen, bundle, units, limits, calibration, task, fps)
 
 
 def _limits(given: dict[str, float]) -> MotionLimits:

@@ -122,6 +122,10 @@ def require_complete(settings: Settings, manifest: Manifest | None, problems: Se
     found += [f"two cameras share {x}" for x in sorted({x for x in sources if sources.count(x) > 1})]
     if not found:
         return
+    headline = f"the arm on {settings.port} cannot be run" if settings.port else "no arm was named"
+    listed = "\n  ".join(found)
+    if not missing:
+        raise SettingsError(f"{headline}:\n  {listed}")
     full = dataclasses.replace(
         settings,
         port=settings.port or "/dev/ttyACM0",
@@ -130,10 +134,10 @@ def require_complete(settings: Settings, manifest: Manifest | None, problems: Se
         task=settings.task or EXAMPLE_TASK,
         cameras={n: settings.cameras.get(n, f"/dev/video{2 * i}") for i, n in enumerate(names)},
     )
-    listed = "\n  ".join(found)
     raise SettingsError(
-        f"the arm on {settings.port or 'a real port'} cannot be run:\n  {listed}\n"
-        f"A complete command:\n  {_as_command(full)}\nThe same in ./robot.toml:\n{_as_toml(full)}"
+        f"{headline}:\n  {listed}\n"
+        f"A complete command (--port sim, the virtual arm, needs only --bundle):\n  {_as_command(full)}\n"
+        f"The same settings in ./robot.toml:\n{_as_toml(full)}"
     )
 
 

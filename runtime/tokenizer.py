@@ -33,9 +33,10 @@ class Tokenizer:
             raise InputError(f"the task is {task!r}, expected an instruction such as 'Pick up the red cube.'")
         ids = self._tokenizer.encode(task if task.endswith("\n") else task + "\n").ids
         if len(ids) > self._length:
+            shown = task if len(task) <= 80 else task[:77] + "..."
             raise InputError(
                 f"the task is {len(ids)} tokens long, this bundle takes {self._length}: shorten it "
-                f"(the policy was trained on at most {self._length} too): {task!r}"
+                f"(the policy was trained on at most {self._length} too): {shown!r}"
             )
         tokens = np.full((1, self._length), self._pad_id, np.int32)
         tokens[0, : len(ids)] = ids

@@ -48,6 +48,19 @@ def test_a_training_folder_is_read_through_pretrained_model(tiny_checkpoint):
     assert load_checkpoint(str(run)).processors.camera_names == ("front", "wrist")
 
 
+def test_a_whole_training_run_is_read_at_its_last_step(tiny_checkpoint):
+    run = tiny_checkpoint.parent / "run"
+    (run / "checkpoints" / "last").mkdir(parents=True)
+    tiny_checkpoint.rename(run / "checkpoints" / "last" / "pretrained_model")
+    assert load_checkpoint(str(run)).processors.camera_names == ("front", "wrist")
+
+
+def test_a_vlm_folder_that_is_gone_is_named_with_the_way_to_give_it(tiny_checkpoint, tmp_path):
+    (tiny_checkpoint / "vlm").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"\./vlm is no Hub id: give --vlm FOLDER"):
+        load_checkpoint(str(tiny_checkpoint))
+
+
 def test_compiled_checkpoints_lose_their_prefix(tiny_checkpoint):
     before = load_checkpoint(str(tiny_checkpoint))
     edit_weights(tiny_checkpoint, lambda t: {k.replace("model.", "model._orig_mod.", 1): v for k, v in t.items()})

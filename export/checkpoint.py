@@ -178,6 +178,7 @@ def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, floa
     dataset = read_json(path).get("dataset")
     if not isinstance(dataset, dict):
         return None, None
+    # os.path, because Path.expanduser raises where there is no home, and that is no error here
     home = os.environ.get("HF_LEROBOT_HOME") or os.path.expanduser("~/.cache/huggingface/lerobot")  # noqa: PTH111
     for root in (dataset.get("root"), f"{home}/{dataset.get('repo_id')}"):
         info = Path(str(root)) / "meta/info.json"

@@ -111,6 +111,8 @@ def test_a_square_that_overflows_is_seen_although_the_output_is_small(tmp_path):
     assert large["square"] == float("inf")
     with pytest.raises(RangeError, match="square"):
         require_headroom("square.onnx", large)
+    lost = float16_ranges(tmp_path / "square.onnx", [{"x": np.float16([3, np.nan])}])
+    assert lost["square"] == float("inf")  # a NaN is no small number
 
 
 def test_the_float16_bundle_is_typed_and_half_the_size(export_case):

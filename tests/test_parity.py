@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import DATA
 
@@ -13,7 +14,7 @@ from smolvla_edge.export.reference import Reference, fixed_observations
 from smolvla_edge.export.weights import build_views
 from smolvla_edge.export.writer import architecture_of
 from smolvla_edge.runtime import Policy
-from smolvla_edge.runtime.selfcheck import TOLERANCE, run_selfcheck
+from smolvla_edge.runtime.selfcheck import TOLERANCE, error, run_selfcheck
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,13 @@ def test_an_intact_bundle_passes(policy, references):
 def test_the_instructions_are_short_padded_and_of_full_length(policy, references):
     lengths = [len(stages.tokens) for stages in references[1]]
     assert lengths[0] < lengths[1] < lengths[2] == policy.manifest.tokens.length
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_never_equal(value):
+    assert error(np.array([0.0, value]), np.zeros(2)) == float("inf")
+    with pytest.raises(ParityError, match="cache inf"):
+        parity.require({"cache": error(np.array([value]), np.zeros(1))}, "fp16")
 
 
 def test_a_stale_cache_fails_the_check(policy, references):

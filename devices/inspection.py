@@ -53,7 +53,7 @@ def inspect(bus: FeetechBus, calibration: Calibration) -> Findings:
             problems.append(f"{joint_label(servo_id)}: reports {', '.join(error_names(bits))}. {ERROR_ADVICE}")
         problems += [f"{joint_label(servo_id)}: {p}" for p in _servo_problems(servo_id, calibration, fixed, live)]
         if live.values[Register.TORQUE_ENABLE]:
-            warnings.append(f"{joint_label(servo_id)} is already energised; it is left so until release()")
+            warnings.append(f"{joint_label(servo_id)} is energised already, until a run ends or its power is off")
         major, minor = (fixed.values[r] for r in (Register.FIRMWARE_MAJOR_VERSION, Register.FIRMWARE_MINOR_VERSION))
         firmware[joint_label(servo_id)] = f"{major}.{minor}"
     if absent:

@@ -34,6 +34,14 @@ def run(made, target, ticks, start_s=0.0):
     return [made.shape(target, start_s + (k + 1) / RATE_HZ) for k in range(ticks)]
 
 
+def test_a_slow_loop_takes_no_larger_steps():
+    """At 1 Hz a step of two periods would be one fast move of 60 degrees."""
+    made = MotionShaper(VIRTUAL_CALIBRATION, Units.DEGREES, LIMITS, 1.0)
+    made.start(MIDDLE, 0.0)
+    emitted = made.shape(values(HIGH), 1.0)
+    assert abs(emitted.raw[0] - MIDDLE[0]) <= 0.1 * LIMITS.first_move_speed_deg_s * 4095 / 360 + 1
+
+
 @pytest.mark.parametrize(
     "target",
     [

@@ -303,7 +303,7 @@ def test_a_refused_start_says_that_motors_are_on_already(fresh, export_case, tmp
     (tmp_path / "my_arm.json").write_text(json.dumps(raw))
     done = run(real_port(fresh, export_case("tiny", "fp32"), tmp_path), tmp_path)
     assert done.returncode == 2
-    assert "shoulder_lift" in done.stderr
+    assert "shoulder_lift (2) is energised already" in done.stderr
     assert "elbow_flex" in done.stderr
 
 

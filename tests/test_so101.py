@@ -147,7 +147,7 @@ def test_mixed_firmware_and_an_energised_servo_are_warnings(virtual):
     arm = driver(virtual)
     warnings = "\n".join(arm.connect())
     assert "shoulder_lift (2) 3.9" in warnings
-    assert "wrist_flex (4) is already energised" in warnings
+    assert "wrist_flex (4) is energised already" in warnings
     arm.bus.close()
 
 

@@ -1,14 +1,18 @@
-"""The serial bus of Feetech servos: one transaction at a time, answers matched to what was asked.
+"""The serial bus of Feetech servos: one owner thread, one transaction at a time, answers matched to requests.
 
 The input is emptied before every request, the line is left to fall silent after every failed one, and an
-answer counts only with the right id, length and checksum: a late answer is never taken for the next one.
+answer counts only with the right id, length and checksum. The protocol numbers nothing, so an answer that is
+still owed is told from the next one by its length: the request after a missing answer asks for a byte more.
+A late answer is never taken for another.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -21,8 +25,12 @@ from .sts3215 import Register, decode, encode, registers_between, write_problem
 TURNAROUND_S = 0.00051
 SILENCE_S = 0.005
 DRAIN_LIMIT_S = 0.060
-# How long after a missing answer it is still reckoned with; a hiccup of 90 ms has been seen.
+# How long an answer is reckoned with; a hiccup of 90 ms has been seen.
 LATE_WINDOW_S = 0.2
+# Lengths to choose from while answers are owed: more than a dead servo uses up within the window at 30 Hz.
+SPARE_LENGTHS = 16
+DESYNCS_LIMIT = 10
+DESYNCS_WINDOW_S = 1.0
 ECHO_PROBE_ID = 0xFD
 
 
@@ -64,14 +72,24 @@ class BusCounters:
     drains: int = 0
     unacknowledged_writes: int = 0
 
+    @property
+    def disturbances(self) -> int:
+        """Everything that came and was no answer. A servo that is merely silent disturbs nothing."""
+        return self.bad_checksums + self.stray_bytes + self.foreign_frames + self.repeated_frames
+
 
 class FeetechBus:
-    """A bus of STS servos on `port`.
+    """A bus of STS servos on `port`. The thread that opens it is the only one that may use it; any may close it.
 
     reply_margin_s: how long an answer may be late beyond wire time and servo turnaround, 2 to 50 ms.
+    reply_gap_s: how long the next answer to a sync read may be later than the one before, 1 to 50 ms; a bus
+    whose first answer took longer is given twice that, up to the margin.
     retries: how often a request without answer is repeated.
-    Methods raise BusError when servos do not answer, BusLost when the port is gone, ArmError for a write that
-    this package never performs. Error bits of a servo are data: they are returned beside the value.
+    on_write: called with (id, register, value) before each register write, id 254 for all; a journal. Sync
+    writes, the goals of every tick, are not reported.
+    Methods raise BusError when servos do not answer or more than DESYNCS_LIMIT exchanges within a second were
+    disturbed, BusLost when the port is gone, ArmError for a write that this package never performs and for a
+    call from another thread. Error bits of a servo are data: they are returned beside the value.
     """
 
     def __init__(
@@ -80,12 +98,15 @@ class FeetechBus:
         baudrate: int = 1_000_000,
         *,
         reply_margin_s: float = 0.008,
+        reply_gap_s: float = 0.003,
         write_timeout_s: float = 0.1,
         retries: int = 1,
     ) -> None:
         problems = []
         if not 0.002 <= reply_margin_s <= 0.05:
             problems.append(f"reply_margin_s is {reply_margin_s}, expected 0.002 to 0.05")
+        if not 0.001 <= reply_gap_s <= 0.05:
+            problems.append(f"reply_gap_s is {reply_gap_s}, expected 0.001 to 0.05")
         if not write_timeout_s > 0:
             problems.append(f"write_timeout_s is {write_timeout_s}, expected more than 0")
         if retries < 0:
@@ -96,14 +117,18 @@ class FeetechBus:
         self.baudrate = baudrate
         self.counters = BusCounters()
         self.echo = False
+        self.on_write: Callable[[int, Register, int], None] | None = None
         self._reply_margin_s = reply_margin_s
+        self._reply_gap_s = reply_gap_s
         self._write_timeout_s = write_timeout_s
         self._retries = retries
         self._byte_s = 10 / baudrate  # 8N1: ten bits
         self._port: Port | None = None
+        self._owner = threading.current_thread()
         self._disturbed = False
-        self._late_until = 0.0
-        self._lock = threading.RLock()
+        self._busy_s = 0.0  # monotonic: when the last byte was on the line
+        self._owed: dict[tuple[int, int], float] = {}  # (id, params) -> until when the answer may still come
+        self._desyncs_s: deque[float] = deque(maxlen=DESYNCS_LIMIT + 1)
 
     def __enter__(self) -> FeetechBus:
         self.open()
@@ -120,33 +145,45 @@ class FeetechBus:
 
     def open(self) -> None:
         """Open the port for this process alone and find out whether the adapter echoes what is sent."""
-        with self._lock:
-            if self._port is not None:
-                return
-            self._port = Port(self.path, self.baudrate, self._write_timeout_s)
-            self.counters = BusCounters()
-            try:
-                self._drain(self._port)
-                self.echo = self._hears_itself(self._port)
-            except BaseException:
-                self.close()
-                raise
+        if self._port is not None:
+            return
+        self._owner = threading.current_thread()
+        self._port = port = Port(self.path, self.baudrate, self._write_timeout_s)
+        self.counters = BusCounters()
+        self._owed.clear()
+        self._desyncs_s.clear()
+        self._busy_s = time.monotonic()
+        try:
+            self._drain(port)
+            self.echo = self._hears_itself(port)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Close the port. May be called again, and after the port is lost."""
-        with self._lock:
-            port, self._port = self._port, None
-            if port is not None:
-                port.close()
+        """Close the port. May be called again, by any thread, and after the port is lost."""
+        port, self._port = self._port, None
+        if port is not None:
+            port.close()
+
+    def fileno(self) -> int:
+        """File descriptor of the open port, for the guardian to inherit."""
+        return self._open_port().fileno()
 
     def ping(self, servo_id: int) -> StatusReply | None:
         """The servo's answer, or None."""
-        with self._lock:
-            reply = self._answers(frames.ping(servo_id), {servo_id: 0}).get(servo_id)
-            if reply is None:
-                return None
-            more = frames.status_parser().feed(self._drain(self._open_port()))
-            return StatusReply(servo_id, reply.code, 1 + sum(frame.id == servo_id for frame in more))
+        for attempt in range(1 + self._retries):
+            self.counters.retries += attempt > 0
+            doubtful = self._owes(servo_id, 0)
+            repeated = self.counters.repeated_frames
+            reply = self._exchange(frames.ping(servo_id), {servo_id: 0}).get(servo_id)
+            if reply is not None:
+                more = frames.status_parser().feed(self._drain(self._open_port()))
+                twins = self.counters.repeated_frames - repeated + sum(frame.id == servo_id for frame in more)
+                # After a late answer, a second one is no second servo.
+                twins = 0 if doubtful else twins
+                return StatusReply(servo_id, reply.code, 1 + twins)
+        return None
 
     def read(self, servo_id: int, register: Register) -> Reading:
         block = self.read_block(servo_id, register, register)
@@ -154,67 +191,76 @@ class FeetechBus:
 
     def read_block(self, servo_id: int, first: Register, last: Register) -> BlockReading:
         """All registers from `first` to `last` of one servo in one answer."""
-        size = last.end - first.address
-        reply = self._answers(frames.read(servo_id, first.address, size), {servo_id: size}).get(servo_id)
-        if reply is None:
-            raise BusError(
-                f"servo {servo_id} on {self.path} did not answer a read of {first}, "
-                f"asked {1 + self._retries} times. Check its cable and power."
-            )
-        return _block(first, last, reply)
+        for attempt in range(1 + self._retries):
+            self.counters.retries += attempt > 0
+            for reply in self._ask(servo_id, first, last).values():
+                return _block(first, last, reply)
+        raise BusError(
+            f"servo {servo_id} on {self.path} did not answer a read of {first}, "
+            f"asked {1 + self._retries} times. Check its cable and power."
+        )
 
     def write(self, servo_id: int, register: Register, value: int) -> int:
         """Write and have it confirmed: by the servo's acknowledgement or, without one, by reading back.
 
         Returns the ERROR byte of the confirmation.
         """
-        data = self._checked(register, value)
-        request = frames.write(servo_id, register.address, data)
-        with self._lock:
+        request = frames.write(servo_id, register.address, self._checked(register, value))
+        for attempt in range(1 + self._retries):
+            self.counters.retries += attempt > 0
+            self._report(servo_id, register, value)
+            doubtful = self._owes(servo_id, 0)
             ack = self._exchange(request, {servo_id: 0}).get(servo_id)
-            if ack is not None:
+            if ack is not None and not doubtful:
                 return ack.code
-            # Response_Status_Level 0 never acknowledges, and an acknowledgement can be lost.
-            for attempt in range(1 + self._retries):
-                reading = self.read(servo_id, register)
-                if reading.value == value:
-                    self.counters.unacknowledged_writes += 1
-                    return reading.error
-                if attempt < self._retries:
-                    self.counters.retries += 1
-                    ack = self._exchange(request, {servo_id: 0}).get(servo_id)
-                    if ack is not None:
-                        return ack.code
+            # Response_Status_Level 0 never acknowledges, and an acknowledgement can be lost, or an older one.
+            reading = self.read(servo_id, register)
+            if reading.value == value:
+                self.counters.unacknowledged_writes += 1
+                return reading.error
         raise BusError(
             f"servo {servo_id} on {self.path} did not take {register} = {value}: "
             f"it still reads {reading.value}. Check the servo."
         )
 
-    def sync_read(self, ids: Sequence[int], first: Register, last: Register | None = None) -> dict[int, BlockReading]:
+    def sync_read(
+        self, ids: Sequence[int], first: Register, last: Register | None = None, budget_s: float | None = None
+    ) -> dict[int, BlockReading]:
         """Registers `first` to `last` of every servo in one request; the missing ones are asked again singly.
 
-        A servo that never answers is absent from the result.
+        Asking again ends `budget_s` after the call, None for no limit. A servo that never answers is absent.
         """
+        until_s = math.inf if budget_s is None else time.monotonic() + budget_s
         last = last or first
-        size = last.end - first.address
-        with self._lock:
-            replies = self._exchange(frames.sync_read(first.address, size, ids), dict.fromkeys(ids, size))
-            for servo_id in ids:
-                for _ in range(self._retries):
-                    if servo_id not in replies:
-                        self.counters.retries += 1
-                        request = frames.read(servo_id, first.address, size)
-                        replies |= self._exchange(request, {servo_id: size})
+        size = self._distinct_size(ids, last.end - first.address)
+        replies = self._exchange(frames.sync_read(first.address, size, ids), dict.fromkeys(ids, size))
+        for _ in range(self._retries):
+            for servo_id in [i for i in ids if i not in replies]:
+                if time.monotonic() < until_s:
+                    self.counters.retries += 1
+                    replies |= self._ask(servo_id, first, last, until_s)
         return {servo_id: _block(first, last, replies[servo_id]) for servo_id in ids if servo_id in replies}
 
     def sync_write(self, register: Register, values: Mapping[int, int]) -> None:
         """One register of several servos, {id: value}. The protocol has no acknowledgement for this."""
-        data = {servo_id: self._checked(register, value) for servo_id, value in values.items()}
-        self._exchange(frames.sync_write(register.address, data), {})
+        self.sync_write_block(register, register, {i: {register: value} for i, value in values.items()})
+
+    def sync_write_block(self, first: Register, last: Register, values: Mapping[int, Mapping[Register, int]]) -> None:
+        """Every register from `first` to `last` of several servos in one frame, never acknowledged."""
+        block = registers_between(first, last)
+        contiguous = sum(register.size for register in block) == last.end - first.address > 0
+        if not contiguous or any(set(given) != set(block) for given in values.values()):
+            raise ArmError(
+                f"cannot write {first} to {last} as one block: expected for every servo a value of each of "
+                f"{', '.join(map(str, block)) or 'no register'}, without a gap between them."
+            )
+        data = {i: b"".join(self._checked(r, given[r]) for r in block) for i, given in values.items()}
+        self._exchange(frames.sync_write(first.address, data), {})
 
     def broadcast_torque_off(self) -> None:
         """Switch every servo on the bus off in one frame, which is never acknowledged."""
         register = Register.TORQUE_ENABLE
+        self._report(frames.BROADCAST_ID, register, 0)
         self._exchange(frames.write(frames.BROADCAST_ID, register.address, encode(register, 0)), {})
 
     def _checked(self, register: Register, value: int) -> bytes:
@@ -223,71 +269,113 @@ class FeetechBus:
             raise ArmError(f"refused to write on {self.path}: {problem}.")
         return encode(register, value)
 
-    def _answers(self, request: bytes, expected: Mapping[int, int]) -> dict[int, frames.Frame]:
-        with self._lock:
-            for attempt in range(1 + self._retries):
-                self.counters.retries += attempt > 0
-                replies = self._exchange(request, expected)
-                if replies:
-                    break
+    def _report(self, servo_id: int, register: Register, value: int) -> None:
+        if self.on_write is not None:
+            self.on_write(servo_id, register, value)
+
+    def _ask(
+        self, servo_id: int, first: Register, last: Register, until_s: float = math.inf
+    ) -> dict[int, frames.Frame]:
+        """One read of one servo, not repeated; empty without an answer."""
+        size = self._distinct_size((servo_id,), last.end - first.address)
+        return self._exchange(frames.read(servo_id, first.address, size), {servo_id: size}, until_s)
+
+    def _exchange(
+        self, request: bytes, expected: Mapping[int, int], until_s: float = math.inf
+    ) -> dict[int, frames.Frame]:
+        """Send, then collect an answer per id in `expected`, {id: bytes of params}; missing ones stay out."""
+        port = self._open_port()
+        before = self.counters.disturbances
+        if self._disturbed or port.waiting():
+            self._drain(port, until_s)
+        # Until all is collected: an interrupt here must not leave an answer to the next request.
+        self._disturbed = True
+        sent_s = time.monotonic()
+        if sent_s >= until_s:
+            return {}
+        doubtful = {servo_id for servo_id, size in expected.items() if self._owes(servo_id, size)}
+        self._owed |= dict.fromkeys(expected.items(), sent_s + LATE_WINDOW_S)
+        port.write(request)
+        self._busy_s = sent_s + len(request) * self._byte_s
+        parser = frames.status_parser()
+        replies: dict[int, frames.Frame] = {}
+        echo_bytes = len(request) if self.echo else 0
+        answer_s = (max(expected.values(), default=0) + frames.OVERHEAD) * self._byte_s
+        wait_s = TURNAROUND_S + self._reply_margin_s
+        deadline = min(until_s, self._busy_s + answer_s + wait_s)
+        while echo_bytes or len(replies) < len(expected):
+            chunk = port.receive(deadline)
+            now_s = time.monotonic()
+            echo_bytes, answer = max(0, echo_bytes - len(chunk)), chunk[echo_bytes:]
+            for frame in parser.feed(answer):
+                if expected.get(frame.id) != len(frame.params):
+                    self.counters.foreign_frames += 1
+                    continue
+                if not replies:
+                    wait_s = max(self._reply_gap_s, min(self._reply_margin_s, 2 * (now_s - sent_s)))
+                # A servo answers in order: the later of two answers is the one to this request.
+                self.counters.repeated_frames += frame.id in replies
+                replies[frame.id] = frame
+                if frame.id not in doubtful:
+                    self._owed.pop((frame.id, len(frame.params)), None)
+                deadline = min(until_s, now_s + answer_s + wait_s)
+            if chunk:
+                self._busy_s = now_s
+            # What lay there is counted even when we came late, but noise that never ends is left.
+            if not chunk or now_s > deadline:
+                break
+        missing = len(expected) - len(replies)
+        self.counters.timeouts += missing
+        self.counters.bad_checksums += parser.bad_checksums
+        self.counters.stray_bytes += parser.discarded_bytes + parser.pending_bytes
+        self._disturbed = bool(missing or parser.discarded_bytes or parser.pending_bytes)
+        if self.counters.disturbances > before:
+            self._note_desync()
         return replies
 
-    def _exchange(self, request: bytes, expected: Mapping[int, int]) -> dict[int, frames.Frame]:
-        """Send, then collect an answer per id in `expected`, {id: bytes of params}; missing ones stay out."""
-        with self._lock:
-            port = self._open_port()
-            if self._disturbed:
-                self._drain(port)
-            self.counters.stray_bytes += port.discard_input()
-            # Until all is collected: an interrupt here must not leave an answer to the next request.
-            self._disturbed = True
-            port.write(request)
-            parser = frames.status_parser()
-            replies: dict[int, frames.Frame] = {}
-            echo_bytes = len(request) if self.echo else 0
-            deadline = time.monotonic() + len(request) * self._byte_s + self._allowance_s(expected)
-            while True:
-                if echo_bytes or len(replies) < len(expected):
-                    chunk = port.receive(deadline)
-                elif expected and time.monotonic() < self._late_until:
-                    # What came may be a late answer to an earlier request; this one's would follow it.
-                    chunk = port.receive(time.monotonic() + SILENCE_S)
-                else:
-                    break
-                if not chunk:
-                    break
-                echo_bytes, chunk = max(0, echo_bytes - len(chunk)), chunk[echo_bytes:]
-                for frame in parser.feed(chunk):
-                    if expected.get(frame.id) != len(frame.params):
-                        self.counters.foreign_frames += 1
-                        continue
-                    # A servo answers in order: the later of two answers is the one to this request.
-                    self.counters.repeated_frames += frame.id in replies
-                    replies[frame.id] = frame
-                    deadline = time.monotonic() + self._allowance_s(expected)
-            missing = len(expected) - len(replies)
-            if missing:
-                self._late_until = time.monotonic() + LATE_WINDOW_S
-            self.counters.timeouts += missing
-            self.counters.bad_checksums += parser.bad_checksums
-            self.counters.stray_bytes += parser.discarded_bytes
-            self._disturbed = bool(missing or parser.discarded_bytes or parser.pending_bytes)
-            return replies
+    def _note_desync(self) -> None:
+        self._desyncs_s.append(time.monotonic())
+        many = len(self._desyncs_s) > DESYNCS_LIMIT
+        if many and self._desyncs_s[-1] - self._desyncs_s[0] < DESYNCS_WINDOW_S:
+            # What follows, above all switching off, gets another chance.
+            self._desyncs_s.clear()
+            raise BusError(
+                f"the line on {self.path} is too noisy: {DESYNCS_LIMIT + 1} disturbed exchanges within "
+                f"{DESYNCS_WINDOW_S:.0f} s, expected at most {DESYNCS_LIMIT} ({self.counters}). Check cable and "
+                "power, and that no second program and no two servos with one id use this bus."
+            )
+
+    def _owes(self, servo_id: int, size: int) -> bool:
+        """Whether an answer of this size, to an earlier request, may still come."""
+        return self._owed.get((servo_id, size), 0.0) > time.monotonic()
+
+    def _distinct_size(self, ids: Sequence[int], size: int) -> int:
+        """How much to read at least `size` bytes with, so that no owed answer can pass for the new one."""
+        if not self._owed:
+            return size
+        now_s = time.monotonic()
+        until_s = {
+            spare: max([now_s, *(self._owed.get((servo_id, spare), 0.0) for servo_id in ids)])
+            for spare in range(size, size + SPARE_LENGTHS)
+        }
+        return min(until_s, key=lambda spare: until_s[spare])
 
     def _open_port(self) -> Port:
         if self._port is None:
             raise BusError(f"the bus on {self.path} is not open. Call open() first.")
+        if threading.current_thread() is not self._owner:
+            raise ArmError(
+                f"the bus on {self.path} was opened by thread {self._owner.name} and asked by thread "
+                f"{threading.current_thread().name}. Use it from the thread that opened it."
+            )
         return self._port
 
-    def _allowance_s(self, expected: Mapping[int, int]) -> float:
-        longest = max(expected.values(), default=0) + frames.OVERHEAD
-        return longest * self._byte_s + TURNAROUND_S + self._reply_margin_s
-
-    def _drain(self, port: Port) -> bytes:
+    def _drain(self, port: Port, until_s: float = math.inf) -> bytes:
         """Read until the line has been silent for a while; returns what came."""
         drained = b""
-        limit = time.monotonic() + DRAIN_LIMIT_S
-        while time.monotonic() < limit and (chunk := port.receive(time.monotonic() + SILENCE_S)):
+        limit = min(until_s, time.monotonic() + DRAIN_LIMIT_S)
+        while time.monotonic() < limit and (chunk := port.receive(min(limit, self._busy_s + SILENCE_S))):
+            self._busy_s = time.monotonic()
             drained += chunk
         self.counters.drains += 1
         self.counters.stray_bytes += len(drained)

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import CalibrationError
-from .sts3215 import ENCODER_MAX
+from .sts3215 import ENCODER_MAX, Register
 
 JOINT_NAMES = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+IDS = tuple(range(1, len(JOINT_NAMES) + 1))
 # LeRobot renamed the robot in 0.4.3; an SO-100 arm has the same joints.
 ROBOT_NAMES = ("so101_follower", "so_follower", "so100_follower")
 MAX_OFFSET = 2047
 MIN_SPAN = 100
 _KEYS = ("id", "drive_mode", "homing_offset", "range_min", "range_max")
+
+
+def joint_label(servo_id: int) -> str:
+    """'elbow_flex (3)', as messages name a joint."""
+    return f"{JOINT_NAMES[servo_id - 1]} ({servo_id})"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,15 @@ class JointCalibration:
     homing_offset: int
     range_min: int
     range_max: int
+
+    @property
+    def registers(self) -> dict[Register, int]:
+        """What the servo holds of it, in its EPROM."""
+        return {
+            Register.HOMING_OFFSET: self.homing_offset,
+            Register.MIN_POSITION_LIMIT: self.range_min,
+            Register.MAX_POSITION_LIMIT: self.range_max,
+        }
 
 
 @dataclass(frozen=True)
@@ -90,16 +104,15 @@ class Calibration:
         return {name: asdict(joint) for name, joint in zip(JOINT_NAMES, self.joints, strict=True)}
 
     def save(self, path: str | Path) -> None:
-        """Write LeRobot's own format (indent 4, five keys), complete or not at all."""
+        """Write LeRobot's own format (indent 4, five keys), complete or not at all; missing folders are made."""
         path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
         try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(self.to_dict(), file, indent=4)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            temporary.write_text(json.dumps(self.to_dict(), indent=4))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_calibration(path_or_id: str | Path, environ: Mapping[str, str] = os.environ) -> Calibration:
@@ -115,18 +128,33 @@ def load_calibration(path_or_id: str | Path, environ: Mapping[str, str] = os.env
         return _load(path)
     if not text or path.suffix == ".json" or len(path.parts) != 1:
         raise CalibrationError(f"no calibration file {text!r}. Give an existing file or a robot id.")
-    folder = _calibration_folder(environ) / "robots"
-    looked = [folder / robot / f"{text}.json" for robot in ROBOT_NAMES]
-    found = [candidate for candidate in looked if candidate.is_file()]
+    found = _saved(text, environ)
+    if found is None:
+        listing = "\n  ".join(map(str, _places(text, environ)))
+        raise CalibrationError(
+            f"no calibration for id {text!r}. Calibrate the arm (smolvla-calibrate --id {text}) or give a file. "
+            f"Looked at:\n  {listing}"
+        )
+    return _load(found)
+
+
+def calibration_path(robot_id: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the calibration of `robot_id` is, or, when there is none, where LeRobot 0.4.3 and later would save it."""
+    if not robot_id or Path(robot_id).name != robot_id or robot_id.endswith(".json"):
+        raise CalibrationError(f"{robot_id!r} is no robot id: give a plain name, without folder or .json.")
+    return _saved(robot_id, environ) or _places(robot_id, environ)[ROBOT_NAMES.index("so_follower")]
+
+
+def _places(robot_id: str, environ: Mapping[str, str]) -> list[Path]:
+    return [_calibration_folder(environ) / "robots" / robot / f"{robot_id}.json" for robot in ROBOT_NAMES]
+
+
+def _saved(robot_id: str, environ: Mapping[str, str]) -> Path | None:
+    found = [place for place in _places(robot_id, environ) if place.is_file()]
     if len(found) > 1:
         listing = "\n  ".join(map(str, found))
-        raise CalibrationError(f"several calibrations for id {text!r}; give the file you mean:\n  {listing}")
-    if not found:
-        listing = "\n  ".join(map(str, looked))
-        raise CalibrationError(
-            f"no calibration for id {text!r}. Calibrate the arm with LeRobot or give a file. Looked at:\n  {listing}"
-        )
-    return _load(found[0])
+        raise CalibrationError(f"several calibrations for id {robot_id!r}; give the file you mean:\n  {listing}")
+    return found[0] if found else None
 
 
 def _calibration_folder(environ: Mapping[str, str]) -> Path:
@@ -163,4 +191,4 @@ def _joint_problems(number: int, joint: JointCalibration) -> list[str]:
 
 def _refusal(source: str, problems: list[str]) -> str:
     listing = "\n  ".join(problems)
-    return f"calibration {source} cannot be used. Calibrate the arm again with LeRobot.\n  {listing}"
+    return f"calibration {source} cannot be used. Calibrate the arm again (smolvla-calibrate).\n  {listing}"

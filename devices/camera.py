@@ -25,18 +25,24 @@ OPEN_LIMIT_S = 8.0
 STOP_LIMIT_S = 3.0
 FAILED_READS_LIMIT = 10
 FAILED_READ_PAUSE_S = 0.02
+# Of a video file: its rate where it tells none, and the highest that is believed (some tell their time base).
+VIDEO_FPS, HIGHEST_VIDEO_FPS = 30.0, 240.0
 
 
 @dataclass(frozen=True)
 class Frame:
-    """image: uint8 RGB [height, width, 3]. time_s: monotonic time of capture."""
+    """image: uint8 RGB [height, width, 3]. time_s: monotonic, of its capture. number: counts the pictures."""
 
     image: NDArray[np.uint8]
     time_s: float
+    number: int
 
 
 class Camera(Protocol):
     """What the control loop needs of a camera. `open` and `latest` raise CameraError."""
+
+    has_noise: bool  # a sensor never gives the same picture twice; a file may
+    asked_fps: float  # the rate it should have, 0 where it has none
 
     @property
     def name(self) -> str: ...
@@ -52,12 +58,15 @@ class Camera(Protocol):
 
 
 class OpenCVCamera:
-    """A camera read by a thread of its own. `source`: device path or index, or a video file."""
+    """A camera read by a thread of its own. `source`: device path or index, or what OpenCV opens alike.
+    Another size than `width` x `height` is refused, unless they are 0."""
+
+    has_noise = True
 
     def __init__(self, name: str, source: str | int, width: int = 640, height: int = 480, fps: float = 30.0) -> None:
         self.name = name
         self._source = source
-        self._width, self._height, self._fps = width, height, fps
+        self._width, self._height, self.asked_fps = width, height, fps
         self._frame: Frame | None = None
         self._error = ""
         self._changed = threading.Condition()
@@ -81,7 +90,7 @@ class OpenCVCamera:
         try:
             frame = self.latest()
             height, width = frame.image.shape[:2]
-            if (width, height) != (self._width, self._height):
+            if self._width and (width, height) != (self._width, self._height):
                 raise CameraError(
                     f"camera {self.name} gives {width} x {height} pictures, expected "
                     f"{self._width} x {self._height}. Ask for a size that it supports."
@@ -130,7 +139,7 @@ class OpenCVCamera:
             capture.set(cv2.CAP_PROP_FOURCC, cv2.VideoWriter.fourcc(*"MJPG"))
             capture.set(cv2.CAP_PROP_FRAME_WIDTH, self._width)
             capture.set(cv2.CAP_PROP_FRAME_HEIGHT, self._height)
-            capture.set(cv2.CAP_PROP_FPS, self._fps)
+            capture.set(cv2.CAP_PROP_FPS, self.asked_fps)
             # One picture in the queue: the newest, not one from a backlog.
             capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
         failed = 0
@@ -145,10 +154,13 @@ class OpenCVCamera:
                 self._stopping.wait(FAILED_READ_PAUSE_S)
                 continue
             failed = 0
-            rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
-            with self._changed:
-                self._frame = Frame(rgb, time_s)
-                self._changed.notify_all()
+            self._show(image, time_s)
+
+    def _show(self, bgr: cv2.typing.MatLike, time_s: float) -> None:
+        rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+        with self._changed:
+            self._frame = Frame(rgb, time_s, self._frame.number + 1 if self._frame else 1)
+            self._changed.notify_all()
 
     def _fail(self, what: str) -> None:
         with self._changed:
@@ -156,13 +168,42 @@ class OpenCVCamera:
             self._changed.notify_all()
 
 
+class VideoFileCamera(OpenCVCamera):
+    """A video file as a camera: its own size and rate, and from the start again at its end."""
+
+    has_noise = False
+
+    def __init__(self, name: str, path: str | Path) -> None:
+        super().__init__(name, str(path), 0, 0)
+
+    def _read(self, capture: cv2.VideoCapture) -> None:
+        due_s = time.monotonic()
+        while not self._stopping.is_set():
+            capture.open(str(self._source))  # again at the end: not every format can be wound back
+            fps = capture.get(cv2.CAP_PROP_FPS)
+            self.asked_fps = fps if 0 < fps <= HIGHEST_VIDEO_FPS else VIDEO_FPS
+            ok, image = capture.read()
+            if not ok:
+                self._fail("no picture and no video that OpenCV reads")
+                return
+            while ok and not self._stopping.wait(max(0.0, due_s - time.monotonic())):
+                self._show(image, due_s)
+                # Pictures that come too late move all others: no burst to catch up.
+                due_s = max(due_s + 1 / self.asked_fps, time.monotonic())
+                ok, image = capture.read()
+
+
 class ImageFileCamera:
     """A still picture as a camera. It never grows old: every picture is taken now."""
+
+    has_noise = False
+    asked_fps = 0.0
 
     def __init__(self, name: str, path: str | Path) -> None:
         self.name = name
         self._path = Path(path)
         self._image: NDArray[np.uint8] | None = None
+        self._number = 0
 
     def open(self) -> None:
         try:
@@ -177,7 +218,8 @@ class ImageFileCamera:
     def latest(self) -> Frame:
         if self._image is None:
             raise CameraError(f"camera {self.name} is not open. Call open() first.")
-        return Frame(self._image.copy(), time.monotonic())
+        self._number += 1
+        return Frame(self._image.copy(), time.monotonic(), self._number)
 
     def close(self) -> None:
         self._image = None
@@ -185,6 +227,9 @@ class ImageFileCamera:
 
 class SharedFrameCamera:
     """A camera of the virtual arm: pictures another process draws into a shared file."""
+
+    has_noise = True
+    asked_fps = 0.0
 
     def __init__(self, name: str, path: str | Path) -> None:
         self.name = name
@@ -217,7 +262,7 @@ class SharedFrameCamera:
 def open_camera(name: str, source: str | int, width: int = 640, height: int = 480, fps: float = 30.0) -> Camera:
     """An open camera for `source`; size and rate matter to devices only.
 
-    /dev/video* or an integer: a video device; sim:<path>: the virtual arm; an existing file: a still picture.
+    /dev/video* or an integer: a video device; sim:<path>: the virtual arm; an existing file: a picture or a video.
     """
     text = str(source)
     camera: Camera
@@ -228,11 +273,11 @@ def open_camera(name: str, source: str | int, width: int = 640, height: int = 48
     elif text.startswith("sim:"):
         camera = SharedFrameCamera(name, text.removeprefix("sim:"))
     elif Path(text).is_file():
-        camera = ImageFileCamera(name, text)
+        camera = ImageFileCamera(name, text) if cv2.haveImageReader(text) else VideoFileCamera(name, text)
     else:
         raise CameraError(
             f"camera {name}: cannot tell what {text!r} is. Expected /dev/video* or /dev/v4l/..., "
-            "a device number, an existing picture file, or sim:<path> of a virtual arm."
+            "a device number, an existing picture or video file, or sim:<path> of a virtual arm."
         )
     camera.open()
     return camera

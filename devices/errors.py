@@ -3,6 +3,7 @@
     DeviceError              anything below; a command line prints it and exits
     ├── BusError             the serial link: no answer in time, port cannot be opened, bus not open
     │   └── BusLost          the port itself is gone (unplugged, hung up, no longer accepts bytes)
+    ├── GuardianLost         nobody watches over the host any more, or the guardian has taken the arm over
     ├── ArmError             the arm or a caller's request is refused: bring-up findings, registers, limits
     ├── CalibrationError     a calibration file is missing, ambiguous or not sane
     └── CameraError          a camera cannot be opened, or stopped delivering frames
@@ -22,6 +23,10 @@ class BusError(DeviceError):
 
 class BusLost(BusError):
     """The port is gone. Nothing more can be sent; the servos keep their last goal."""
+
+
+class GuardianLost(DeviceError):
+    """The arm runs without a guardian: stop it."""
 
 
 class ArmError(DeviceError):

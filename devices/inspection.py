@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from .bus import BlockReading, FeetechBus
-from .calibration import JOINT_NAMES, Calibration
+from .bus import FeetechBus
+from .calibration import IDS as IDS
+from .calibration import Calibration
+from .calibration import joint_label as joint_label
+from .eeprom import configuration, differences
 from .errors import BusError, BusLost
 from .sts3215 import MODEL_NUMBER, PHASE_MULTI_TURN, Register, error_names
 
-IDS = tuple(range(1, len(JOINT_NAMES) + 1))
 # A joint may rest a little beyond its calibrated range: backlash, and stops that give.
 OUT_OF_RANGE_TICKS = 50
 ERROR_ADVICE = "Check supply, load and temperature, then power the arm off and on"
+# With these, the servo protects itself, or is still found after a power cycle; LeRobot leaves them to the factory.
+_FACTORY = (
+    Register.BAUD_RATE,
+    Register.MAX_TEMPERATURE_LIMIT,
+    Register.MAX_TORQUE_LIMIT,
+    Register.UNLOADING_CONDITION,
+    Register.PROTECTION_CURRENT,
+    Register.PROTECTIVE_TORQUE,
+    Register.PROTECTION_TIME,
+    Register.OVERLOAD_TORQUE,
+)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """`problems` forbid to energise the arm, `warnings` do not."""
+    """`problems` forbid to energise the arm, `warnings` do not.
+
+    values: {id: registers 0 to 70} of every servo that answered. energised: ids of those with torque on.
+    """
 
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
+    values: Mapping[int, Mapping[Register, int]]
+    energised: tuple[int, ...]
 
 
-def joint_label(servo_id: int) -> str:
-    """'elbow_flex (3)', as messages name a joint."""
-    return f"{JOINT_NAMES[servo_id - 1]} ({servo_id})"
+def inspect(bus: FeetechBus, calibration: Calibration | None) -> Findings:
+    """Ask all six servos and compare them with the calibration. Only reads; BusLost when the port is gone.
 
-
-def inspect(bus: FeetechBus, calibration: Calibration) -> Findings:
-    """Ask all six servos and compare them with the calibration. Only reads; BusLost when the port is gone."""
+    calibration None: an arm whose EPROM is yet to be written. What that changes is not judged, but it must be limp.
+    """
     problems: list[str] = []
-    warnings: list[str] = []
-    firmware: dict[str, str] = {}
+    values: dict[int, Mapping[Register, int]] = {}
     absent = []
     for servo_id in IDS:
         reply = bus.ping(servo_id)
@@ -49,54 +65,76 @@ def inspect(bus: FeetechBus, calibration: Calibration) -> Findings:
         except BusError as error:
             problems.append(f"{joint_label(servo_id)}: {error}")
             continue
-        if bits := reply.error | fixed.error | live.error:
+        values[servo_id] = {**fixed.values, **live.values}
+        if bits := reply.error | fixed.error | live.error | live.values[Register.STATUS]:
             problems.append(f"{joint_label(servo_id)}: reports {', '.join(error_names(bits))}. {ERROR_ADVICE}")
-        problems += [f"{joint_label(servo_id)}: {p}" for p in _servo_problems(servo_id, calibration, fixed, live)]
-        if live.values[Register.TORQUE_ENABLE]:
-            warnings.append(f"{joint_label(servo_id)} is energised already, until a run ends or its power is off")
-        major, minor = (fixed.values[r] for r in (Register.FIRMWARE_MAJOR_VERSION, Register.FIRMWARE_MINOR_VERSION))
-        firmware[joint_label(servo_id)] = f"{major}.{minor}"
+        found = _servo_problems(servo_id, values[servo_id], calibration)
+        problems += [f"{joint_label(servo_id)}: {problem}" for problem in found]
     if absent:
-        found = ", ".join(joint_label(i) for i in IDS if i not in absent) or "none"
+        answered = ", ".join(joint_label(i) for i in IDS if i not in absent) or "none"
         garbled = bus.counters.bad_checksums or bus.counters.stray_bytes
         problems.insert(
             0,
-            f"no answer from {', '.join(map(joint_label, absent))} (found: {found}). "
+            f"no answer from {', '.join(map(joint_label, absent))} (found: {answered}). "
             "Check power and the cable before the first one missing"
             + ("; bytes came garbled: two servos may share an id." if garbled else "."),
         )
+    energised = tuple(i for i in values if values[i][Register.TORQUE_ENABLE])
+    on = [f"{joint_label(i)} is energised already, until a run ends or its power is off" for i in energised]
+    known = {i: v for i, v in values.items() if v[Register.MODEL_NUMBER] == MODEL_NUMBER}
+    warnings = list(_warnings(known))
+    if calibration is None:
+        return Findings((*problems, *on), tuple(warnings), values, energised)
+    changes = differences(known, {i: configuration(i, v) for i, v in known.items()})
+    if changes:
+        names = ", ".join(dict.fromkeys(str(change.register) for change in changes))
+        warnings.append(f"EPROM is not as LeRobot sets it up: {names}. --write-eeprom writes it, once")
+    return Findings(tuple(problems), (*on, *warnings), values, energised)
+
+
+def _warnings(values: Mapping[int, Mapping[Register, int]]) -> Iterator[str]:
+    firmware = {
+        i: f"{v[Register.FIRMWARE_MAJOR_VERSION]}.{v[Register.FIRMWARE_MINOR_VERSION]}" for i, v in values.items()
+    }
     if len(set(firmware.values())) > 1:
-        warnings.append(f"firmware differs: {', '.join(f'{n} {v}' for n, v in firmware.items())}")
-    return Findings(tuple(problems), tuple(warnings))
-
-
-def _servo_problems(servo_id: int, calibration: Calibration, fixed: BlockReading, live: BlockReading) -> list[str]:
-    joint = calibration.joints[servo_id - 1]
-    values = {**fixed.values, **live.values}
-    model, mode = values[Register.MODEL_NUMBER], values[Register.OPERATING_MODE]
-    if model != MODEL_NUMBER:
-        # The other registers of another model mean something else.
-        return [f"model {model}, expected {MODEL_NUMBER} (STS3215)"]
-    problems = []
-    if mode != 0:
-        problems.append(f"Operating_Mode {mode}, expected 0 (position)")
-    if values[Register.PHASE] & PHASE_MULTI_TURN:
-        problems.append("multi-turn feedback is on (Phase bit 4); LeRobot 0.6 or later clears it")
-    problems += [
-        f"{register} is {values[register]} in the servo, {expected} in {calibration.source}. "
-        "Give the calibration of this arm, or calibrate again"
-        for register, expected in (
-            (Register.HOMING_OFFSET, joint.homing_offset),
-            (Register.MIN_POSITION_LIMIT, joint.range_min),
-            (Register.MAX_POSITION_LIMIT, joint.range_max),
-        )
-        if values[register] != expected
+        yield f"firmware differs: {', '.join(f'{joint_label(i)} {v}' for i, v in firmware.items())}"
+    if silent := [joint_label(i) for i, v in values.items() if v[Register.RESPONSE_STATUS_LEVEL] == 0]:
+        yield f"writes are not acknowledged by {', '.join(silent)}; they are read back instead"
+    odd = [
+        f"{joint_label(i)} {register} {v[register]}, not {register.default}"
+        for i, v in values.items()
+        for register in _FACTORY
+        if v[register] != register.default and register not in configuration(i, v)
     ]
+    if odd:
+        yield f"set otherwise than in the factory: {'; '.join(odd)}"
+
+
+def _servo_problems(servo_id: int, values: Mapping[Register, int], calibration: Calibration | None) -> list[str]:
+    if values[Register.MODEL_NUMBER] != MODEL_NUMBER:
+        # The other registers of another model mean something else.
+        return [f"model {values[Register.MODEL_NUMBER]}, expected {MODEL_NUMBER} (STS3215)"]
+    problems = []
     volt, low, high = (
         values[r] / 10 for r in (Register.PRESENT_VOLTAGE, Register.MIN_VOLTAGE_LIMIT, Register.MAX_VOLTAGE_LIMIT)
     )
     if not low <= volt <= high:
         problems.append(f"supply {volt} V, expected {low} to {high} V. Use the supply made for this servo")
+    if calibration is None:
+        return problems
+    joint = calibration.joints[servo_id - 1]
+    if values[Register.OPERATING_MODE] != 0:
+        problems.append(
+            f"Operating_Mode {values[Register.OPERATING_MODE]}, expected 0 (position). Try --write-eeprom"
+        )
+    if values[Register.PHASE] & PHASE_MULTI_TURN:
+        problems.append("multi-turn feedback is on (Phase bit 4). Clear it with --write-eeprom")
+    problems += [
+        f"{register} is {values[register]} in the servo, {expected} in {calibration.source}. "
+        "Give the calibration of this arm, calibrate again, or write it with smolvla-calibrate --restore"
+        for register, expected in joint.registers.items()
+        if values[register] != expected
+    ]
     present = values[Register.PRESENT_POSITION]
     low_raw, high_raw = joint.range_min - OUT_OF_RANGE_TICKS, joint.range_max + OUT_OF_RANGE_TICKS
     if not low_raw <= present <= high_raw:

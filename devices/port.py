@@ -1,4 +1,4 @@
-"""One serial port, opened for this process alone, whose every failure is one of our errors."""
+"""One serial port, opened for this process alone, whose every failure is one of our errors; and which to open."""
 
 from __future__ import annotations
 
@@ -7,17 +7,35 @@ import fcntl
 import select
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import serial
+from serial.tools import list_ports
 
 from .errors import BusError, BusLost
 
-# flush and reset_input_buffer of a hung-up port raise termios.error, which is no OSError.
-PORT_ERRORS = (serial.SerialException, OSError, termios.error)
+# A hung-up port raises termios.error too, which is no OSError, and one that another thread closes TypeError.
+PORT_ERRORS = (serial.SerialException, OSError, termios.error, TypeError)
+# By (vendor, product) id: the servo boards of Waveshare and Seeed carry the first, older adapters the second.
+ADAPTERS = {(0x1A86, 0x55D3): "CH343", (0x1A86, 0x7523): "CH340"}
+BY_ID = Path("/dev/serial/by-id")
+
+
+def find_port() -> tuple[str, str]:
+    """The port of the one servo adapter here, and a sentence that says why; BusError for none or several."""
+    ports = list_ports.comports()
+    found = [port for port in ports if (port.vid, port.pid) in ADAPTERS]
+    if len(found) != 1:
+        raise BusError(
+            f"expected one USB servo adapter ({' or '.join(ADAPTERS.values())}), found {len(found) or 'none'}. "
+            f"Serial ports here: {_listing(ports)}. Give one with --port."
+            + ("" if found else " If it disappears right after it was plugged in, remove the package brltty.")
+        )
+    path = _lasting_path(found[0])
+    return path, f"port {path}: the only servo adapter here, a {ADAPTERS[found[0].vid, found[0].pid]}."
 
 
 class Port:
@@ -59,12 +77,14 @@ class Port:
                 return b""
             return bytes(self._serial.read(4096))
 
-    def discard_input(self) -> int:
-        """Drop what has arrived and not been read; returns how many bytes."""
+    def waiting(self) -> int:
+        """How many bytes have arrived and not been read."""
         with self._mapped():
-            waiting = int(self._serial.in_waiting)
-            self._serial.reset_input_buffer()
-            return waiting
+            return int(self._serial.in_waiting)
+
+    def fileno(self) -> int:
+        with self._mapped():
+            return int(self._serial.fileno())
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -79,12 +99,7 @@ class Port:
 def _open_problem(port: str, baudrate: int, error: BaseException) -> str:
     code = getattr(error, "errno", None) or (error.args[0] if error.args else None)
     if code == errno.ENOENT:
-        candidates = sorted(
-            str(path)
-            for folder, pattern in (("/dev/serial/by-id", "*"), ("/dev", "ttyACM*"), ("/dev", "ttyUSB*"))
-            for path in Path(folder).glob(pattern)
-        )
-        return f"no port {port}. Serial ports here: {', '.join(candidates) or 'none'}. Check the USB cable."
+        return f"no port {port}. Serial ports here: {_listing(list_ports.comports())}. Check the USB cable."
     if code == errno.EACCES:
         return (
             f"no permission to open {port}. Add the user to the group that owns it "
@@ -94,6 +109,16 @@ def _open_problem(port: str, baudrate: int, error: BaseException) -> str:
         holders = ", ".join(_holders(port)) or "unknown (other users' processes are not visible)"
         return f"{port} is in use. Open in: {holders}. Close that program first."
     return f"cannot open {port} at {baudrate} baud: {error}. Expected the serial port of the servo board."
+
+
+def _lasting_path(port: Any) -> str:
+    """The link that keeps its name when devices are renumbered, else the device."""
+    links = (str(link) for link in sorted(BY_ID.glob("*")) if link.resolve() == Path(port.device).resolve())
+    return next(links, str(port.device))
+
+
+def _listing(ports: Iterable[Any]) -> str:
+    return ", ".join(sorted(f"{_lasting_path(port)} ({port.description})" for port in ports)) or "none"
 
 
 def _holders(port: str) -> list[str]:

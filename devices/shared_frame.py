@@ -58,6 +58,7 @@ class SharedFrameReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._newest: tuple[NDArray[np.uint8], float, int] | None = None
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -69,19 +70,26 @@ class SharedFrameReader:
         except OSError as error:
             raise CameraError(f"cannot open {path}: {error}. Is the virtual arm running?") from error
 
-    def read(self) -> tuple[NDArray[np.uint8], float] | None:
-        """Newest picture, uint8 RGB [height, width, 3], and its monotonic time; None before the first."""
+    def read(self) -> tuple[NDArray[np.uint8], float, int] | None:
+        """Newest whole picture, uint8 RGB [height, width, 3], its monotonic time and its number; None before the
+        first. Only the first is waited for; a picture that was read before is the same array again."""
         deadline = time.monotonic() + READ_LIMIT_S
-        while time.monotonic() < deadline:
+        while True:
             before = self._sequence()
-            if before == 0:
-                return None
-            (time_s,) = TIME.unpack_from(self._map, TIME_AT)
-            pixels = bytearray(self._map[PIXELS_AT:])
-            if before % 2 == 0 and self._sequence() == before:
-                return np.frombuffer(pixels, np.uint8).reshape(self._height, self._width, 3), time_s
+            number, writing = divmod(before, 2)
+            if number == (self._newest[2] if self._newest else 0) and not writing:
+                return self._newest
+            if not writing:
+                (time_s,) = TIME.unpack_from(self._map, TIME_AT)
+                pixels = np.frombuffer(self._map, np.uint8, offset=PIXELS_AT).copy()
+                if self._sequence() == before:
+                    self._newest = pixels.reshape(self._height, self._width, 3), time_s, number
+                    return self._newest
+            if self._newest:  # a writer that died in the middle shows by the age
+                return self._newest
+            if time.monotonic() > deadline:
+                raise CameraError(f"{self._path} holds a half-written picture. Restart the virtual arm.")
             time.sleep(0.0005)
-        raise CameraError(f"{self._path} holds a half-written picture. The virtual arm has stopped; restart it.")
 
     def close(self) -> None:
         self._map.close()

@@ -1,67 +1,55 @@
 """The SO-101 follower arm: six STS3215 servos on one bus.
 
-Nothing moves before `enable`, `enable` never makes the arm jump, every goal passes the MotionShaper, and
-leaving the context switches all servos off. No EPROM register is ever written. This is no safety-rated stop:
-the stop is the power switch.
+Nothing moves before `enable`, `enable` never makes the arm jump, every goal passes the MotionShaper, every reading
+the Monitors, and leaving the context switches all servos off. A stop that the monitors find is latched: the arm holds
+until `resume`. No EPROM register is written here. This is no safety-rated stop: the stop is the power switch.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import power
 from .bus import FeetechBus
 from .calibration import JOINT_NAMES as JOINT_NAMES
 from .calibration import Calibration
-from .errors import ArmError, BusError, DeviceError
-from .frames import BROADCAST_ID
-from .inspection import ERROR_ADVICE, IDS, inspect, joint_label
-from .motion import Emitted, MotionCounts, MotionLimits, MotionShaper
-from .sts3215 import NO_LOAD_TICKS_PER_S, Register, error_names
+from .errors import ArmError, DeviceError
+from .inspection import IDS, inspect, joint_label
+from .limits import JOINTS, Limits
+from .monitors import STOPPING_BITS, Monitors
+from .motion import Emitted, MotionCounts, MotionShaper
+from .park import Park
+from .power import ReleaseResult
+from .sts3215 import NO_LOAD_TICKS_PER_S, Register
+from .telemetry import JointState, Telemetry
 from .units import Units, to_values
 
 # The servo's own profile stays above the host's speed limit, so that it bounds a fault and not the motion.
 ACCELERATION = 254
 SPEED_HEADROOM = 1.5
-# 0.1 % of stall torque, live in SRAM. The gripper must not crush what it holds.
-TORQUE_LIMITS = (1000, 1000, 1000, 1000, 1000, 500)
-JUMP_TICKS = 20
-JUMP_WINDOW_S = 0.1
+# Torque_Limit of a servo that reports overload, overheat or overcurrent, 0.1 %.
+UNLOADED_TORQUE = 200
+TORQUE_CHECK_S = 0.5
+# A slow bus (a servo that takes 5 ms to answer) costs rate, not answers.
+REPLY_MARGIN_S = 0.015
+JUMPS_LIMIT = 15
+PARK_SETTLE_S = 0.5
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class JointState:
-    """One reading of all joints.
-
-    position: [6] float64 robot units. raw: ticks. errors: ERROR byte of each servo. time_s: monotonic, of the
-    request.
-    """
-
-    position: NDArray[np.float64]
-    raw: tuple[int, ...]
-    errors: tuple[int, ...]
-    time_s: float
-
-
-@dataclass(frozen=True)
-class ReleaseResult:
-    """`unconfirmed`: joints that may still be energised, with the reason for each."""
-
-    unconfirmed: dict[str, str]
-
-
 class SO101:
-    """The arm on `port`, in `units`, within `limits`; `rate_hz` is how often `send` will be called.
+    """The arm on `port`, in `units`, within `limits`; `rate_hz` is how often `read` and `send` will be called.
 
-    Methods raise ArmError for refusals, BusError for servos that do not answer, BusLost when the port is
-    gone.
+    motors_off: never energise, never write a goal; `send` tells what it would have sent to an arm that follows.
+    beat: called whenever the arm was heard or told something, for a watchdog; what it raises ends the run.
+    Methods raise ArmError for refusals, BusError for servos that do not answer, BusLost when the port is gone.
     """
 
     def __init__(
@@ -69,21 +57,35 @@ class SO101:
         port: str,
         calibration: Calibration,
         units: Units,
-        limits: MotionLimits | None = None,
+        limits: Limits | None = None,
         rate_hz: float = 30.0,
+        *,
+        motors_off: bool = False,
     ) -> None:
         if not isinstance(units, Units):
             raise ArmError(f"units is {units!r}, expected {' or '.join(map(str, Units))}.")
-        limits = limits or MotionLimits()
-        self.bus = FeetechBus(port)
+        self.limits = limits or Limits()
+        self.bus = FeetechBus(port, reply_margin_s=REPLY_MARGIN_S)
         self.calibration = calibration
         self.units = units
-        self._shaper = MotionShaper(calibration, units, limits, rate_hz)
-        self._goal_velocities = np.minimum(
-            NO_LOAD_TICKS_PER_S, np.ceil(SPEED_HEADROOM * limits.ticks_per_s(calibration))
-        ).astype(int)
-        self._connected = False
-        self._enabled = False
+        self.motors_off = motors_off
+        self.beat: Callable[[], None] = lambda: None
+        self.stopped = ""  # why the arm holds until `resume`
+        self._shaper = MotionShaper(calibration, units, self.limits, rate_hz)
+        self._telemetry = Telemetry(self.bus, calibration, units)
+        self._monitors: Monitors | None = None
+        speed = np.ceil(SPEED_HEADROOM * self.limits.ticks_per_s(calibration))
+        self._goal_velocities = np.minimum(NO_LOAD_TICKS_PER_S, speed).astype(int)
+        percent = [self.limits.torque_pct] * (JOINTS - 1) + [self.limits.gripper_torque_pct]
+        self._torque_limits = {i: round(10 * p) for i, p in zip(IDS, percent, strict=True)}
+        self._budget_s = 0.5 / rate_hz  # for asking again: the other half of a period is for everything else
+        self._state: JointState | None = None
+        self._rest: NDArray[np.float64] | None = None  # where it lay when it was switched on; None: it was on
+        self._park: Park | None = None
+        self._warnings: list[str] = []
+        self._limp_finding = ""
+        self._torque_seen_s = 0.0
+        self._connected = self._enabled = self._was_on = False
 
     def __enter__(self) -> SO101:
         self.connect()
@@ -97,7 +99,7 @@ class SO101:
         finally:
             self.close()
         if result.unconfirmed:
-            message = _unconfirmed_message(result)
+            message = result.message
             if error is None:
                 raise ArmError(message)
             # The error under way says more; it must not be replaced.
@@ -105,13 +107,23 @@ class SO101:
 
     @property
     def enabled(self) -> bool:
-        """Whether the servos hold the arm and `send` moves it."""
+        """Whether `send` is possible: the servos hold the arm (or would, with motors_off)."""
         return self._enabled
 
     @property
     def counts(self) -> MotionCounts:
         """MotionCounts since `enable`."""
         return self._shaper.counts
+
+    @property
+    def anomalies(self) -> dict[str, int]:
+        """What went wrong on the line since `connect`, by name; only what did."""
+        found = dict(vars(self.bus.counters))
+        found |= {
+            "unanswered_readings": self._telemetry.unanswered,
+            "unbelieved_positions": self._telemetry.unbelieved,
+        }
+        return {name: count for name, count in found.items() if count and name != "drains"}
 
     def connect(self) -> tuple[str, ...]:
         """Open the bus and check the arm without writing anything; returns warnings.
@@ -125,82 +137,142 @@ class SO101:
                 # The warnings too: that motors are on already matters most when the run does not start.
                 listing = "\n  ".join((*findings.problems, *findings.warnings))
                 raise ArmError(f"the arm on {self.bus.path} is refused, nothing was written:\n  {listing}")
+            self._monitors = Monitors(self.limits, findings.values)
         except BaseException:
             self.bus.close()
             raise
+        self._was_on = bool(findings.energised)
         self._connected = True
         return findings.warnings
 
     def read(self) -> JointState:
-        """Position of all joints in one request; BusError names the joints that did not answer."""
-        time_s = time.monotonic()
-        blocks = self.bus.sync_read(IDS, Register.PRESENT_POSITION)
-        missing = [joint_label(servo_id) for servo_id in IDS if servo_id not in blocks]
-        if missing:
-            found = ", ".join(map(joint_label, blocks)) or "none"
-            raise BusError(
-                f"no answer from {', '.join(missing)} on {self.bus.path} (found: {found}). "
-                "Check the cable before the first one missing, and the power."
-            )
-        raw = [blocks[servo_id].values[Register.PRESENT_POSITION] for servo_id in IDS]
-        errors = tuple(blocks[servo_id].error for servo_id in IDS)
-        position = to_values(np.array(raw, np.int64), self.calibration, self.units)
-        return JointState(position, tuple(raw), errors, time_s)
+        """All joints in one request, checked by the monitors: a stop they find is in `stopped`, a warning in
+        `new_warnings`. BusError names joints that have never answered, later only a line that is unusable."""
+        assert self._monitors is not None, "connect() comes first"
+        self.beat()
+        state = self._state = self._telemetry.read(self._budget_s)
+        driven = self._enabled and not self.motors_off
+        verdict = self._monitors.check(state, np.rint(self._shaper.goal) if driven else None)
+        self._warnings += verdict.warnings
+        if driven:
+            for joint in verdict.ease:
+                self._shaper.ease(joint, state.raw)
+            if verdict.stop and not self.stopped:
+                self._latch(verdict.stop, verdict.unload)
+            if state.time_s - self._torque_seen_s >= TORQUE_CHECK_S:
+                self._torque_seen_s = state.time_s
+                if off := self._telemetry.powered_off(self._budget_s):
+                    names = ", ".join(map(joint_label, off))
+                    self._latch(f"{names}: torque went off by itself (restarted?). Check supply and cable", ())
+        elif verdict.stop != self._limp_finding:  # nothing to stop, but to be told, once
+            self._limp_finding = verdict.stop
+            self._warnings += [verdict.stop] if verdict.stop else []
+        return state
 
-    def enable(self) -> None:
-        """Energise the arm where it stands, one servo at a time. On any failure everything is off again."""
+    def new_warnings(self) -> list[str]:
+        """What the monitors noticed since the last call."""
+        found, self._warnings = self._warnings, []
+        return found
+
+    def enable(self, *, far: bool = False) -> None:
+        """Energise the arm where it stands, one servo at a time. On any failure everything is off again.
+
+        far: the first target may be further away than `jump_deg`.
+        """
         if not self._connected:
             raise ArmError("enable() before connect(). Connect first: it checks the arm.")
         if self._enabled:
             return
-        try:
-            goals = [self._energise(servo_id) for servo_id in IDS]
-        except BaseException:
-            result = self.release()
-            if result.unconfirmed:
-                log.error(_unconfirmed_message(result))
-            raise
-        self._shaper.start(goals, time.monotonic())
+        if self.motors_off:
+            goals = [int(raw) for raw in self.read().raw]
+        else:
+            try:
+                goals = [
+                    power.switch_on(self.bus, i, int(v), self._torque_limits[i], self.beat)
+                    for i, v in zip(IDS, self._goal_velocities, strict=True)
+                ]
+            except BaseException:
+                result = self.release()
+                if result.unconfirmed:
+                    log.error(result.message)
+                raise
+        now = time.monotonic()
+        self._shaper.start(goals, now, far=far)
+        self._rest, self._torque_seen_s = np.array(goals, np.float64), now
+        if self._was_on or self.motors_off:
+            self._rest = None
         self._enabled = True
+        self.read()
 
-    def send(self, target: ArrayLike) -> Emitted:
-        """Move towards `target`, [6] robot units; returns what was really sent.
-
-        A target that is not six finite numbers does not raise: the last goal is sent again.
-        """
-        self._require_enabled("send")
-        return self._emit(self._shaper.shape(target, time.monotonic()))
+    def send(self, target: ArrayLike, due_s: float | None = None) -> Emitted:
+        """Move towards `target`, [6] robot units, meant for `due_s` (monotonic; None: now); returns what was really
+        sent. A target that cannot be used does not raise: the last goal is sent again. So it is while stopped."""
+        state = self._require_enabled("send")
+        if self.stopped:
+            return self.hold()
+        emitted = self._shaper.shape(target, self._present(state), time.monotonic(), due_s)
+        if self._shaper.jumps_in_a_row >= JUMPS_LIMIT:
+            self._latch(f"{JUMPS_LIMIT} targets in a row: {emitted.rejected}", ())
+        return self._emit(emitted)
 
     def hold(self) -> Emitted:
         """Send the last goal again."""
-        self._require_enabled("hold")
-        return self._emit(self._shaper.hold())
+        state = self._require_enabled("hold")
+        return self._emit(self._shaper.hold(self._present(state), time.monotonic()))
 
-    def release(self) -> ReleaseResult:
+    def resume(self) -> None:
+        """Follow again after a stop, slowly at first. ArmError when a servo is off: it is never switched on again
+        in the same run."""
+        self._require_enabled("resume")
+        if not self.motors_off and (off := self._telemetry.powered_off()):
+            raise ArmError(f"cannot resume: {', '.join(map(joint_label, off))} is off. Start again.")
+        if not self.motors_off:
+            self.bus.sync_write(Register.TORQUE_LIMIT, self._torque_limits)
+        assert self._monitors is not None  # enabled
+        self._monitors.reset()
+        self._shaper.resume()
+        self.stopped = ""
+
+    def begin_park(self) -> float:
+        """Start the way back to where the arm was switched on, from the last goal; returns seconds."""
+        self._require_enabled("begin_park")
+        start, now = self._shaper.goal.copy(), time.monotonic()
+        self._shaper.redirect()
+        self._park = Park(start, start if self._rest is None else self._rest, now)
+        return self._park.duration_s
+
+    def park(self) -> tuple[bool, Emitted]:
+        """One step of it; whether the arm has arrived, and what was sent."""
+        assert self._park is not None, "begin_park() comes first"
+        if self.stopped:
+            return False, self.hold()
+        now = time.monotonic()
+        goal = np.rint(self._park.goal(now)).astype(np.int64)
+        emitted = self.send(to_values(goal, self.calibration, self.units))
+        over_s = now - self._park.end_s
+        return over_s >= 0 and (not any(emitted.slewed) or over_s > PARK_SETTLE_S), emitted
+
+    def release(self, *, soft: bool = False) -> ReleaseResult:
         """Switch every servo off and verify it. May be called again; never skips a servo because of another.
 
-        Does not raise for servos or a port that fail: what could not be confirmed is in the result.
+        soft: lower the torque over 0.4 s first, so that the arm sinks instead of falling. Does not raise for servos
+        or a port that fail: what could not be confirmed is in the result.
         """
-        self._enabled = False
-        if not self.bus.is_open:
+        was_enabled, self._enabled = self._enabled, False
+        if not self.bus.is_open or (self.motors_off and was_enabled):
             return ReleaseResult({})
         interrupt: BaseException | None = None
-        unconfirmed: dict[str, str] = {}
-        # Broadcast first: it reaches all servos at once and needs no answer.
-        for servo_id in (BROADCAST_ID, *IDS):
-            reason = ""
+        if soft and was_enabled:
             try:
-                self._switch_off(servo_id)
-            except DeviceError as error:
-                reason = str(error)
+                power.sink(self.bus, self._torque_limits, self.beat)
+            except DeviceError:
+                pass  # what follows tells what is left
             except BaseException as error:
-                # Ctrl-C waits until the last servo has been tried.
-                interrupt, reason = error, "interrupted"
-            if reason and servo_id in IDS:
-                unconfirmed[joint_label(servo_id)] = reason
+                interrupt = error
+        result = power.switch_off(self.bus)
         if interrupt is not None:
             raise interrupt
-        return ReleaseResult(unconfirmed)
+        return result
 
     def close(self) -> None:
         """Release the arm if it is energised, and close the port. May be called again."""
@@ -211,57 +283,42 @@ class SO101:
             self._connected = False
             self.bus.close()
 
+    def stop(self, reason: str) -> None:
+        """Hold from now on, until `resume`."""
+        self._latch(reason, ())
+
+    def _latch(self, reason: str, unload: tuple[int, ...]) -> None:
+        self.stopped = self.stopped or reason
+        if self.motors_off:
+            return
+        assert self._state is not None
+        for joint in unload:
+            self._shaper.unload(joint, self._state.raw)
+        weak = {IDS[j]: UNLOADED_TORQUE for j in unload if self._state.errors[j] & STOPPING_BITS}
+        if weak:
+            self.bus.sync_write(Register.TORQUE_LIMIT, weak)
+
+    def _present(self, state: JointState) -> NDArray[np.float64]:
+        """Where the joints are, for the lead; without motors, where they would be."""
+        return self._shaper.goal if self.motors_off else state.raw.astype(np.float64)
+
     def _emit(self, emitted: Emitted) -> Emitted:
-        self.bus.sync_write(Register.GOAL_POSITION, dict(zip(IDS, emitted.raw, strict=True)))
+        if not self.motors_off:
+            self.beat()
+            acceleration = power.RAMP_ACCELERATION if emitted.ramping else ACCELERATION
+            block = {
+                servo_id: {
+                    Register.ACCELERATION: acceleration,
+                    Register.GOAL_POSITION: goal,
+                    Register.GOAL_TIME: 0,
+                    Register.GOAL_VELOCITY: int(velocity),
+                }
+                for servo_id, goal, velocity in zip(IDS, emitted.raw, self._goal_velocities, strict=True)
+            }
+            self.bus.sync_write_block(Register.ACCELERATION, Register.GOAL_VELOCITY, block)
         return emitted
 
-    def _require_enabled(self, action: str) -> None:
-        if not self._enabled:
+    def _require_enabled(self, action: str) -> JointState:
+        if not self._enabled or self._state is None:
             raise ArmError(f"{action}() while the arm is not energised. Call enable() first.")
-
-    def _energise(self, servo_id: int) -> int:
-        """Set up one servo, give it its own position as goal, switch it on. Returns that goal, raw ticks."""
-        bus, index, label = self.bus, servo_id - 1, joint_label(servo_id)
-        for register, value in (
-            (Register.ACCELERATION, ACCELERATION),
-            (Register.GOAL_VELOCITY, int(self._goal_velocities[index])),
-            (Register.TORQUE_LIMIT, TORQUE_LIMITS[index]),
-        ):
-            bus.write(servo_id, register, value)
-        present = bus.read(servo_id, Register.PRESENT_POSITION).value
-        bus.write(servo_id, Register.GOAL_POSITION, present)
-        goal = bus.read(servo_id, Register.GOAL_POSITION).value
-        if goal != present:
-            raise ArmError(
-                f"{label} holds the goal {goal}, expected its position {present}: it would jump. "
-                "Power the arm off and on."
-            )
-        error = bus.write(servo_id, Register.TORQUE_ENABLE, 1)
-        if error:
-            raise ArmError(f"{label} reports {', '.join(error_names(error))} when switched on. {ERROR_ADVICE}")
-        until = time.monotonic() + JUMP_WINDOW_S
-        while time.monotonic() < until:
-            moved = bus.read(servo_id, Register.PRESENT_POSITION).value - present
-            if abs(moved) > JUMP_TICKS:
-                raise ArmError(
-                    f"{label} moved {moved} ticks when switched on, expected at most {JUMP_TICKS}. "
-                    "Rest the arm, keep hands off, and look for a wrong calibration."
-                )
-            time.sleep(JUMP_WINDOW_S / 5)
-        return goal
-
-    def _switch_off(self, servo_id: int) -> None:
-        if servo_id == BROADCAST_ID:
-            self.bus.broadcast_torque_off()
-            return
-        if self.bus.read(servo_id, Register.TORQUE_ENABLE).value == 0:
-            return
-        self.bus.write(servo_id, Register.TORQUE_ENABLE, 0)
-        left = self.bus.read(servo_id, Register.TORQUE_ENABLE).value
-        if left:
-            raise ArmError(f"Torque_Enable still reads {left} after it was set to 0")
-
-
-def _unconfirmed_message(result: ReleaseResult) -> str:
-    listing = "\n  ".join(f"{name}: {reason}" for name, reason in result.unconfirmed.items())
-    return f"these servos may still be energised. Switch the arm's power off.\n  {listing}"
+        return self._state

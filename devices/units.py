@@ -69,3 +69,14 @@ def to_raw(values: NDArray[np.float64], calibration: Calibration, units: Units) 
     """[6] finite robot units -> [6] int64 raw ticks, not yet clipped to the range."""
     joints = zip(values, calibration.joints, units.scales, strict=True)
     return np.array([value_to_raw(float(value), joint, scale) for value, joint, scale in joints], np.int64)
+
+
+def degrees_per_unit(calibration: Calibration, units: Units) -> NDArray[np.float64]:
+    """[6] how many degrees one robot unit of each joint is."""
+    whole = {Scale.DEGREES: 0.0, Scale.RANGE_M100_100: 200.0, Scale.RANGE_0_100: 100.0}
+    return np.array(
+        [
+            (joint.range_max - joint.range_min) * 360 / ENCODER_MAX / whole[scale] if whole[scale] else 1.0
+            for joint, scale in zip(calibration.joints, units.scales, strict=True)
+        ]
+    )

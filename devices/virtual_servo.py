@@ -1,17 +1,25 @@
 """One virtual STS3215: its registers, its motion, and what it objects to.
 
 Only as much of a servo as a host can see on the bus. Torque off means that it stands still, wherever it is.
+
+What nobody has proven on a real servo is assumed here as everybody does: the firmware clamps goals to the
+position limits (the register keeps what was written), and with single-turn feedback (bit 4 of Phase clear)
+Present_Position is angle - Homing_Offset modulo a turn, as LeRobot's users report (its #3373, #3587); with
+multi-turn feedback it counts on below 0 and above 4095.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
-from .calibration import JointCalibration
+from .calibration import IDS, JointCalibration
 from .sts3215 import (
     FORBIDDEN_WRITES,
     NO_LOAD_TICKS_PER_S,
+    PHASE_MULTI_TURN,
     PHASE_ZERO_SPEED_IS_MAX,
+    TICKS_PER_TURN,
     TORQUE_ENABLE_RECENTRE,
     Register,
     decode,
@@ -19,7 +27,7 @@ from .sts3215 import (
 )
 
 MEMORY_BYTES = 128
-# Values of a 7.4 V servo where the vendor's table names no default.
+# Values of a 7.4 V servo where the vendor's table names no default, and of one that LeRobot has set up.
 VARIANT_VALUES = {
     Register.FIRMWARE_MAJOR_VERSION: 3,
     Register.FIRMWARE_MINOR_VERSION: 10,
@@ -28,38 +36,56 @@ VARIANT_VALUES = {
     Register.PHASE: 12,
     Register.PRESENT_VOLTAGE: 74,
     Register.PRESENT_TEMPERATURE: 30,
+    Register.RETURN_DELAY_TIME: 0,
+    Register.P_COEFFICIENT: 16,
 }
+GRIPPER_VALUES = {Register.MAX_TORQUE_LIMIT: 500, Register.PROTECTION_CURRENT: 250, Register.OVERLOAD_TORQUE: 25}
 ACCELERATION_UNIT = 100
 # A goal counts as the present position within this many ticks.
 SAME_TICKS = 5
 # First address behind the EPROM, and the factory area, which is as lasting.
 EPROM_END = 40
 FACTORY_START = 80
+# A crude motor. Moving freely it needs duty for its speed (25 % at 90 deg/s, at most half of what it may) and
+# little current against its own voltage (0.3 A). Blocked it pushes in proportion to the error, fully from 9
+# degrees on, and draws what its coil lets through: 3.9 A (600 units of 6.5 mA) at full duty, above the 3.25 A of
+# a default Protection_Current. It has no weight to hold.
+FREE_LOAD_PER_TICK_S, FREE_LOAD_SHARE, FREE_CURRENT_PER_LOAD = 250 / 1024, 0.5, 0.2
+BLOCKED_LOAD_PER_TICK, BLOCKED_CURRENT_PER_LOAD = 10, 0.6
 
 
 class VirtualServo:
-    """A servo calibrated as `joint` says; it starts in the middle of its range with torque off."""
+    """A servo calibrated as `joint` says; it starts at `pose` (raw ticks) with torque off.
 
-    def __init__(self, servo_id: int, joint: JointCalibration) -> None:
+    error: its ERROR byte. stuck: blocked. max_step: how far a goal may lie from the one before while it is on,
+    in ticks.
+    """
+
+    def __init__(self, servo_id: int, joint: JointCalibration, pose: int) -> None:
         self.id = servo_id
+        self.max_step = math.inf
+        self.stuck = False
         self.error = 0
+        self._forced: dict[Register, bytes] = {}
         self._pending: tuple[int, bytes] | None = None
         self._memory = bytearray(MEMORY_BYTES)
+        values = VARIANT_VALUES | (GRIPPER_VALUES if servo_id == IDS[-1] else {})
         for register in Register:
-            self.poke(register, VARIANT_VALUES.get(register, register.default or 0))
+            self.poke(register, values.get(register, register.default or 0))
         self.poke(Register.ID, servo_id)
         self.poke(Register.HOMING_OFFSET, joint.homing_offset)
         self.poke(Register.MIN_POSITION_LIMIT, joint.range_min)
         self.poke(Register.MAX_POSITION_LIMIT, joint.range_max)
         self._lasting = bytes(self._memory)
         self._velocity = 0.0  # ticks/s
-        self._position = 0.0  # ticks, after the homing offset
-        self.poke(Register.PRESENT_POSITION, (joint.range_min + joint.range_max) // 2)
+        self._angle = 0.0  # of the shaft, ticks; the encoder shows it modulo a turn
+        self._last_goal = 0  # the one that was sent, even if it was lost
+        self.poke(Register.PRESENT_POSITION, pose)
 
     @property
     def position(self) -> float:
         """Exact position, raw ticks."""
-        return self._position
+        return self._seen(self._angle)
 
     def peek(self, register: Register) -> int:
         return decode(register, bytes(self._memory[register.address : register.end]))
@@ -68,23 +94,41 @@ class VirtualServo:
         """Set any register from outside, as no bus can; Present_Position moves the servo there."""
         self._memory[register.address : register.end] = encode(register, value)
         if register is Register.PRESENT_POSITION:
-            self._position, self._velocity = float(value), 0.0
+            self._angle, self._velocity = float(value + self.peek(Register.HOMING_OFFSET)), 0.0
+            self._show(0.0)
+        if register is Register.GOAL_POSITION:
+            self._last_goal = value
+
+    def force(self, register: Register, value: int | None) -> None:
+        """What the bus reads of a register from now on, whatever it holds; None for the truth again."""
+        self._forced.pop(register, None)
+        if value is not None:
+            self._forced[register] = encode(register, value)
 
     def registers(self) -> dict[str, int]:
-        """Every register by name."""
+        """Every register by name, as it is: nothing forced."""
         return {register.name: self.peek(register) for register in Register}
 
     def read(self, address: int, size: int) -> bytes:
         """`size` bytes from `address`; addresses that do not exist read 0."""
-        return bytes(self._memory[address : address + size]).ljust(size, b"\0")
+        shown = bytearray(self._memory)
+        for register, data in self._forced.items():
+            shown[register.address : register.end] = data
+        return bytes(shown[address : address + size]).ljust(size, b"\0")
+
+    def touched(self, address: int, data: bytes) -> dict[Register, int]:
+        """Every register that a write reaches, with the value it would have then."""
+        after = bytearray(self._memory)
+        after[address : address + len(data)] = data
+        return {
+            r: decode(r, bytes(after[r.address : r.end]))
+            for r in Register
+            if address < r.end and r.address < address + len(data)
+        }
 
     def objections(self, address: int, data: bytes) -> list[str]:
         """What a careful host would not have written to this servo now."""
-        written = {
-            r: decode(r, data[r.address - address : r.end - address])
-            for r in Register
-            if address <= r.address and r.end <= address + len(data)
-        }
+        written = self.touched(address, data)
         found = [f"write to {register}" for register in written if register in FORBIDDEN_WRITES]
         found += [f"write to read-only {register}" for register in written if not register.writable]
         energised = self.peek(Register.TORQUE_ENABLE) == 1
@@ -94,31 +138,33 @@ class VirtualServo:
         if torque is not None and torque not in (0, 1):
             found.append(f"Torque_Enable set to {torque}")
         goal = written.get(Register.GOAL_POSITION, self.peek(Register.GOAL_POSITION))
-        off_by = abs(goal - round(self._position))
+        off_by = abs(goal - round(self.position))
         if torque == 1 and not energised and off_by > SAME_TICKS:
-            found.append(f"torque on with goal {goal} at position {round(self._position)}")
-        if Register.GOAL_POSITION in written and self._outside(goal) > self._outside(self._position) + SAME_TICKS:
-            found.append(f"goal {goal} beyond the limits")
+            found.append(f"torque on with goal {goal} at position {round(self.position)}")
+        if Register.GOAL_POSITION in written:
+            if self._outside(goal) > self._outside(self.position) + SAME_TICKS:
+                found.append(f"goal {goal} beyond the limits")
+            # A goal at the present position unloads a servo: no jump, however far the last goal was.
+            if energised and abs(goal - self._last_goal) > self.max_step and off_by > SAME_TICKS:
+                found.append(f"goal {goal} after {self._last_goal}: a step of more than {self.max_step:.0f}")
         return [f"servo {self.id}: {what}" for what in found]
 
-    def write(self, address: int, data: bytes) -> None:
-        """Take the bytes where registers are writable. EPROM bytes last only while Lock is 0."""
+    def write(self, address: int, data: bytes, lost: Collection[Register] = ()) -> None:
+        """Take the bytes where registers are writable and not `lost`. EPROM bytes last only while Lock is 0."""
         torque = self.peek(Register.TORQUE_ENABLE)
-        offset = self.peek(Register.HOMING_OFFSET)
         unlocked = self.peek(Register.LOCK) == 0
+        self._last_goal = self.touched(address, data).get(Register.GOAL_POSITION, self._last_goal)
         lasting = bytearray(self._lasting)
         for register in Register:
+            if not register.writable or register in lost:
+                continue
             for at in range(max(address, register.address), min(address + len(data), register.end)):
-                if not register.writable:
-                    continue
                 self._memory[at] = data[at - address]
                 if register.area != "SRAM" and unlocked:
                     lasting[at] = data[at - address]
         self._lasting = bytes(lasting)
         if self.peek(Register.TORQUE_ENABLE) == TORQUE_ENABLE_RECENTRE:
             self.poke(Register.TORQUE_ENABLE, torque)
-        # Present = actual - offset.
-        self._position += offset - self.peek(Register.HOMING_OFFSET)
 
     def prepare(self, address: int, data: bytes) -> None:
         """Keep a write until `act`."""
@@ -133,19 +179,21 @@ class VirtualServo:
 
     def reboot(self) -> None:
         """Lose power and come back: torque off, volatile registers as at power-up, goal at the position."""
-        position = self._position
-        offset = self.peek(Register.HOMING_OFFSET)
         self._memory[:] = self._lasting
         self._pending = None
         self._velocity = 0.0
-        self._position = position + offset - self.peek(Register.HOMING_OFFSET)
-        self.poke(Register.GOAL_POSITION, round(self._position))
+        self._show(0.0)
+        self.poke(Register.GOAL_POSITION, self.peek(Register.PRESENT_POSITION))
         self.poke(Register.TORQUE_LIMIT, self.peek(Register.MAX_TORQUE_LIMIT))
 
     def advance(self, dt_s: float) -> None:
         """Move on by `dt_s` and bring the Present registers up to date."""
         energised = self.peek(Register.TORQUE_ENABLE) == 1 and self.peek(Register.TORQUE_LIMIT) > 0
-        distance = self.peek(Register.GOAL_POSITION) - self._position if energised else 0.0
+        goal = self.peek(Register.GOAL_POSITION)
+        low, high = self.peek(Register.MIN_POSITION_LIMIT), self.peek(Register.MAX_POSITION_LIMIT)
+        if low < high:
+            goal = min(high, max(low, goal))
+        distance = goal - self.position if energised else 0.0
         speed_limit = float(abs(self.peek(Register.GOAL_VELOCITY)))
         if speed_limit == 0 and self.peek(Register.PHASE) & PHASE_ZERO_SPEED_IS_MAX:
             speed_limit = NO_LOAD_TICKS_PER_S
@@ -158,24 +206,32 @@ class VirtualServo:
         step = self._velocity * dt_s
         if not energised or (step * distance >= 0 and abs(step) >= abs(distance)):
             step, self._velocity = distance, 0.0
-        self._position += step
+        if self.stuck:
+            step, self._velocity = 0.0, 0.0
+        self._angle += step
         self._show(distance)
 
     def _show(self, distance: float) -> None:
-        position = min(32767, max(-32767, round(self._position)))
+        """Bring the Present registers up to date; `distance` ticks are left to the goal."""
         velocity = round(self._velocity)
-        load = round(min(1000.0, max(-1000.0, 4 * distance)))
-        limit = self.peek(Register.TORQUE_LIMIT)
-        load = min(limit, max(-limit, load))
+        limit = min(1000, self.peek(Register.TORQUE_LIMIT)) * (1 if self.stuck else FREE_LOAD_SHARE)
+        load = distance * BLOCKED_LOAD_PER_TICK if self.stuck else velocity * FREE_LOAD_PER_TICK_S
+        load = round(min(limit, max(-limit, load)))
+        current = abs(load) * (BLOCKED_CURRENT_PER_LOAD if self.stuck else FREE_CURRENT_PER_LOAD)
         for register, value in (
-            (Register.PRESENT_POSITION, position),
+            (Register.PRESENT_POSITION, min(32767, max(-32767, round(self._seen(round(self._angle)))))),
             (Register.PRESENT_VELOCITY, velocity),
             (Register.PRESENT_LOAD, load),
-            (Register.PRESENT_CURRENT, abs(load) // 4),
+            (Register.PRESENT_CURRENT, round(current)),
             (Register.MOVING, int(velocity != 0)),
             (Register.STATUS, self.error),
         ):
             self._memory[register.address : register.end] = encode(register, value)
+
+    def _seen(self, angle: float) -> float:
+        """The position that a shaft angle is, in raw ticks after the homing offset."""
+        ticks = angle - self.peek(Register.HOMING_OFFSET)
+        return ticks if self.peek(Register.PHASE) & PHASE_MULTI_TURN else ticks % TICKS_PER_TURN
 
     def _outside(self, ticks: float) -> float:
         """How far a position lies outside the limits, in ticks."""

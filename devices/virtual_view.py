@@ -21,6 +21,8 @@ Colour = tuple[int, int, int]  # RGB
 
 SHOULDER_HEIGHT, UPPER_ARM, FOREARM, HAND, FINGER = 0.12, 0.116, 0.135, 0.06, 0.05
 NEAR = 0.02
+# A real sensor never gives the same bytes twice. No colour here is so near 0 or 255 that this overflows.
+NOISY_VALUES, NOISE = 300, np.array([-2, -1, 1, 2])
 # Camera position and the point it looks at. The wrist camera rides on the arm.
 VIEWPOINTS = {
     "front": ((0.75, 0.0, 0.45), (0.15, 0.0, 0.08)),
@@ -47,6 +49,7 @@ class VirtualView:
         self._calibration = calibration
         self._size = (width, height)
         self._focal = 0.9 * width
+        self._random = np.random.default_rng(0)
         corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)], np.float64)
         self._cube = corners * 0.03 + np.array([0.22, -0.08, 0.0])
         turns = np.linspace(0, 2 * math.pi, 24, endpoint=False)
@@ -73,6 +76,8 @@ class VirtualView:
             self._bar(image, end, end, 0.036, JOINT)
         for finger in fingers:
             self._bar(image, finger[0], finger[1], 0.014, FINGERS)
+        values = self._random.integers(image.size, size=NOISY_VALUES)
+        image.flat[values] = image.flat[values] + self._random.choice(NOISE, NOISY_VALUES)
         return image
 
     def _pose(self, raw: Sequence[float]) -> tuple[list[Points], list[tuple[Points, Points]], Points]:

@@ -6,11 +6,13 @@ import typer
 
 from ..devices.errors import DeviceError
 from . import command, settings
-from .drive import drive
-from .errors import CheckFailed, SafetyStop, SmolVLAError
+from .chunks import Chunking
+from .drive import Mode, drive
+from .errors import CheckFailed, SafetyStop, SettingsError, SmolVLAError
 from .policy import Policy
+from .replay import replay
 from .selfcheck import TOLERANCE, run_selfcheck
-from .settings import Settings
+from .settings import Guarding, Settings
 
 app = command.new_app()
 
@@ -22,7 +24,7 @@ def run(
         None, help="cpu, cuda, jetson, or auto: CUDA where it is there, else CPU.  [default: auto]"
     ),
     port: str | None = typer.Option(
-        None, help="Serial port of the arm, or sim: the virtual arm, which needs no other setting."
+        None, help="Serial port of the arm, auto, or sim: the virtual arm, which needs no other setting."
     ),
     units: str | None = typer.Option(
         None, help="degrees (LeRobot 0.4.4 on) or range_m100_100 (before), as the policy was trained."
@@ -31,13 +33,34 @@ def run(
         None, help="LeRobot calibration file, or the id the arm was calibrated under."
     ),
     camera: list[str] | None = typer.Option(
-        None, metavar="NAME=SOURCE", help="Once for each camera: /dev/videoN, a number, or a picture file."
+        None, metavar="NAME=SOURCE", help="Once for each camera: /dev/videoN, a number, a picture or a video."
     ),
     task: str | None = typer.Option(None, help="The instruction."),
     seconds: float | None = typer.Option(None, help="Stop so long after the first action.  [default: Ctrl-C]"),
     fps: float | None = typer.Option(None, help="Control rate.  [default: the training data's, else 30]"),
     steps: int | None = typer.Option(None, help="Denoise steps.  [default: the checkpoint's]"),
     seed: int | None = typer.Option(None, help="Seed of the noise.  [default: random]"),
+    chunking: Chunking | None = typer.Option(
+        None, help="How chunks are joined: sync holds between them, async eases in, rtc guides.  [default: sync]"
+    ),
+    guardian: Guarding | None = typer.Option(
+        None, help="What becomes of the arm should this program die: soft, off or hold.  [default: soft]"
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, show the first chunk, and leave."),
+    rehearse: bool = typer.Option(
+        False, "--rehearse", help="Run with the motors off, and write rehearsal.json.  [--seconds default: 10]"
+    ),
+    record: str | None = typer.Option(None, metavar="DIR", help="Keep all the policy saw and said, in a new folder."),
+    replay_: Path | None = typer.Option(
+        None, "--replay", metavar="DIR", help="Compute a recording again and compare; needs no arm."
+    ),
+    allow_far_start: bool = typer.Option(False, "--allow-far-start", help="Start where training never was."),
+    i_know_the_unit: bool = typer.Option(
+        False, "--i-know-the-unit", help="Where the training statistics cannot confirm --units."
+    ),
+    write_eeprom: bool = typer.Option(
+        False, "--write-eeprom", help="First give the servos LeRobot's configuration; only what differs is written."
+    ),
     config: Path | None = typer.Option(
         None, help="Settings that flags override; motion limits are set here.  [default: ./robot.toml]"
     ),
@@ -64,13 +87,22 @@ def run(
         fps=fps,
         steps=steps,
         seed=seed,
+        chunking=chunking,
+        guardian=guardian,
+        record=record,
+        i_know_the_unit=i_know_the_unit or None,
         cameras=stored.cameras | settings.parse_cameras(camera or []),
     )
     chosen.check_values()
+    modes: list[Mode] = [m for m, given in (("dry-run", dry_run), ("rehearse", rehearse)) if given]  # type: ignore[misc]
+    if len(modes) + self_check + (replay_ is not None) > 1:
+        raise SettingsError("--dry-run, --rehearse, --replay and --self-check exclude each other")
     if self_check:
         _self_check(chosen)
+    elif replay_ is not None:
+        replay(replay_, Policy.load(chosen.bundle, chosen.device))
     else:
-        drive(chosen)
+        drive(chosen, *modes, far=allow_far_start, write_eeprom=write_eeprom)
 
 
 def _self_check(chosen: Settings) -> None:

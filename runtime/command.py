@@ -5,10 +5,13 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import typer
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -64,8 +67,35 @@ def terminate_like_interrupt() -> None:
     def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+    for number in SIGNALS:
         signal.signal(number, interrupt)
+
+
+@contextmanager
+def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Within, the first signal only makes the function that is handed out true; the second interrupts at once."""
+    asked = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        with suppress(Exception):  # the terminal is gone, or the signal came while another line was printed
+            say(f"{signal.Signals(number).name}: once more switches the motors off at once")
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(line: str) -> None:
+    """Print while motors are on: a terminal that is gone must not end what goes on."""
+    with suppress(OSError, ValueError):
+        print(line, flush=True)
 
 
 def _print_version(value: bool | None) -> None:

@@ -1,35 +1,37 @@
 """The control loop: observe, ask, act, at a fixed rate. It never waits for the policy.
 
-A chunk is executed row by row; when its rows are used up the arm holds, the policy is asked about what the cameras
-and joints show then, and the answer is executed from its first row. What a target may do to the arm (range, speed,
-first move) is the arm's own business: the loop sends targets and is told what was really sent.
+    run    actions of the queue are sent, one a tick; while there is none the arm holds
+    stop   latched: the arm holds until the operator resumes; without an operator, or at Ctrl-C, the run ends
+    park   the arm goes back to where it lay, then the run ends
+
+What a target may do to the arm (range, speed, first move) is the arm's own business: the loop sends targets, is told
+what was really sent, and is told when the arm wants to stop.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SafetyStop, SmolVLAError
+from . import chunks
+from .chunks import ChunkQueue
+from .errors import SafetyStop
 from .inference import Chunk, InferenceThread, Observation
 
-STALE_FRAME_S = 0.5  # older frames are not shown to the policy
-CAMERA_FAULT_S = 2.0  # a camera without a fresh frame for this long ends the run
-LOST_READS = 5  # consecutive failed reads that end the run
-BAD_CHUNKS = 3  # consecutive non-finite chunks that end the run
+CAMERA_FAULT_S = 2.0  # a camera without a usable picture for this long ends the run
+BAD_CHUNKS, BAD_CHUNKS_S = 3, 10.0  # so many non-finite chunks within this time end the run
 
 
-class Frame(Protocol):
-    """An image and when it was taken."""
+class View(Protocol):
+    """A camera's newest picture, and why the policy must not see it ("" when it may)."""
 
     @property
     def image(self) -> NDArray[np.uint8]: ...
     @property
-    def time_s(self) -> float: ...
+    def problem(self) -> str: ...
 
 
 class JointState(Protocol):
@@ -37,17 +39,49 @@ class JointState(Protocol):
 
     @property
     def position(self) -> NDArray[np.float64]: ...
+    @property
+    def missed(self) -> Sequence[int]: ...
+
+
+class Emitted(Protocol):
+    """What was really sent."""
+
+    @property
+    def rejected(self) -> str: ...
+    @property
+    def stale(self) -> bool: ...
+    @property
+    def ramping(self) -> bool: ...
 
 
 class Arm(Protocol):
-    """What the loop needs of an arm; each raises one of the loop's `faults` when it fails."""
+    """What the loop needs of an arm; each method raises one of the loop's `faults` when the arm cannot be used."""
 
+    @property
+    def stopped(self) -> str: ...
     def read(self) -> JointState: ...
-    def send(self, target: NDArray[np.floating], /) -> object:
-        """Step towards `target`, [dof] in robot units."""
+    def new_warnings(self) -> list[str]: ...
+    def send(self, target: NDArray[np.floating], due_s: float | None = None, /) -> Emitted:
+        """Step towards `target`, [dof] in robot units, meant for `due_s`."""
 
-    def hold(self) -> object:
+    def hold(self) -> Emitted:
         """Send the last goal again."""
+
+    def stop(self, reason: str) -> None: ...
+    def resume(self) -> None: ...
+    def begin_park(self) -> float: ...
+    def park(self) -> tuple[bool, Emitted]: ...
+
+
+class Cameras(Protocol):
+    def look(self) -> Mapping[str, View]: ...
+    def warnings(self) -> list[str]: ...
+
+
+class Keys(Protocol):
+    @property
+    def present(self) -> bool: ...
+    def keys(self) -> Sequence[Literal["stop", "resume", "quit"]]: ...
 
 
 @dataclass
@@ -57,20 +91,14 @@ class Counts:
     ticks: int = 0
     acted: int = 0
     held: int = 0  # no action was there
+    starved: int = 0  # of them: after the first action, outside stops
+    rejected: int = 0  # actions the arm would not follow
     missed: int = 0  # ticks that never ran because an earlier one took too long
-    failed_reads: int = 0
-    stale_frames: int = 0
+    unanswered: int = 0  # a joint did not answer
+    blind: int = 0  # a camera had no usable picture
     bad_chunks: int = 0  # chunks that held a NaN or an infinity
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Shown to `watch` after every tick."""
-
-    elapsed_s: float  # since the first action; 0 before
-    position: NDArray[np.float64]
-    queued: int
-    counts: Counts
+    late_chunks: int = 0  # chunks thrown away because they took far too long
+    stops: int = 0
 
 
 @dataclass
@@ -78,129 +106,272 @@ class Log:
     """Everything the summary is made of."""
 
     counts: Counts = field(default_factory=Counts)
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)  # their pictures left out
+    seams_deg: list[float] = field(default_factory=list)
+    period_error_ms: list[float] = field(default_factory=list)  # start to start, against the period
     late_ms: list[float] = field(default_factory=list)  # start of each tick after its due time
     busy_ms: list[float] = field(default_factory=list)  # work in each tick
+    read_ms: list[float] = field(default_factory=list)
+    write_ms: list[float] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Shown to `watch` after every tick. doing: run, hold, stop, park."""
+
+    elapsed_s: float  # since the first action; 0 before
+    doing: str
+    state: JointState
+    emitted: Emitted
+    queued: int
+    seam_deg: float | None
+    events: tuple[str, ...]
+    log: Log
+
+
+@dataclass(frozen=True)
+class Rig:
+    """What a run is made of. faults: what the arm raises when it cannot be used; warned: told each new warning;
+    asked_to_end: whether a first Ctrl-C has come; patience_s: how long a chunk may take; degrees_per_unit: [dof]."""
+
+    arm: Arm
+    cameras: Cameras
+    inference: InferenceThread
+    queue: ChunkQueue
+    faults: tuple[type[Exception], ...]
+    keys: Keys
+    say: Callable[[str], None]
+    asked_to_end: Callable[[], bool]
+    watch: Callable[[Tick], None] = lambda _: None
+    answered: Callable[[Chunk], None] = lambda _: None
+    patience_s: float = 60.0
+    degrees_per_unit: Any = 1.0
 
 
 class ControlLoop:
-    """Runs one arm until `seconds` after the first action, or until interrupted."""
+    """Runs one arm until `seconds` after the first action, or until somebody ends it."""
 
-    def __init__(
-        self,
-        arm: Arm,
-        frames: Mapping[str, Callable[[], Frame]],
-        inference: InferenceThread,
-        *,
-        fps: float,
-        rows: int,
-        seconds: float | None,
-        faults: tuple[type[Exception], ...],
-        patience_s: float = 60.0,
-        watch: Callable[[Tick], None] = lambda _: None,
-    ) -> None:
-        """frames: camera name -> its latest frame. rows: how many rows of a chunk are executed. faults: what arm and
-        cameras raise when they fail; one failed read is bridged, more end the run with SafetyStop. patience_s: how
-        long a chunk may take."""
-        self.arm, self.frames, self.inference = arm, frames, inference
-        self.period_s, self.rows, self.seconds, self.faults = 1 / fps, rows, seconds, faults
-        self.patience_s, self.watch, self.log = patience_s, watch, Log()
-        self._queue: deque[NDArray[np.float32]] = deque()
-        self._position: NDArray[np.float64] | None = None
-        self._lost_reads = self._bad_chunks = 0
-        self._asked_s = 0.0
-        self._images: dict[str, NDArray[np.uint8]] = {}  # the frames of this tick that are fresh
+    def __init__(self, rig: Rig, *, fps: float, seconds: float | None) -> None:
+        self.rig, self.period_s, self.seconds, self.log = rig, 1 / fps, seconds, Log()
+        self._first_action_s: float | None = None
+        self._asked_s = self._forgot_s = 0.0
+        self._usable_s: dict[str, float] = {}  # when each camera last had a usable picture
+        self._bad_s: list[float] = []
+        self._stopping = self._parking = self._interrupted = False
+        self.parked = False
+        self._outcome: BaseException | None = None  # raised once the arm is parked
+        self._seam_deg: float | None = None
+        self._events: list[str] = []
 
     def run(self) -> Log:
-        """-> what happened. Raises SafetyStop when arm, cameras or policy fail for longer than can be bridged."""
-        due = time.monotonic()
-        first_action: float | None = None
+        """-> what happened, with the arm parked. Raises SafetyStop when arm, cameras or policy fail for longer than
+        can be bridged (parked where the arm itself is well), KeyboardInterrupt after a first Ctrl-C (parked too, but
+        not out of a stop: then nothing moves any more)."""
+        due = last = time.monotonic()
         while True:
             now = time.monotonic()
             if now < due:
                 time.sleep(due - now)
             start = time.monotonic()
-            if first_action is not None and self.seconds is not None and start - first_action >= self.seconds:
-                return self.log
             self.log.late_ms.append(1e3 * (start - due))
-            self._read()
-            self._look()
-            self._collect()
-            if self._act() and first_action is None:
-                first_action = start
-            self._ask()
-            self.log.counts.ticks += 1
+            if self.log.counts.ticks:
+                self.log.period_error_ms.append(1e3 * abs(start - last - self.period_s))
+            last = start
+            if self._tick(start):
+                self.parked = True
+                if self._outcome is not None:
+                    raise self._outcome
+                return self.log
             self.log.busy_ms.append(1e3 * (time.monotonic() - start))
-            elapsed = 0.0 if first_action is None else time.monotonic() - first_action
-            if self._position is not None:
-                self.watch(Tick(elapsed, self._position, len(self._queue), self.log.counts))
             due += self.period_s
             behind = int((time.monotonic() - due) / self.period_s)
             if behind > 0:  # never catch up in a burst
                 due += behind * self.period_s
                 self.log.counts.missed += behind
 
-    def _read(self) -> None:
+    def _tick(self, now: float) -> bool:
+        """One period; whether the run is over."""
+        rig = self.rig
+        self._seam_deg, self._events = None, []
+        if rig.asked_to_end() and not self._interrupted:
+            self._interrupted = True
+            if self._stopping:
+                raise KeyboardInterrupt
+            if not self._parking:
+                self._park(KeyboardInterrupt())
+        elif self._over(now) and not self._parking and not self._stopping:
+            self._park(None)
         try:
-            self._position = self.arm.read().position
-            self._lost_reads = 0
-        except self.faults as e:
-            self._lost_reads += 1
-            self.log.counts.failed_reads += 1
-            if self._lost_reads >= LOST_READS or self._position is None:
-                raise SafetyStop(f"the arm cannot be read ({self._lost_reads} times in a row): {e}") from e
-
-    def _look(self) -> None:
-        """Take the fresh frames; a camera that gave none for too long ends the run, whatever the policy is doing."""
-        self._images = {}
-        for name, latest in self.frames.items():
+            state = self._timed(self.log.read_ms, rig.arm.read)
+        except rig.faults as e:
+            raise SafetyStop(f"the arm cannot be read: {e}") from e
+        self.log.counts.unanswered += any(state.missed)
+        images: dict[str, NDArray[np.uint8]] = {}
+        if not self._parking:
             try:
-                frame = latest()
-            except self.faults as e:
-                raise SafetyStop(f"a camera failed: {e}") from e
-            age_s = time.monotonic() - frame.time_s
-            if age_s > CAMERA_FAULT_S:
-                raise SafetyStop(f"camera '{name}' gave no new frame for {age_s:.1f} s")
-            if age_s <= STALE_FRAME_S:
-                self._images[name] = frame.image
-        self.log.counts.stale_frames += len(self._images) < len(self.frames)
-
-    def _collect(self) -> None:
+                images = self._look(now)
+                if not self._stopping:
+                    self._collect(now)
+            except SafetyStop as e:
+                self._park(e)
+        self._obey(rig.keys.keys())
+        self._heed_stop()
         try:
-            chunk = self.inference.poll()
-        except SmolVLAError as e:
+            done, emitted, doing = self._timed(self.log.write_ms, lambda: self._act(now))
+        except rig.faults as e:
+            raise SafetyStop(f"the arm cannot be commanded: {e}") from e
+        if not self._parking and not self._stopping:
+            self._ask(images, state, now)
+        for text in (*rig.arm.new_warnings(), *rig.cameras.warnings()):
+            self.log.warnings.append(text)
+            self._event(f"warning: {text}")
+        self.log.counts.ticks += 1
+        elapsed = 0.0 if self._first_action_s is None else now - self._first_action_s
+        rig.watch(Tick(elapsed, doing, state, emitted, len(rig.queue), self._seam_deg, tuple(self._events), self.log))
+        return bool(done)
+
+    def _over(self, now: float) -> bool:
+        first, seconds = self._first_action_s, self.seconds
+        return first is not None and seconds is not None and now - first >= seconds
+
+    def _look(self, now: float) -> dict[str, NDArray[np.uint8]]:
+        """The pictures the policy may see. A camera that gave none for too long ends the run, whatever the policy is
+        doing; not during a stop, when somebody may be mending it."""
+        views = self.rig.cameras.look()
+        for name, view in views.items():
+            if not view.problem or self._stopping:
+                self._usable_s[name] = now
+            elif now - self._usable_s.setdefault(name, now) > CAMERA_FAULT_S:
+                raise SafetyStop(
+                    f"camera '{name}' has had no usable picture for {CAMERA_FAULT_S:g} s: {view.problem}"
+                )
+        usable = {name: view.image for name, view in views.items() if not view.problem}
+        self.log.counts.blind += len(usable) < len(views)
+        return usable if len(usable) == len(views) else {}
+
+    def _collect(self, now: float) -> None:
+        inference, queue, counts = self.rig.inference, self.rig.queue, self.log.counts
+        try:
+            chunk = inference.poll()
+        except (Exception, SystemExit) as e:  # whatever it is, the arm itself is well
             raise SafetyStop(f"the policy failed: {e}") from e
         if chunk is None:
-            if self.inference.busy and time.monotonic() - self._asked_s > self.patience_s:
-                raise SafetyStop(f"the policy has not answered for {self.patience_s:.0f} s")
+            if inference.busy and now - self._asked_s > self.rig.patience_s:
+                raise SafetyStop(f"the policy has not answered for {self.rig.patience_s:.0f} s")
             return
+        if chunk.observation.time_s < self._forgot_s:
+            return  # it answers a question about a world before the stop
+        age_s = now - chunk.observation.time_s  # more than its latency where the loop itself was held up
+        late = queue.latency.is_late(age_s)
+        queue.latency.add(chunk.latency_s)
         if not np.isfinite(chunk.actions).all():
-            self._bad_chunks += 1
-            self.log.counts.bad_chunks += 1
-            if self._bad_chunks >= BAD_CHUNKS:
-                raise SafetyStop(f"the policy gave {BAD_CHUNKS} chunks in a row that are not finite")
+            counts.bad_chunks += 1
+            self._event("chunk is not finite")
+            self._bad_s = [t for t in self._bad_s if now - t <= BAD_CHUNKS_S] + [now]
+            if len(self._bad_s) >= BAD_CHUNKS:
+                raise SafetyStop(f"the policy gave {BAD_CHUNKS} chunks within {BAD_CHUNKS_S:g} s that are not finite")
             return
-        self._bad_chunks = 0
-        self.log.chunks.append(chunk)
-        self._queue.extend(chunk.actions[: self.rows])
-
-    def _act(self) -> bool:
-        """Send the next action, or hold; whether there was one."""
-        try:
-            if not self._queue:
-                self.arm.hold()
-                self.log.counts.held += 1
-                return False
-            self.arm.send(self._queue.popleft())
-        except self.faults as e:
-            raise SafetyStop(f"the arm cannot be commanded: {e}") from e
-        self.log.counts.acted += 1
-        return True
-
-    def _ask(self) -> None:
-        """Ask for a chunk once the queue is empty, on fresh frames only."""
-        if self._queue or self.inference.busy or self._lost_reads or self._position is None:
+        self.rig.answered(chunk)
+        self.log.chunks.append(replace(chunk, observation=replace(chunk.observation, images={})))
+        if late:
+            counts.late_chunks += 1
+            self._event(f"chunk thrown away: it came after {age_s:.2f} s")
             return
-        if len(self._images) == len(self.frames):
-            self._asked_s = time.monotonic()
-            self.inference.request(Observation(self._images, self._position))
+        seam = queue.join(chunk.actions, chunk.observation.ask, now)
+        if seam is not None:
+            self._seam_deg = chunks.degrees(seam, self.rig.degrees_per_unit)
+            self.log.seams_deg.append(self._seam_deg)
+
+    def _obey(self, keys: Sequence[str]) -> None:
+        arm = self.rig.arm
+        for key in keys:
+            if key == "stop":
+                if arm.stopped:
+                    raise SafetyStop("the operator switched the motors off", at_once=True)
+                arm.stop("the operator pressed stop")
+            elif self._stopping:
+                try:
+                    arm.resume()
+                except self.rig.faults as e:
+                    self._event(f"{e}")
+                    continue
+                self._stopping = False
+                if self._parking or key == "quit":
+                    self._park(self._outcome)
+                else:
+                    self._event("going on, slowly at first")
+            elif key == "quit" and not self._parking:
+                self._park(None)
+
+    def _heed_stop(self) -> None:
+        """Enter the latched stop when the arm asks for it. Nobody there to end it: it ends the run."""
+        reason = self.rig.arm.stopped
+        if not reason:
+            return
+        self.log.counts.stops += not self._stopping
+        if not self.rig.keys.present:
+            raise SafetyStop(reason)
+        if not self._stopping:
+            self._stopping = True
+            self._forget()
+            self._event(
+                f"STOPPED: {reason}. The arm holds; r goes on, q parks, space or Ctrl-C switches the motors off"
+            )
+
+    def _act(self, now: float) -> tuple[bool, Emitted, str]:
+        """-> (whether the run is over, what was sent, what the arm is doing)."""
+        arm, queue, counts = self.rig.arm, self.rig.queue, self.log.counts
+        if self._stopping:
+            return False, arm.hold(), "stop"
+        if self._parking:
+            arrived, emitted = arm.park()
+            return arrived, emitted, "park"
+        action = queue.next
+        if action is None:
+            counts.held += 1
+            counts.starved += self._first_action_s is not None
+            return False, arm.hold(), "hold"
+        emitted = arm.send(action.values, action.due_s)
+        if emitted.stale:
+            self._forget()  # the rest is as old: ask anew
+        elif emitted.ramping:
+            queue.wait()  # the whole schedule waits until the arm is where the chunk begins
+        else:
+            queue.done(followed=not emitted.rejected)
+        if emitted.rejected:
+            counts.rejected += 1
+            self._event(f"rejected: {emitted.rejected}", aloud=counts.rejected == 1)
+        counts.acted += 1
+        if self._first_action_s is None:
+            self._first_action_s = now
+        return False, emitted, "run"
+
+    def _ask(self, images: Mapping[str, NDArray[np.uint8]], state: JointState, now: float) -> None:
+        """Ask for a chunk when it is time, on usable pictures and joints that answered only."""
+        if self.rig.inference.busy or not self.rig.queue.wants_chunk or not images or any(state.missed):
+            return
+        self._asked_s = now
+        self.rig.inference.request(Observation(images, state.position, self.rig.queue.ask(), time.monotonic()))
+
+    def _park(self, outcome: BaseException | None) -> None:
+        """End the run: the arm goes back first."""
+        self._outcome, self._parking = outcome, True
+        why = f": {outcome}" if isinstance(outcome, SafetyStop) else ""
+        self._event(f"parking the arm, {self.rig.arm.begin_park():.1f} s{why}")
+
+    def _forget(self) -> None:
+        """Drop what is left of the chunk, and the one being computed."""
+        self.rig.queue.clear()
+        self._forgot_s = time.monotonic()
+
+    def _event(self, text: str, *, aloud: bool = True) -> None:
+        self._events.append(text)
+        if aloud:
+            self.rig.say(text)
+
+    def _timed(self, into: list[float], call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        into.append(1e3 * (time.perf_counter() - start))
+        return result

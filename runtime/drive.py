@@ -1,55 +1,59 @@
-"""One run of an arm: check everything, open, warm up while it is limp, and only then energise and loop.
+"""One run of an arm: open and check, warm up while it is limp, show where it would go, and only then energise.
 
-This is where the runtime meets the devices; nothing else of the runtime knows them.
+This is where the runtime meets the devices; nothing else that runs knows both.
 """
 
+import dataclasses
+import os
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..devices.calibration import JOINT_NAMES, Calibration, load_calibration
+from ..devices import eeprom
+from ..devices.bus import FeetechBus
+from ..devices.calibration import JOINT_NAMES, Calibration
 from ..devices.camera import Camera, open_camera
+from ..devices.camera_watch import CameraWatch
 from ..devices.errors import DeviceError
-from ..devices.motion import MotionLimits
+from ..devices.guardian import Guardian, GuardianAction
+from ..devices.inspection import inspect
+from ..devices.motion import Emitted
 from ..devices.so101 import SO101
-from ..devices.units import Units
-from ..devices.virtual_arm import VirtualArm
-from . import settings
-from .bundle import Bundle, Manifest
-from .control import STALE_FRAME_S, Arm, ControlLoop, Log, Tick
-from .errors import BackendError, BundleError, SafetyStop, SettingsError
+from ..devices.sts3215 import MODEL_NUMBER, Register
+from ..devices.telemetry import JointState
+from ..devices.units import degrees_per_unit, to_raw
+from ..devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
+from . import command, rehearsal, report, runlog
+from .bundle import Manifest
+from .chunks import ChunkQueue, LatencyTracker
+from .control import ControlLoop, Log, Rig
+from .errors import SafetyStop, SettingsError
 from .inference import InferenceThread
-from .ort import choose_provider
+from .operator import HELP, Operator
+from .plan import Plan, check
 from .policy import Policy
-from .report import latency_table
+from .preflight import preflight
 from .settings import Settings
 
-SLOWEST_ARM_FPS = 5.0  # below, a real arm would stand still most of the time and creep in between
+Mode = Literal["drive", "dry-run", "rehearse"]
+REHEARSAL_S = 10.0
+FIRST_PICTURES_S = 2.0
+CONTROL_PRIORITY, POLICY_NICE = 10, 10
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run of which everything that can be checked was checked, and nothing opened but the bundle's manifest."""
-
-    settings: Settings
-    bundle: Bundle
-    units: Units
-    limits: MotionLimits
-    calibration: Calibration | None  # None: the virtual arm brings its own
-    task: str
-    fps: float
-
-
-def drive(chosen: Settings) -> None:
+def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_eeprom: bool = False) -> Log:
     """Run until `seconds` are over, interrupted, or stopped; every motor is off afterwards.
 
-    Raises SettingsError before anything is opened, DeviceError while the arm is brought up, SafetyStop later.
+    dry-run: leave after the preflight. rehearse: the whole loop with the motors off, and a report. Neither writes a
+    goal. far: start although the preflight objects. write_eeprom: give the servos LeRobot's configuration first.
+    -> what happened. Raises SettingsError before anything is opened, DeviceError while the arm is brought up,
+    SafetyStop later.
     """
     plan = check(chosen)
     manifest = plan.bundle.manifest
@@ -62,173 +66,244 @@ def drive(chosen: Settings) -> None:
         # Left in the reverse order: the arm is switched off first, the policy's thread is waited for last.
         inference.start()
         stack.callback(inference.stop)
-        arm, cameras = stack.enter_context(_hardware(plan))
-        chunk_s = _warm_up(policy, arm, cameras, plan)
-        print("switching the motors on", flush=True)
-        arm.enable()
-        loop = ControlLoop(
-            _fitted(arm, manifest),
-            {c.name: c.latest for c in cameras},
-            inference,
-            fps=plan.fps,
-            rows=manifest.sampling.n_action_steps,
-            seconds=chosen.seconds,
+        arm, cameras = stack.enter_context(_hardware(plan, mode, write_eeprom))
+        watch = CameraWatch(cameras)
+        latency = LatencyTracker()
+        queue = ChunkQueue(chosen.chunking, manifest.sampling.n_action_steps, 1 / plan.fps, latency)
+        _preflight(policy, arm, watch, plan, queue, far=far or mode == "rehearse")
+        if mode == "dry-run":
+            print("dry run: nothing was energised, no goal was written")
+            return Log()
+        records = stack.enter_context(runlog.opened(plan, policy))
+        arm.bus.on_write = records.wrote
+        operator = stack.enter_context(Operator())
+        if mode == "drive":
+            stack.enter_context(_guarded(arm, GuardianAction(chosen.guardian)))
+            print("switching the motors on" + (f" ({HELP})" if operator.present else ""), flush=True)
+        arm.enable(far=far)
+        asked = stack.enter_context(command.first_signal_asks(command.say))
+        rig = Rig(
+            arm=arm,
+            cameras=watch,
+            inference=inference,
+            queue=queue,
             faults=(DeviceError,),
-            patience_s=max(30.0, 10 * chunk_s),
-            watch=_Watcher(),
+            keys=operator,
+            say=command.say,
+            asked_to_end=asked,
+            watch=report.Watcher(records.tick, JOINT_NAMES),
+            answered=records.chunk,
+            patience_s=max(30.0, 10 * latency.p95_s),
+            degrees_per_unit=_degrees(arm, manifest),
         )
+        seconds = REHEARSAL_S if mode == "rehearse" and chosen.seconds is None else chosen.seconds
+        loop = ControlLoop(rig, fps=plan.fps, seconds=seconds)
+        failure = ""
         try:
-            loop.run()
+            print(f"the control thread runs at {_raise_priority()}", flush=True)
+            _run(loop, arm)
+        except SafetyStop as e:
+            failure = str(e)
+            if mode != "rehearse":
+                raise
         finally:
-            print("switching the motors off", flush=True)
-            released = arm.release()
-            _summary(loop.log, arm, plan)
+            command.say(report.summary(loop.log, 1 / plan.fps, arm.counts, arm.anomalies))
+        if mode == "rehearse":
+            rehearsal.judge(loop.log, arm.counts, arm.anomalies, plan, failure)
+        return loop.log
+
+
+def _run(loop: ControlLoop, arm: SO101) -> None:
+    """Every way out switches the motors off: gently, unless somebody insists."""
+    gently = True
+    try:
+        loop.run()
+    except KeyboardInterrupt:
+        gently = loop.parked or bool(arm.stopped)  # else it is the second one
+        raise
+    except SafetyStop as e:
+        gently = not e.at_once
+        raise
+    finally:
+        arm.beat = lambda: None  # from here on the guardian may only help
+        if not arm.motors_off:
+            command.say("switching the motors off")
+        released = arm.release(soft=gently)
         if released.unconfirmed:
-            names = ", ".join(f"{name} ({why})" for name, why in released.unconfirmed.items())
-            raise SafetyStop(f"these servos may still be energised, switch the power off: {names}")
-
-
-def check(chosen: Settings) -> Plan:
-    """Raises one SettingsError with everything that is missing or wrong."""
-    problems: list[str] = []
-    bundle = units = limits = calibration = None
-    try:
-        choose_provider(chosen.device)
-    except BackendError as e:
-        problems.append(str(e))
-    print(f"checking {chosen.bundle}", flush=True)  # the first time, every file is hashed
-    try:
-        bundle = Bundle.open(chosen.bundle)
-    except BundleError as e:
-        problems.append(str(e))
-    try:
-        units = Units(chosen.units) if chosen.units else None
-    except ValueError:
-        problems.append(f"units is {chosen.units!r}, expected degrees or range_m100_100")
-    try:
-        limits = _limits(chosen.limits)
-    except (DeviceError, SettingsError) as e:
-        problems.append(str(e))
-    if chosen.simulated:
-        units = units or Units.DEGREES
-        ignored = [n for n in ("calibration", "cameras") if getattr(chosen, n)]
-        if ignored:
-            print(f"note: the virtual arm brings its own {' and '.join(ignored)}, yours are not used")
-        if problems:
-            raise SettingsError("; ".join(problems))
-    else:
-        if bundle is not None and (reasons := settings.refusals(bundle.manifest, JOINT_NAMES)):
-            raise SettingsError(
-                f"the bundle {chosen.bundle} must not move a real arm: {'; '.join(reasons)}. "
-                "Run it on the virtual arm: --port sim"
-            )
-        if bundle is not None and units is not None and bundle.manifest.units not in (None, units.value):
-            problems.append(f"units is {units.value}, but the bundle was trained in {bundle.manifest.units}")
-        if chosen.calibration:
-            try:
-                calibration = load_calibration(chosen.calibration)
-            except DeviceError as e:
-                problems.append(str(e))
-        settings.require_complete(chosen, bundle.manifest if bundle else None, problems)
-    assert bundle is not None  # one that does not open is a problem above, and so are the next two
-    assert units is not None
-    assert limits is not None
-    fps, reason = settings.choose_fps(chosen, bundle.manifest)
-    if not chosen.simulated and fps < SLOWEST_ARM_FPS:
-        raise SettingsError(f"{fps:g} fps is too slow for a real arm, expected at least {SLOWEST_ARM_FPS:g}")
-    task = chosen.task or settings.EXAMPLE_TASK
-    print(f"task: {task!r}, in {units.value}\n{reason}")
-    return Plan(chosen, bundle, units, limits, calibration, task, fps)
-
-
-def _limits(given: dict[str, float]) -> MotionLimits:
-    """Limits of robot.toml. TOML gives every number as a float; ticks are counted in whole ones."""
-    known = set(MotionLimits.__dataclass_fields__)
-    if unknown := set(given) - known:
-        raise SettingsError(f"unknown limits {', '.join(sorted(unknown))} (known: {', '.join(sorted(known))})")
-    whole: dict[str, Any] = {
-        k: int(v) if k.endswith("_ticks") and float(v).is_integer() else v for k, v in given.items()
-    }
-    return MotionLimits(**whole)
+            raise SafetyStop(released.message)
 
 
 @contextmanager
-def _hardware(plan: Plan) -> Iterator[tuple[SO101, list[Camera]]]:
-    """The arm, connected and checked but not energised, and its cameras; all closed on the way out."""
-    names = [c.name for c in plan.bundle.manifest.cameras]
+def _guarded(arm: SO101, action: GuardianAction) -> Iterator[None]:
+    """Within, a second process switches the arm off should this one die or freeze. It is dismissed only once every
+    motor is known to be off."""
+    guardian = Guardian(arm.bus.fileno(), arm.bus.path, action)
+    arm.beat = guardian.beat
+    try:
+        yield
+    finally:
+        arm.beat = lambda: None
+        if not arm.release().unconfirmed:
+            guardian.dismiss()
+
+
+@contextmanager
+def _hardware(plan: Plan, mode: Mode, write_eeprom: bool) -> Iterator[tuple[SO101, list[Camera]]]:
+    """The arm, connected and checked but not energised, and its cameras; all closed on the way out. One error tells
+    everything that is wrong with them."""
+    manifest = plan.bundle.manifest
+    names = [c.name for c in manifest.cameras]
     with ExitStack() as stack:
         if plan.calibration is None:
             print("starting the virtual arm")
-            virtual = stack.enter_context(VirtualArm(cameras=names))
+            virtual = stack.enter_context(VirtualArm(cameras=names, pose=_usual_pose(plan)))
             port, calibration, sources = virtual.port, virtual.calibration, virtual.camera_sources
         else:
-            assert plan.settings.port is not None  # require_complete
-            port, calibration, sources = plan.settings.port, plan.calibration, plan.settings.cameras
+            port, calibration, sources = plan.port, plan.calibration, plan.settings.cameras
+        if write_eeprom:
+            with FeetechBus(port) as bus:
+                _write_configuration(bus, calibration)
         # The arm first: if its motors are still on from a run that died, that is the thing to say.
-        arm = SO101(port, calibration, plan.units, plan.limits, plan.fps)
-        for warning in arm.connect():  # writes nothing
-            print(f"warning: {warning}")
-        stack.push(arm)  # leaving the context switches every servo off
+        arm = _arm_class(manifest)(port, calibration, plan.units, plan.limits, plan.fps, motors_off=mode != "drive")
+        problems: list[str] = []
+        try:
+            for warning in arm.connect():  # writes nothing
+                print(f"warning: {warning}")
+            stack.push(arm)  # leaving the context switches every servo off
+        except DeviceError as e:
+            problems.append(str(e))
         cameras = []
         for name in names:
             if Path(sources[name]).is_file() and not plan.settings.simulated:
-                print(f"warning: camera '{name}' is a still picture ({sources[name]})")
-            cameras.append(open_camera(name, sources[name]))
-            stack.callback(cameras[-1].close)
+                print(f"warning: camera '{name}' is a file ({sources[name]})")
+            try:
+                cameras.append(open_camera(name, sources[name]))
+                stack.callback(cameras[-1].close)
+            except DeviceError as e:
+                problems.append(str(e))
+        if problems:
+            raise DeviceError("\n".join(problems))
         yield arm, cameras
 
 
-def _warm_up(policy: Policy, arm: SO101, cameras: list[Camera], plan: Plan) -> float:
-    """The first inference is slow and may fail: it happens while the arm is still limp, and is thrown away.
+def _write_configuration(bus: FeetechBus, calibration: Calibration) -> None:
+    """Give six known servos LeRobot's configuration. Any other arm is left alone: connect() will say why."""
+    values = inspect(bus, calibration).values
+    if any(v[Register.MODEL_NUMBER] != MODEL_NUMBER for v in values.values()) or len(values) != len(JOINT_NAMES):
+        return
+    changes = eeprom.write_differences(bus, {i: eeprom.configuration(i, v) for i, v in values.items()})
+    for change in changes:
+        print(f"EPROM: {change}")
+    print(f"EPROM: {len(changes)} registers written")
 
-    -> seconds that a chunk takes, the first one left out.
-    """
+
+def _preflight(policy: Policy, arm: SO101, watch: CameraWatch, plan: Plan, queue: ChunkQueue, *, far: bool) -> None:
+    """Compute chunks while the arm is limp, and show where it would go from here. The first inference of a process is
+    slow: it does not count."""
     print("warming up", flush=True)
-    manifest = policy.manifest
-    frames = {c.name: c.latest() for c in cameras}
-    stale = [name for name, f in frames.items() if time.monotonic() - f.time_s > STALE_FRAME_S]
-    if stale:
-        raise SafetyStop(f"no new frame from camera {', '.join(stale)} for {STALE_FRAME_S:g} s: check the cable")
-    images = {name: f.image for name, f in frames.items()}
-    state = _fit(arm.read().position, manifest.state.dim)
-    took = 0.0
-    for _ in range(2):
+    manifest, n = policy.manifest, len(JOINT_NAMES)
+    images = _pictures(watch)
+    _compare_cameras(watch, plan)
+    state = arm.read().position
+    chunk = np.zeros((0, 0), np.float32)
+    for attempt in range(2):
         start = time.monotonic()
         chunk = policy.predict_chunk(images, state, plan.task, steps=plan.settings.steps)
-        took = time.monotonic() - start
+        if attempt:
+            queue.latency.add(time.monotonic() - start)
         if not np.isfinite(chunk).all():
             raise SafetyStop("the policy's first chunk is not finite: check the bundle with --self-check")
-    lasts = manifest.sampling.n_action_steps / plan.fps
-    print(f"a chunk takes {took:.2f} s and lasts {lasts:.2f} s; the arm holds while it waits for one")
-    return took
+    print(_pace(queue))
+    if queue.chunking == "rtc":
+        horizon = queue.delay + policy.rtc.execution_horizon
+        policy.rtc = dataclasses.replace(policy.rtc, execution_horizon=horizon)
+        print(f"real-time chunking: the first {queue.delay} actions are fixed, {horizon} guided")
+    per_unit = degrees_per_unit(arm.calibration, arm.units)
+    jump = np.append(plan.limits.jump_deg / per_unit[:-1], np.inf)
+    named = len(state) == n == chunk.shape[1]
+    names = JOINT_NAMES if named else [f"joint {i}" for i in range(chunk.shape[1])]
+    if not named:
+        print(f"note: the policy has {chunk.shape[1]} joints, the virtual arm shows the first {n}")
+        return
+    found = preflight(names, state, manifest.state.normalization, chunk, jump)
+    print(found.table)
+    if not found.problems:
+        return
+    listed = "\n  ".join(found.problems)
+    if far or plan.settings.simulated:
+        print(f"note: {listed}")
+        return
+    raise SettingsError(
+        f"the arm stands where the policy does not know it:\n  {listed}\n"
+        "Move it by hand to where your episodes begin, or look for wrong units or a wrong calibration. "
+        "To start from here all the same: --allow-far-start"
+    )
 
 
-@dataclass(frozen=True)
-class _State:
-    position: NDArray[np.float64]
+def _pace(queue: ChunkQueue) -> str:
+    took, lasts = queue.latency.p95_s, queue.rows * queue.period_s
+    line = f"a chunk takes {took:.2f} s and lasts {lasts:.2f} s"
+    if queue.chunking == "sync":
+        return f"{line}; the arm holds while it waits for one"
+    if queue.keeps_up:
+        return f"{line}; the next one is asked for when half of it is left, or sooner"
+    return f"{line}: too slow to join chunks (half of it would do), so the arm holds between them"
 
 
-class _PartialArm:
-    """The virtual arm for a policy with other than six joints: it shows the first six, the rest stand still."""
-
-    def __init__(self, arm: SO101, state_dim: int) -> None:
-        self._arm, self._state_dim = arm, state_dim
-
-    def read(self) -> _State:
-        return _State(_fit(self._arm.read().position, self._state_dim))
-
-    def send(self, target: NDArray[np.floating]) -> object:
-        return self._arm.send(_fit(target, len(JOINT_NAMES)))
-
-    def hold(self) -> object:
-        return self._arm.hold()
+def _pictures(watch: CameraWatch) -> Mapping[str, NDArray[np.uint8]]:
+    """A usable picture of every camera, waited for a moment."""
+    until = time.monotonic() + FIRST_PICTURES_S
+    views = watch.look()
+    while any(view.problem for view in views.values()):
+        if time.monotonic() > until:
+            told = "; ".join(f"camera '{n}': {v.problem}" for n, v in views.items() if v.problem)
+            raise SafetyStop(f"no usable pictures: {told}. Check the cables")
+        time.sleep(0.05)
+        views = watch.look()
+    return {name: view.image for name, view in views.items()}
 
 
-def _fitted(arm: SO101, manifest: Manifest) -> Arm:
-    if manifest.state.dim == manifest.action.dim == len(JOINT_NAMES):
-        return arm
-    print(f"note: the policy has {manifest.action.dim} joints, the virtual arm shows the first {len(JOINT_NAMES)}")
-    return _PartialArm(arm, manifest.state.dim)
+def _compare_cameras(watch: CameraWatch, plan: Plan) -> None:
+    """Two cameras that changed places since the last run are refused: /dev/video numbers do change."""
+    if plan.settings.simulated:
+        return
+    path = plan.bundle.cache_folder / "cameras.npz"
+    if swapped := watch.compare_with(path):
+        raise SettingsError(
+            f"{'; '.join(swapped)}. Give the cameras the right way round. If they were moved on purpose: "
+            f"delete {path}"
+        )
+    try:
+        watch.remember(path)
+    except (OSError, DeviceError) as e:
+        print(f"note: pictures for the next run's comparison are not kept: {e}")
+
+
+def _usual_pose(plan: Plan) -> list[int] | None:
+    """Where the policy's training has the arm on average, for the virtual one to start from."""
+    mean = plan.bundle.manifest.state.normalization.statistics.get("mean")
+    if mean is None or len(mean) != len(JOINT_NAMES):
+        return None
+    raw = to_raw(np.array(mean), VIRTUAL_CALIBRATION, plan.units)
+    return [int(np.clip(r, j.range_min, j.range_max)) for r, j in zip(raw, VIRTUAL_CALIBRATION.joints, strict=True)]
+
+
+def _arm_class(manifest: Manifest) -> Callable[..., SO101]:
+    dims = manifest.state.dim, manifest.action.dim
+    if dims == (len(JOINT_NAMES),) * 2:
+        return SO101
+
+    class FirstSix(SO101):
+        """The virtual arm for a policy with other than six joints: it shows the first six, the rest stand still."""
+
+        def read(self) -> JointState:
+            state = super().read()
+            return dataclasses.replace(state, position=_fit(state.position, dims[0]))
+
+        def send(self, target: Any, due_s: float | None = None) -> Emitted:
+            return super().send(_fit(np.asarray(target), len(JOINT_NAMES)), due_s)
+
+    return FirstSix
 
 
 def _fit(vector: NDArray[Any], dim: int) -> NDArray[np.float64]:
@@ -238,26 +313,24 @@ def _fit(vector: NDArray[Any], dim: int) -> NDArray[np.float64]:
     return out
 
 
-class _Watcher:
-    """One line a second: where the arm is."""
-
-    def __init__(self) -> None:
-        self._next_s = 0.0
-
-    def __call__(self, tick: Tick) -> None:
-        now = time.monotonic()
-        if now < self._next_s:
-            return
-        self._next_s = now + 1.0
-        joints = " ".join(f"{n}={v:7.1f}" for n, v in zip(JOINT_NAMES, tick.position, strict=False))
-        doing = f"{tick.queued:3d} actions left" if tick.queued else "waiting for a chunk"
-        print(f"{tick.elapsed_s:6.1f} s  {joints}  {doing}", flush=True)
+def _degrees(arm: SO101, manifest: Manifest) -> NDArray[np.float64]:
+    """For seams in degrees: the gripper has none."""
+    per_unit = degrees_per_unit(arm.calibration, arm.units)
+    per_unit[-1] = 0.0
+    return _fit(per_unit, manifest.action.dim)
 
 
-def _summary(log: Log, arm: SO101, plan: Plan) -> None:
-    print(latency_table(log, 1 / plan.fps))
-    c = arm.counts
-    print(
-        f"{c.accepted} goals sent: {c.clipped} clipped to the calibrated range, {c.slewed} slowed to the speed "
-        f"limit, {c.rejected} rejected"
-    )
+def _raise_priority() -> str:
+    """A chunk being computed must not delay a tick. Threads started later keep the normal priority."""
+    try:
+        policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+        os.sched_setscheduler(0, policy, os.sched_param(CONTROL_PRIORITY))
+        return "real-time priority"
+    except (OSError, AttributeError):
+        pass
+    # Nobody may raise a thread without a permission, but anybody may lower the others.
+    for task in Path("/proc/self/task").iterdir():
+        if int(task.name) != threading.get_native_id():
+            with suppress(OSError):  # it has just ended
+                os.setpriority(os.PRIO_PROCESS, int(task.name), POLICY_NICE)
+    return "normal priority, the policy below it (real-time priority needs root or an rtprio limit)"

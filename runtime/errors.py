@@ -31,7 +31,11 @@ class SettingsError(SmolVLAError):
 
 
 class SafetyStop(SmolVLAError):
-    """A running arm was stopped; the message says why."""
+    """A running arm was stopped; the message says why. at_once: the motors must go off without any ceremony."""
+
+    def __init__(self, message: str, *, at_once: bool = False) -> None:
+        super().__init__(message)
+        self.at_once = at_once
 
 
 class CheckFailed(SmolVLAError):

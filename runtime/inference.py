@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .chunks import Ask
 from .policy import Policy, Timing
 
 STOP_LIMIT_S = 30.0  # a device that hangs must not keep the process alive
@@ -16,17 +17,22 @@ STOP_LIMIT_S = 30.0  # a device that hangs must not keep the process alive
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy is asked about."""
+    """What the policy is asked about. time_s: monotonic."""
 
     images: Mapping[str, NDArray[np.uint8]]
     state: NDArray[np.float64]
+    ask: Ask
+    time_s: float
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What it answered. actions: float32 [rows, dof] in robot units; latency_s: from request to answer."""
+    """What it answered. actions: float32 [rows, dof] in robot units; noise: what they were made from; latency_s: from
+    request to answer."""
 
     actions: NDArray[np.float32]
+    noise: NDArray[np.float32]
+    observation: Observation
     latency_s: float
     timing: Timing
 
@@ -69,12 +75,18 @@ class InferenceThread:
 
     def _work(self) -> None:
         while (observation := self._requests.get()) is not None:
-            start = time.monotonic()
             try:
+                noise = self._policy.draw_noise()
                 actions = self._policy.predict_chunk(
-                    observation.images, observation.state, self._task, steps=self._steps
+                    observation.images,
+                    observation.state,
+                    self._task,
+                    noise=noise,
+                    steps=self._steps,
+                    prev_chunk=observation.ask.prev_chunk,
+                    delay=observation.ask.delay,
                 )
-                latency = time.monotonic() - start
-                self._answers.put(Chunk(actions, latency, self._policy.timing))
+                latency_s = time.monotonic() - observation.time_s
+                self._answers.put(Chunk(actions, noise, observation, latency_s, self._policy.timing))
             except BaseException as e:  # raised again in the thread that polls
                 self._answers.put(e)

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .bundle import Manifest
+from .chunks import Chunking
 from .errors import SettingsError
 from .strict import decode
 
@@ -18,7 +19,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SIM = "sim"
+Guarding = Literal["hold", "soft", "off"]
+SIM, AUTO = "sim", "auto"
 DEFAULT_FPS = 30.0
 EXAMPLE_TASK = "Pick up the red cube and place it on the plate."
 
@@ -37,6 +39,10 @@ class Settings:
     seconds: float | None = None
     steps: int | None = None
     seed: int | None = None
+    chunking: Chunking = "sync"
+    guardian: Guarding = "soft"
+    i_know_the_unit: bool = False
+    record: str | None = None
     cameras: dict[str, str] = dataclasses.field(default_factory=dict)
     limits: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -53,6 +59,9 @@ class Settings:
             wrong.append(f"seconds is {self.seconds}, expected above 0")
         if self.steps is not None and not 1 <= self.steps <= 1000:
             wrong.append(f"steps is {self.steps}, expected 1 to 1000")
+        for name, choices in (("chunking", get_args(Chunking)), ("guardian", get_args(Guarding))):
+            if getattr(self, name) not in choices:
+                wrong.append(f"{name} is {getattr(self, name)!r}, expected {' or '.join(choices)}")
         if self.seed is not None and self.seed < 0:
             wrong.append(f"seed is {self.seed}, expected 0 or more")
         if wrong:

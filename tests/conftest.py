@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import POSE, WILD
+
+from smolvla_edge.devices.virtual_arm import VirtualArm
 
 DATA = Path(__file__).parent / "data"
 # Facts and full-size goldens that are not part of the repository; tests that need them skip without them.
@@ -21,15 +24,12 @@ def interruptible():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def private_cache(tmp_path_factory):
-    """Nothing a test derives from a bundle lands in the user's cache."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+def private_folders(tmp_path_factory):
+    """Nothing a test derives from a bundle or logs lands in the user's folders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +84,36 @@ def oldest_python():
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="module")
+def arm():
+    """A virtual arm with two cameras, where the tiny policy expects it."""
+    with VirtualArm(cameras=("front", "wrist"), width=160, height=120, pose=POSE) as virtual:
+        yield virtual
+
+
+@pytest.fixture
+def fresh(arm, tmp_path):
+    """The arm as new, its calibration as a file, and settings that let the random policy have its way."""
+    arm.reset()
+    arm.calibration.save(tmp_path / "my_arm.json")
+    (tmp_path / "robot.toml").write_text(WILD)
+    return arm
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a line without waiting for it; whatever is still running at the end of the test is killed."""
+    started = []
+
+    def popen(line, **options):
+        started.append(
+            subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, **options)
+        )
+        return started[-1]
+
+    yield popen
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -1,10 +1,18 @@
 """Calibration files as LeRobot writes them."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from smolvla_edge.devices.calibration import JOINT_NAMES, Calibration, JointCalibration, load_calibration
+from smolvla_edge.devices.calibration import (
+    JOINT_NAMES,
+    Calibration,
+    JointCalibration,
+    calibration_path,
+    load_calibration,
+)
 from smolvla_edge.devices.errors import CalibrationError
 from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
 
@@ -18,6 +26,16 @@ GOOD = {
     }
     for number, name in enumerate(JOINT_NAMES, start=1)
 }
+
+
+def umask():
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def refuse(*arguments):
+    raise OSError("the disk is full")
 
 
 def changed(**joints):
@@ -36,6 +54,37 @@ def test_a_file_is_read_and_written_back_unchanged(tmp_path):
     calibration.save(copy)
     assert copy.read_text() == path.read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["arm.json", "copy.json"]
+
+
+def test_the_file_is_byte_for_byte_lerobot_s(tmp_path):
+    # Made by lerobot 0.4.4: draccus.dump(calibration, file, indent=4).
+    first = """{
+    "shoulder_pan": {
+        "id": 1,
+        "drive_mode": 0,
+        "homing_offset": -709,
+        "range_min": 701,
+        "range_max": 3301
+    },
+    "shoulder_lift": {
+"""
+    last = """        "range_max": 3480
+    }
+}"""
+    path = tmp_path / "made/on/demand/arm.json"
+    VIRTUAL_CALIBRATION.save(path)
+    text = path.read_text()
+    assert text.startswith(first) and text.endswith(last) and len(text.splitlines()) == 6 * 7 + 2
+    assert path.stat().st_mode & 0o077 == 0o066 & ~umask()
+
+
+def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "arm.json"
+    path.write_text("old")
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="disk"):
+        VIRTUAL_CALIBRATION.save(path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_order_of_the_file_does_not_matter(tmp_path):
@@ -130,6 +179,23 @@ def test_an_id_found_nowhere_tells_where_it_was_looked_for(tmp_path):
         load_calibration("blue", {"HF_HOME": str(tmp_path)})
     for robot in ("so101_follower", "so_follower", "so100_follower"):
         assert str(tmp_path / "lerobot/calibration/robots" / robot / "blue.json") in str(error.value)
+
+
+def test_a_new_id_is_saved_where_lerobot_looks_and_an_old_one_where_it_is(tmp_path):
+    environ = {"HF_LEROBOT_CALIBRATION": str(tmp_path)}
+    assert calibration_path("blue", environ) == tmp_path / "robots/so_follower/blue.json"
+    old = tmp_path / "robots/so101_follower/blue.json"
+    VIRTUAL_CALIBRATION.save(old)
+    assert calibration_path("blue", environ) == old
+    VIRTUAL_CALIBRATION.save(tmp_path / "robots/so_follower/blue.json")
+    with pytest.raises(CalibrationError, match="several calibrations"):
+        calibration_path("blue", environ)
+
+
+@pytest.mark.parametrize("robot_id", ["", "a/b", "blue.json"])
+def test_an_id_is_a_plain_name(tmp_path, robot_id):
+    with pytest.raises(CalibrationError, match="no robot id"):
+        calibration_path(robot_id, {"HF_HOME": str(tmp_path)})
 
 
 @pytest.mark.parametrize("text", ["", "nowhere/blue", "nowhere.json"])

@@ -1,12 +1,15 @@
 """Cameras: colours, ages, and errors that do not wait."""
 
+import threading
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from smolvla_edge.devices.camera import ImageFileCamera, OpenCVCamera, SharedFrameCamera, open_camera
+from smolvla_edge.devices.camera import ImageFileCamera, OpenCVCamera, SharedFrameCamera, VideoFileCamera, open_camera
 from smolvla_edge.devices.errors import CameraError
 from smolvla_edge.devices.shared_frame import SharedFrameReader, SharedFrameWriter
 
@@ -17,16 +20,26 @@ def red_picture(width=64, height=48):
     return np.full((height, width, 3), RED_RGB, np.uint8)
 
 
+def write_video(path, pictures, fps=30):
+    writer = cv2.VideoWriter(str(path), cv2.CAP_OPENCV_MJPEG, cv2.VideoWriter.fourcc(*"MJPG"), fps, (64, 48))
+    assert writer.isOpened()
+    for picture in pictures:
+        writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    writer.release()
+    return str(path)
+
+
 @pytest.fixture
 def video(tmp_path):
     """Thirty red pictures. OpenCV opens a video as it opens a device."""
-    path = tmp_path / "red.avi"
-    writer = cv2.VideoWriter(str(path), cv2.CAP_OPENCV_MJPEG, cv2.VideoWriter.fourcc(*"MJPG"), 30, (64, 48))
-    assert writer.isOpened()
-    for _ in range(30):
-        writer.write(cv2.cvtColor(red_picture(), cv2.COLOR_RGB2BGR))
-    writer.release()
-    return str(path)
+    return write_video(tmp_path / "red.avi", [red_picture()] * 30)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def test_a_picture_file_is_a_camera_in_rgb(tmp_path):
@@ -46,11 +59,58 @@ def test_a_picture_file_is_a_camera_in_rgb(tmp_path):
 
 
 def test_a_file_that_is_no_picture_is_refused(tmp_path):
-    for content in (b"", b"text"):
-        path = tmp_path / "front.png"
-        path.write_bytes(content)
-        with pytest.raises(CameraError, match="no picture"):
-            open_camera("front", str(path))
+    cut = cv2.imencode(".png", red_picture())[1].tobytes()[:30]
+    for content in (b"", b"text", cut, b"\0" * 5000):
+        for name in ("front.png", "front.mp4"):
+            path = tmp_path / name
+            path.write_bytes(content)
+            before = time.monotonic()
+            with pytest.raises(CameraError, match=r"front.*no picture.*OpenCV reads"):
+                open_camera("front", str(path))
+            assert time.monotonic() - before < 7
+
+
+def test_a_video_file_is_a_camera_that_starts_again_and_is_never_too_fast(tmp_path):
+    path = write_video(tmp_path / "steps.avi", [np.full((48, 64, 3), 20 * n, np.uint8) for n in range(10)], fps=40)
+    camera = open_camera("front", path)
+    assert isinstance(camera, VideoFileCamera) and camera.asked_fps == 40 and not camera.has_noise
+    frames = [camera.latest()]
+    while frames[-1].number < 24:
+        wait_for(lambda: camera.latest().number != frames[-1].number)
+        frames.append(camera.latest())
+    camera.close()
+    assert all(abs(int(f.image[24, 32, 0]) - 20 * ((f.number - 1) % 10)) <= 3 for f in frames)
+    for before, after in pairwise(frames):
+        assert after.time_s - before.time_s > (after.number - before.number) / 40 - 1e-6
+
+
+def test_a_video_file_is_shown_when_it_is_due_and_ends_with_its_camera(video):
+    threads = threading.active_count()
+    camera = open_camera("front", video)
+    assert threading.active_count() == threads + 1
+    assert camera.latest().image.shape == (48, 64, 3)
+    for _ in range(5):
+        number = camera.latest().number
+        wait_for(lambda: camera.latest().number != number)  # noqa: B023
+        assert camera.latest().time_s <= time.monotonic()
+    camera.close()
+    assert threading.active_count() == threads
+    with pytest.raises(CameraError, match="not open"):
+        camera.latest()
+
+
+def test_a_video_file_with_an_absurd_rate_is_shown_at_thirty(tmp_path):
+    camera = open_camera("front", write_video(tmp_path / "fast.avi", [red_picture()] * 3, fps=1000))
+    assert camera.asked_fps == 30
+    camera.close()
+
+
+def test_a_video_file_that_disappears_is_reported(video):
+    camera = open_camera("front", video)
+    Path(video).unlink()
+    with pytest.raises(CameraError, match="no video"):
+        wait_for(lambda: not camera.latest())
+    camera.close()
 
 
 def test_a_captured_picture_is_rgb_and_carries_its_time(video):
@@ -100,7 +160,7 @@ def test_a_device_that_is_no_camera_is_refused_in_bounded_time(tmp_path, capfd):
 
 @pytest.mark.parametrize("source", ["", "nowhere.png", "http://camera/stream", "/dev/ttyACM0"])
 def test_an_unknown_source_is_told_what_is_accepted(source):
-    with pytest.raises(CameraError, match=r"/dev/video\*.*picture file.*sim:<path>"):
+    with pytest.raises(CameraError, match=r"/dev/video\*.*picture or video file.*sim:<path>"):
         open_camera("front", source)
 
 
@@ -113,7 +173,10 @@ def test_a_shared_picture_arrives_with_its_time(tmp_path):
     frame = camera.latest()
     assert np.array_equal(frame.image, red_picture()) and frame.time_s == 12.5
     writer.write(red_picture() // 2, 13.0)
-    assert camera.latest().time_s == 13.0
+    newest = camera.latest()
+    assert newest.time_s == 13.0 and newest.number == frame.number + 1
+    assert np.array_equal(newest.image, red_picture() // 2) and np.array_equal(frame.image, red_picture())
+    assert camera.latest().image is newest.image, "a picture that is not new costs no copy"
     # Nobody writes any more: the picture stays and its age shows.
     writer.close()
     assert camera.latest().time_s == 13.0
@@ -129,6 +192,14 @@ def test_a_half_written_picture_is_never_shown(tmp_path):
     writer._set_sequence(3)
     with pytest.raises(CameraError, match="half-written"):
         reader.read()
+    writer._set_sequence(4)
+    picture = reader.read()
+    # The writer dies in the middle of the next one.
+    writer._set_sequence(5)
+    before = time.monotonic()
+    for _ in range(100):
+        assert reader.read() is picture
+    assert time.monotonic() - before < 5
     reader.close()
     writer.close()
 

@@ -1,11 +1,12 @@
 """The protocol, byte for byte: every golden packet, every malformed stream, and arbitrary bytes."""
 
 import json
+import random
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolvla_edge.devices import frames
@@ -16,6 +17,9 @@ GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_packets.json").rea
 INSTRUCTIONS = [p for p in GOLDEN["packets"] if p["kind"] == "instruction"]
 STATUSES = [p for p in GOLDEN["packets"] if p["kind"] == "status"]
 MALFORMED = {s["name"]: bytes.fromhex(s["hex"]) for s in GOLDEN["malformed_streams"]}
+
+# A busy machine is slow, which is no finding.
+thousand = settings(max_examples=1000, deadline=None)
 
 status_frames = st.builds(
     frames.build,
@@ -154,6 +158,7 @@ def test_a_good_frame_behind_an_impossible_head_is_found_at_once(impossible):
     assert frames.status_parser().feed(stream) == [frames.Frame(1, 0, b"\x00\x08")]
 
 
+@thousand
 @given(st.binary(max_size=600), st.lists(st.integers(0, 600), max_size=8))
 def test_the_parser_ends_and_gives_the_same_frames_however_the_bytes_are_cut(stream, cuts):
     whole = frames.status_parser().feed(stream)
@@ -165,6 +170,7 @@ def test_the_parser_ends_and_gives_the_same_frames_however_the_bytes_are_cut(str
     assert sent + parser.discarded_bytes + parser.pending_bytes == len(stream)
 
 
+@thousand
 @given(st.lists(st.one_of(status_frames, st.binary(max_size=20)), max_size=8))
 def test_every_frame_found_lies_in_the_stream_with_a_right_checksum(parts):
     stream = b"".join(parts)
@@ -172,12 +178,66 @@ def test_every_frame_found_lies_in_the_stream_with_a_right_checksum(parts):
         assert frames.build(frame.id, frame.code, frame.params) in stream
 
 
+@thousand
 @given(st.lists(st.tuples(st.binary(max_size=20).map(lambda b: b.replace(b"\xff", b"")), status_frames)))
 def test_noise_without_a_header_byte_never_hides_a_frame(parts):
     parser = frames.status_parser()
     found = parser.feed(b"".join(noise + frame for noise, frame in parts))
     assert [frames.build(f.id, f.code, f.params) for f in found] == [frame for _, frame in parts]
     assert parser.bad_checksums == 0
+
+
+def check_one_damaged_byte(sent, at, value):
+    """A reply of which one byte arrived wrong, read as the bus reads it: by id and size, from an empty buffer."""
+    damaged = bytearray(frames.build(sent.id, sent.code, sent.params))
+    damaged[at % len(damaged)] = value
+    for found in frames.status_parser().feed(bytes(damaged)):
+        if (found.id, len(found.params)) == (sent.id, len(sent.params)):
+            assert found == sent
+
+
+@thousand
+@given(
+    st.builds(frames.Frame, st.integers(0, frames.MAX_ID), st.integers(0, 0x7F), st.binary(max_size=60)),
+    st.integers(0, 65),
+    st.integers(0, 255),
+)
+def test_a_reply_with_one_wrong_byte_is_never_another_value(sent, at, value):
+    check_one_damaged_byte(sent, at, value)
+
+
+def check_stream(rng):
+    """A stream of replies, noise, cuts and damage, cut anywhere: what is found is there, whole, in order."""
+    parts = []
+    for _ in range(rng.randrange(4)):
+        part = bytearray(frames.build(rng.randrange(254), rng.randrange(128), rng.randbytes(rng.randrange(20))))
+        kind = rng.randrange(8)
+        if kind == 0:
+            part = bytearray(rng.choice((b"\xff", b"\xff\xff", rng.randbytes(9))))
+        elif kind == 1:
+            del part[rng.randrange(len(part)) :]
+        elif kind == 2:
+            part[rng.randrange(len(part))] = rng.randrange(256)
+        parts.append(bytes(part))
+    stream = b"".join(parts)
+    parser = frames.status_parser()
+    cut = rng.randrange(len(stream) + 1)
+    found = parser.feed(stream[:cut]) + parser.feed(stream[cut:])
+    at = 0
+    for frame in found:
+        whole = frames.build(frame.id, frame.code, frame.params)
+        at = stream.index(whole, at) + len(whole)
+    sent = sum(len(frame.params) + frames.OVERHEAD for frame in found)
+    assert sent + parser.discarded_bytes + parser.pending_bytes == len(stream)
+
+
+@pytest.mark.parametrize("count", [5_000, pytest.param(1_000_000, marks=pytest.mark.full)])
+def test_any_stream_gives_frames_that_were_in_it_and_loses_no_byte(count):
+    rng = random.Random(count)
+    for _ in range(count):
+        check_stream(rng)
+        sent = frames.Frame(rng.randrange(254), rng.randrange(128), rng.randbytes(rng.randrange(20)))
+        check_one_damaged_byte(sent, rng.randrange(26), rng.randrange(256))
 
 
 @pytest.mark.parametrize(

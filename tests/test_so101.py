@@ -75,7 +75,7 @@ def test_connecting_and_reading_write_nothing(virtual):
     arm = driver(virtual)
     assert arm.connect() == ()
     state = arm.read()
-    assert state.raw == MIDDLE
+    assert tuple(state.raw) == MIDDLE
     assert state.position.shape == (6,) and state.position.dtype == np.float64
     assert abs(state.position[5] - 50) < 0.1
     assert 0 <= time.monotonic() - state.time_s < 1
@@ -165,16 +165,23 @@ def test_enabling_holds_the_arm_where_it_stands(virtual):
     # A goal left from before would make the arm jump.
     for servo_id in IDS:
         virtual.set_register(servo_id, Register.GOAL_POSITION, 1000)
+    beats = []
     with driver(virtual) as arm:
+        arm.beat = lambda: beats.append(time.monotonic())
         arm.enable()
         arm.enable()
+        assert np.diff(beats).max() < 0.4  # a watchdog waits 0.8 s
         assert torque(virtual) == [1] * 6
         assert [(g.id, g.raw) for g in virtual.goals()] == list(zip(IDS, MIDDLE, strict=True))
-        assert arm.read().raw == MIDDLE
+        assert tuple(arm.read().raw) == MIDDLE
         registers = [virtual.registers(i) for i in IDS]
         assert [r[Register.TORQUE_LIMIT] for r in registers] == [1000] * 5 + [500]
         assert all(1024 < r[Register.GOAL_VELOCITY] <= 3400 for r in registers)
-        assert all(r[Register.ACCELERATION] == 254 for r in registers)
+        assert all(r[Register.ACCELERATION] == 50 for r in registers)
+        for _ in range(4):
+            arm.read()
+            arm.send(HOME)
+        assert all(virtual.registers(i)[Register.ACCELERATION] == 254 for i in IDS)
     assert torque(virtual) == [0] * 6
     assert virtual.violations() == []
 
@@ -219,19 +226,28 @@ def test_a_servo_that_falls_silent_during_enable_switches_all_off(virtual):
 def test_the_arm_goes_where_it_is_sent_and_never_out_of_range(virtual, units):
     with driver(virtual, units=units, rate_hz=100) as arm:
         arm.enable()
-        virtual_goals = len(virtual.goals())
         for target in ([20, -20, 20, -20, 20, 80], [1e9] * 6):
             for _ in range(130):
+                arm.read()
                 emitted = arm.send(target)
                 time.sleep(0.01)
+            if target[0] > 100:  # too far for one step; the way there is the ramp's
+                assert "jumps" in arm.stopped and arm.counts.jumped == 15
+                assert np.abs(arm.read().position - [20, -20, 20, -20, 20, 80]).max() < 0.5
+                arm.release()
+                arm.stopped = ""
+                arm.enable(far=True)
+                for _ in range(500):
+                    arm.read()
+                    emitted = arm.send(target)
+                    time.sleep(0.01)
             if target[0] == 20:
                 assert np.abs(arm.read().position - target).max() < 0.5
         assert emitted.clipped == (True,) * 6
-        goals = virtual.goals()[virtual_goals:]
+        goals = virtual.goals()
     for joint, servo_id in zip(VIRTUAL_CALIBRATION.joints, IDS, strict=True):
         raw = [g.raw for g in goals if g.id == servo_id]
         assert max(raw) <= joint.range_max and min(raw) >= joint.range_min
-        assert np.abs(np.diff(raw)).max() <= 3400 * 0.02 + 1
     assert virtual.violations() == []
 
 
@@ -242,7 +258,7 @@ def test_a_bad_target_sends_the_last_goal_again(virtual):
         bad = arm.send([np.nan] * 6)
         assert bad.rejected and bad.raw == first.raw
         assert arm.hold().raw == first.raw
-        assert arm.counts.rejected == 1
+        assert arm.counts.malformed == 1
         arm.read()
         assert [g.raw for g in virtual.goals()[-6:]] == list(first.raw)
 

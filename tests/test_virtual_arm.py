@@ -1,5 +1,6 @@
 """The virtual arm, asked by clients nobody here wrote, and its own promises."""
 
+import json
 import os
 import re
 import select
@@ -20,7 +21,7 @@ from smolvla_edge.devices.camera import open_camera
 from smolvla_edge.devices.errors import DeviceError
 from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
-from smolvla_edge.devices.virtual_bus import Fault, VirtualBus
+from smolvla_edge.devices.virtual_bus import Fault, VirtualBus, Write
 
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = [2001, 2025, 2000, 2027, 2047, 2748]
@@ -258,6 +259,421 @@ def test_a_late_answer_keeps_the_order_of_one_servo(bus):
     assert [len(f.params) for f in frames.status_parser().feed(bus.due())] == [0, 2]
 
 
+ANSWER = frames.build(1, 0, (2001).to_bytes(2, "little"))
+ASK = frames.read(1, 56, 2)
+
+
+def answers(data):
+    return frames.status_parser().feed(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "spoiled"),
+    [
+        ("mute", 0, b""),
+        ("corrupt", 0, ANSWER[:-1] + bytes((ANSWER[-1] ^ 0xFF,))),
+        ("truncate", 5, ANSWER[:5]),
+        ("wrong_id", 0, frames.build(101, 0, ANSWER[5:7])),
+        ("wrong_id", 4, frames.build(4, 0, ANSWER[5:7])),
+        ("wrong_length", 0, frames.build(1, 0, ANSWER[5:7] + b"\0")),
+        ("bad_error", 0, frames.build(1, 0x80, ANSWER[5:7])),
+        ("duplicate", 0, ANSWER * 2),
+    ],
+)
+def test_a_fault_spoils_as_many_answers_of_one_servo_as_it_counts(bus, kind, value, spoiled):
+    bus.inject(Fault(kind, 1, count=2, value=value))
+    assert ask(bus, ASK) == ask(bus, ASK) == spoiled
+    assert ask(bus, ASK) == ANSWER
+    bus.inject(Fault(kind, 1, count=-1, value=value))
+    assert [ask(bus, ASK) for _ in range(5)] == [spoiled] * 5
+    assert [frame.id for frame in answers(ask(bus, frames.sync_read(56, 2, [2, 3])))] == [2, 3]
+    bus.inject(Fault(kind, 1, count=0))
+    assert ask(bus, ASK) == ANSWER
+
+
+def test_of_two_faults_of_one_kind_the_newer_comes_first(bus):
+    bus.inject(Fault("truncate", 1, count=-1, value=5))
+    bus.inject(Fault("truncate", 1, count=1, value=3))
+    assert [len(ask(bus, ASK)) for _ in range(3)] == [3, 5, 5]
+
+
+def test_noise_comes_before_a_whole_answer(bus):
+    bus.inject(Fault("noise", 1, count=-1, value=20))
+    noisy = [ask(bus, ASK) for _ in range(2)]
+    assert all(len(data) == 20 + 3 + len(ANSWER) and data.endswith(b"\xff\xff\xff" + ANSWER) for data in noisy)
+    assert noisy[0] != noisy[1]
+    bus.inject(Fault("noise", 1))
+    assert answers(ask(bus, ASK)) == answers(ANSWER)
+
+
+def test_a_trickling_answer_comes_byte_by_byte_and_the_next_servo_waits_for_it(bus):
+    bus.inject(Fault("trickle", 1, value=0.01))
+    came = [ask(bus, frames.sync_read(56, 2, [1, 2]))]
+    for tick in range(1, 9):
+        bus.advance(0.01 * tick + 0.001)
+        came.append(bus.due())
+    assert came[:7] == [bytes((byte,)) for byte in ANSWER[:7]]
+    assert came[7] == ANSWER[7:]
+    assert [frame.id for frame in answers(came[8])] == [2]
+
+
+def test_a_slow_bus_gives_the_answers_of_a_sync_read_one_after_the_other(bus):
+    for servo_id in IDS:
+        bus.inject(Fault("delay", servo_id, count=-1, value=0.005))
+    came = [ask(bus, frames.sync_read(56, 2, IDS))]
+    for tick in range(1, 7):
+        bus.advance(0.005 * tick + 0.001)
+        came.append(bus.due())
+    assert [[frame.id for frame in answers(data)] for data in came] == [[], [1], [2], [3], [4], [5], [6]]
+
+
+def test_an_error_bit_shows_in_every_answer_and_in_status(bus):
+    bus.inject(Fault("error", 1, value=0x24))
+    for request in (frames.ping(1), ASK, frames.sync_read(56, 2, [1]), frames.write(1, 41, b"\x10")):
+        assert [frame.code for frame in answers(ask(bus, request))] == [0x24]
+    assert answers(ask(bus, frames.read(1, 65, 1))) == [frames.Frame(1, 0x24, b"\x24")]
+    bus.advance(0.1)
+    assert bus.servos[1].peek(Register.STATUS) == 0x24
+    bus.inject(Fault("error", 1, value=0))
+    assert answers(ask(bus, frames.read(1, 65, 1))) == [frames.Frame(1, 0, b"\0")]
+
+
+def test_a_request_too_long_to_answer_does_not_end_the_arm(bus):
+    assert ask(bus, frames.read(1, 0, 255)) == b""
+    assert "malformed" in bus.violations[0]
+
+
+def test_a_blocked_servo_stands_still_and_strains(bus):
+    servo = energised(bus, MIDDLE[0] + 114)  # 10 degrees
+    bus.inject(Fault("stuck", 1))
+    assert moved(bus, 1.0) == 0
+    assert servo.peek(Register.PRESENT_LOAD) > 0.8 * servo.peek(Register.TORQUE_LIMIT)
+    assert servo.peek(Register.PRESENT_CURRENT) > servo.peek(Register.PROTECTION_CURRENT)
+    assert servo.peek(Register.PRESENT_VELOCITY) == servo.peek(Register.MOVING) == 0
+    servo.poke(Register.TORQUE_ENABLE, 0)
+    assert moved(bus, 1.1) == servo.peek(Register.PRESENT_LOAD) == servo.peek(Register.PRESENT_CURRENT) == 0
+    servo.poke(Register.TORQUE_ENABLE, 1)
+    bus.inject(Fault("stuck", 1, count=0))
+    assert moved(bus, 2.0) == 114
+
+
+@pytest.mark.parametrize("velocity", [1500, 3400])
+def test_a_servo_that_follows_at_90_degrees_a_second_does_not_strain(bus, velocity):
+    servo = energised(bus, MIDDLE[0], velocity=velocity, acceleration=254)
+    load, current = [], []
+    for tick in range(1, 30):  # 30 Hz
+        ask(bus, frames.sync_write(42, {1: (MIDDLE[0] + round(tick * 1024 / 30)).to_bytes(2, "little")}))
+        for step in range(10):
+            bus.advance((tick + step / 10) / 30)
+            load.append(servo.peek(Register.PRESENT_LOAD))
+            current.append(servo.peek(Register.PRESENT_CURRENT))
+    assert servo.peek(Register.PRESENT_POSITION) > MIDDLE[0] + 900
+    assert 100 < max(load) < 400
+    assert 10 < max(current) < 80  # x 6.5 mA
+    assert not bus.violations
+
+
+def test_a_lost_write_is_acknowledged_and_changes_nothing(bus):
+    bus.inject(Fault("lost_write", 1, value=55))
+    ask(bus, frames.write(1, 41, b"\x10"))
+    assert bus.servos[1].peek(Register.ACCELERATION) == 16
+    assert answers(ask(bus, frames.write(1, 55, b"\x01"))) == [frames.Frame(1, 0, b"")]
+    assert bus.servos[1].peek(Register.LOCK) == 0
+    ask(bus, frames.write(1, 55, b"\x01"))
+    assert bus.servos[1].peek(Register.LOCK) == 1
+
+
+def test_a_host_whose_goals_get_lost_is_not_blamed_for_a_step(bus):
+    servo = energised(bus, MIDDLE[0])
+    bus.inject(Fault("lost_write", 1, count=-1, value=42))
+    for goal in range(MIDDLE[0], MIDDLE[0] + 1000, 100):
+        ask(bus, frames.sync_write(42, {1: goal.to_bytes(2, "little")}))
+    assert servo.peek(Register.GOAL_POSITION) == MIDDLE[0]
+    assert [goal[2] for goal in bus.goals] == list(range(MIDDLE[0], MIDDLE[0] + 1000, 100))
+    assert not bus.violations
+
+
+def test_a_forced_register_is_read_in_place_of_the_truth(bus):
+    servo = energised(bus, 2501)
+    servo.force(Register.PRESENT_POSITION, -100)
+    servo.force(Register.PRESENT_VOLTAGE, 35)
+    assert moved(bus, 1.0) == 500
+    (frame,) = answers(ask(bus, frames.sync_read(56, 15, [1])))
+    assert frame.params[:2] == b"\x64\x80" and frame.params[6] == 35
+    assert answers(ask(bus, frames.read(1, 57, 1)))[0].params == b"\x80"
+    servo.force(Register.PRESENT_POSITION, None)
+    assert answers(ask(bus, ASK))[0].params == (2501).to_bytes(2, "little")
+
+
+def test_every_register_write_is_logged_but_not_the_goals_of_each_tick(bus):
+    ask(bus, frames.write(1, 31, b"\xc5\x0a"))
+    ask(bus, frames.build(2, frames.Instruction.REG_WRITE, b"\x28\x01"))
+    ask(bus, frames.sync_write(41, {1: bytes((254, 0xD1, 7, 0, 0, 0xE8, 3))}))
+    ask(bus, frames.sync_write(48, {3: b"\xf4\x01"}))
+    bus.advance(1.5)
+    ask(bus, frames.build(frames.BROADCAST_ID, frames.Instruction.ACTION))
+    ask(bus, frames.write(frames.BROADCAST_ID, 40, b"\0"))
+    assert list(bus.writes) == [
+        Write(0.0, 1, Register.HOMING_OFFSET, -709),
+        Write(0.0, 3, Register.TORQUE_LIMIT, 500),
+        Write(1.5, 2, Register.TORQUE_ENABLE, 1),
+        *(Write(1.5, servo_id, Register.TORQUE_ENABLE, 0) for servo_id in IDS),
+    ]
+    assert [goal[1:] for goal in bus.goals] == [(1, 2001)]
+
+
+def test_writes_to_eprom_and_factory_area_are_counted(bus):
+    ask(bus, frames.write(1, 41, b"\x10"))
+    assert bus.eprom_writes == 0
+    ask(bus, frames.write(1, 9, bytes(4)))
+    ask(bus, frames.write(2, 85, b"\xfe"))
+    ask(bus, frames.write(frames.BROADCAST_ID, 7, b"\0"))
+    assert bus.eprom_writes == 2 + 1 + 6
+    bus.reset(1.0)
+    assert bus.eprom_writes == 0 and not bus.writes
+
+
+def step(bus, servo_id, goal):
+    ask(bus, frames.sync_write(42, {servo_id: goal.to_bytes(2, "little")}))
+    return len(bus.violations)
+
+
+def switch_on(bus):
+    for servo_id in IDS:
+        servo = bus.servos[servo_id]
+        servo.poke(Register.GOAL_POSITION, MIDDLE[servo_id - 1])
+        servo.poke(Register.TORQUE_ENABLE, 1)
+
+
+def test_a_goal_too_far_from_the_last_one_is_recorded(bus):
+    switch_on(bus)
+    assert step(bus, 1, 2001 + 103) == 0
+    assert step(bus, 1, 2001 + 206) == 0
+    assert step(bus, 1, 2001 + 206 - 104) == 1
+    assert bus.violations[0] == "servo 1: goal 2103 after 2207: a step of more than 103"
+    # A tenth of a second at 200 %/s is 20 % of the gripper's 1463 ticks.
+    assert step(bus, 6, 2748 + 293) == 1
+    assert step(bus, 6, 2748 + 586) == 1
+    assert step(bus, 6, 2748 + 586 - 294) == 2
+
+
+def test_a_goal_at_the_present_position_or_for_a_servo_that_is_off_is_no_step(bus):
+    assert step(bus, 1, 3000) == 0
+    switch_on(bus)
+    bus.servos[1].poke(Register.PRESENT_POSITION, 2500)
+    assert step(bus, 1, 2505) == 0
+    assert step(bus, 1, 2001) == 1
+
+
+def test_the_bound_on_steps_can_be_set_for_each_servo(bus):
+    switch_on(bus)
+    bus.expect_steps([10, 500, 10, 10, 10, 10])
+    assert step(bus, 1, 2001 + 11) == 0
+    assert step(bus, 1, 2001 + 23) == 1
+    assert step(bus, 2, 2025 + 501) == 1
+    with pytest.raises(ValueError):
+        bus.expect_steps([10])
+    bus.reset(0.0)
+    switch_on(bus)
+    assert step(bus, 1, 2001 + 103) == 0
+
+
+def test_half_a_register_counts_as_a_write_of_it(bus):
+    switch_on(bus)
+    ask(bus, frames.write(1, 43, b"\x08"))
+    assert "goal 2257 after 2001" in bus.violations[0]
+    ask(bus, frames.write(1, 39, b"\0\x80"))
+    assert any("Torque_Enable set to 128" in violation for violation in bus.violations)
+
+
+def test_a_joint_turned_by_hand_past_the_end_of_a_turn_reads_0_again(bus):
+    servo = bus.servos[1]
+    servo.poke(Register.HOMING_OFFSET, 0)
+    for turned, seen in ((4095, 4095), (4096, 0), (4110, 14), (-3, 4093)):
+        servo.poke(Register.PRESENT_POSITION, turned)
+        assert servo.peek(Register.PRESENT_POSITION) == round(servo.position) == seen
+    # The offset moves the end of the turn, not the joint.
+    ask(bus, frames.write(1, 31, (1000).to_bytes(2, "little")))
+    bus.advance(0.01)
+    assert servo.peek(Register.PRESENT_POSITION) == 3093
+    ask(bus, frames.write(1, 31, (1000 | 0x800).to_bytes(2, "little")))
+    bus.advance(0.02)
+    assert servo.peek(Register.PRESENT_POSITION) == 997
+
+
+def test_with_multi_turn_feedback_positions_go_on_beyond_a_turn(bus):
+    servo = bus.servos[1]
+    servo.poke(Register.PHASE, servo.peek(Register.PHASE) | 0x10)
+    for turned in (4200, -100):
+        servo.poke(Register.PRESENT_POSITION, turned)
+        assert servo.peek(Register.PRESENT_POSITION) == turned
+    assert answers(ask(bus, ASK))[0].params == b"\x64\x80"
+
+
+def test_a_servo_does_not_turn_past_its_limits_and_keeps_the_goal_it_was_told(bus):
+    servo = energised(bus, 3400)
+    bus.advance(5.0)
+    assert servo.peek(Register.PRESENT_POSITION) == 3301
+    assert servo.peek(Register.GOAL_POSITION) == 3400
+
+
+def test_an_arm_starts_and_restarts_at_its_pose():
+    pose = [1000, 1100, 1200, 1300, 1400, 2500]
+    with VirtualArm(cameras=(), pose=pose) as arm:
+        for _ in range(2):
+            assert [arm.registers(i)[Register.PRESENT_POSITION] for i in IDS] == pose
+            arm.set_register(1, Register.PRESENT_POSITION, 2222)
+            arm.reset()
+    with pytest.raises(DeviceError, match=r"pose \[1, 2\]"):
+        VirtualArm(pose=[1, 2])
+
+
+def test_what_the_arm_was_told_can_be_asked_for(arm):
+    with FeetechBus(arm.port) as bus:
+        bus.write(2, Register.P_COEFFICIENT, 16)
+        arm.force(2, Register.PRESENT_TEMPERATURE, 71)
+        assert bus.read(2, Register.PRESENT_TEMPERATURE).value == 71
+    assert arm.registers(2)[Register.PRESENT_TEMPERATURE] == 30
+    assert [(w.id, w.register, w.value) for w in arm.writes()] == [(2, Register.P_COEFFICIENT, 16)]
+    assert abs(arm.writes()[0].time_s - time.monotonic()) < 60
+    assert arm.eprom_writes() == 1
+    arm.expect_steps([1] * 6)
+    for register in (Register.GOAL_POSITION, Register.TORQUE_ENABLE):
+        arm.set_register(1, register, {Register.GOAL_POSITION: 2001}.get(register, 1))
+    with FeetechBus(arm.port) as bus:
+        bus.sync_write(Register.GOAL_POSITION, {1: 2050})
+        bus.ping(1)
+    assert arm.violations() == ["servo 1: goal 2050 after 2001: a step of more than 2"]
+
+
+def test_an_arm_that_hangs_up_takes_the_port_away_and_still_tells(deadline_s=10):
+    with VirtualArm(cameras=()) as arm:
+        fd = os.open(arm.port, os.O_RDWR | os.O_NOCTTY)
+        try:
+            os.write(fd, frames.ping(1))
+            assert select.select([fd], [], [], deadline_s)[0]
+            assert os.read(fd, 64) == frames.build(1, 0)
+            arm.hang_up()
+            arm.hang_up()
+            with pytest.raises(OSError):
+                os.write(fd, frames.ping(1))
+            assert not Path(arm.port).exists()
+        finally:
+            os.close(fd)
+        assert arm.frames_seen() == 1
+        arm.reset()
+        assert arm.registers(1)[Register.PRESENT_POSITION] == 2001
+
+
+def test_a_deaf_arm_lets_its_buffer_fill_and_hears_all_of_it_later(arm):
+    arm.deaf(True)
+    fd = os.open(arm.port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        sent = 0
+        with pytest.raises(BlockingIOError):
+            while sent < 1_000_000:
+                sent += os.write(fd, frames.write(1, 41, b"\x10"))
+        assert arm.frames_seen() == 0
+        arm.deaf(False)
+        wait_until(lambda: arm.frames_seen() == sent // 8)
+        # What waits in the port does not outlive a reset.
+        arm.deaf(True)
+        os.write(fd, frames.write(1, 41, b"\x20"))
+        arm.reset()
+        os.write(fd, frames.write(1, 41, b"\x30"))
+        wait_until(lambda: arm.frames_seen() == 1)
+        assert [w.value for w in arm.writes()] == [0x30]
+    finally:
+        os.close(fd)
+
+
+def wait_until(true, limit_s=20):
+    deadline = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def eyes(arm):
+    """Both cameras, and a function that waits for so many further rounds of pictures."""
+    cameras = {name: open_camera(name, source) for name, source in arm.camera_sources.items()}
+
+    def rounds(count=3, by="wrist"):
+        for _ in range(count):
+            time_s = cameras[by].latest().time_s
+            wait_until(lambda before=time_s: cameras[by].latest().time_s > before)
+
+    rounds()
+    yield cameras["front"], cameras["wrist"], rounds
+    for camera in cameras.values():
+        camera.close()
+
+
+def test_two_pictures_of_a_camera_are_never_the_same_bytes(eyes):
+    front, _, rounds = eyes
+    seen = [front.latest().image]
+    for _ in range(5):
+        rounds(1, by="front")
+        seen.append(front.latest().image)
+        difference = np.abs(seen[-1].astype(int) - seen[-2])
+        assert 0 < difference.max() <= 4
+        assert np.count_nonzero(difference) <= 600
+
+
+def test_a_stalled_camera_gives_no_new_pictures(arm, eyes):
+    front, _, rounds = eyes
+    arm.camera("front", "stall")
+    rounds()
+    old = front.latest()
+    rounds()
+    assert front.latest().time_s == old.time_s
+    arm.camera("front", "live")
+    rounds(1, by="front")
+
+
+def test_a_frozen_camera_gives_the_same_picture_with_new_times(arm, eyes):
+    front, wrist, rounds = eyes
+    arm.camera("front", "freeze")
+    rounds()
+    old, other = front.latest(), wrist.latest()
+    rounds()
+    new = front.latest()
+    assert new.time_s > old.time_s and np.array_equal(new.image, old.image)
+    assert not np.array_equal(wrist.latest().image, other.image)
+
+
+def test_a_slow_camera_keeps_its_rate(arm, eyes):
+    front, _, rounds = eyes
+    arm.camera("front", "slow", 2)
+    rounds()
+    times = []
+    for _ in range(3):
+        rounds(1, by="front")
+        times.append(front.latest().time_s)
+    assert np.diff(times).min() > 0.4
+
+
+def test_a_swapped_camera_shows_what_the_other_one_sees(arm, eyes):
+    front, wrist, rounds = eyes
+    assert np.abs(front.latest().image.astype(int) - wrist.latest().image).max() > 50
+    arm.camera("front", "swap:wrist")
+    rounds()
+    assert np.abs(front.latest().image.astype(int) - wrist.latest().image).max() <= 4
+    arm.reset()
+    rounds()
+    assert np.abs(front.latest().image.astype(int) - wrist.latest().image).max() > 50
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "value"),
+    [("back", "stall", 0), ("front", "melt", 0), ("front", "swap:back", 0), ("front", "slow", 0)],
+)
+def test_a_camera_refuses_what_it_cannot_do(arm, name, mode, value):
+    with pytest.raises(DeviceError, match=r"expected one of front, wrist, and of live, stall"):
+        arm.camera(name, mode, value)
+
+
 def test_the_cameras_show_the_arm_move(arm):
     cameras = [open_camera(name, source) for name, source in arm.camera_sources.items()]
     assert [camera.name for camera in cameras] == ["front", "wrist"]
@@ -347,3 +763,25 @@ def running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+MODULE = [sys.executable, "-m", "smolvla_edge.devices.virtual_arm"]
+
+
+def test_the_module_tells_what_it_is_and_refuses_what_it_cannot_draw():
+    told = subprocess.run([*MODULE, "--help"], capture_output=True, text=True, check=True)
+    assert "virtual SO-101" in told.stdout and "--camera" in told.stdout
+    refused = subprocess.run([*MODULE, "--fps", "0"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "at 0.0 fps" in refused.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_module_and_leaves_no_pictures(number):
+    line = [*MODULE, "--camera", "front", "--width", "32", "--height", "24"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        ready = json.loads(process.stdout.readline())
+        folder = Path(ready["cameras"]["front"].removeprefix("sim:")).parent
+        assert folder.exists()
+        process.send_signal(number)
+        assert process.wait(10) == 0
+    assert not folder.exists()

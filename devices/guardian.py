@@ -1,0 +1,223 @@
+"""A second process that takes the arm to a safe state when its host dies or freezes.
+
+A servo holds its last goal for ever, and no register of it is a watchdog. So the host sends this process one
+byte per control tick and gets each back:
+
+    pipe closes without a goodbye    ──▶  dead     ┐  a host that comes back is told at its next tick;
+    no byte for timeout_s            ──▶  frozen   ┘  the action; one line on stderr; exit status 3
+    goodbye                          ──▶  exit status 0
+
+It inherits the host's open port and touches it only then. To open it by itself, it would wait for ever for the
+lock of a frozen host.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from contextlib import suppress
+from enum import Enum
+
+from . import frames
+from .errors import GuardianLost
+from .sts3215 import Register, decode, encode
+
+IDS = range(1, 7)
+READY, BEAT, TAKEN, GOODBYE = b"r", b".", b"t", b"q"
+ACTED = 3
+START_LIMIT_S = 10.0
+ECHO_LIMIT_S = 1.0
+# Longer than any action takes: killed halfway, it would leave servos on.
+DISMISS_LIMIT_S = 2.0
+ROUNDS, REPEATS, REPEAT_S = 3, 3, 0.02
+SINK_S, SINK_STEPS = 0.4, 20
+ANSWERS_S = 0.05
+# Torque_Limit assumed for a servo that does not tell: what the gripper is given, the weakest of the arm.
+UNKNOWN_LIMIT = 500
+PORT_ERRORS = (OSError, termios.error)
+
+
+class GuardianAction(Enum):
+    """What happens to the arm when the host is gone."""
+
+    HOLD = "hold"  # nothing: the servos keep their last goal
+    SOFT = "soft"  # the arm sinks within SINK_S, then off
+    OFF = "off"  # off at once: the arm falls
+
+
+class Guardian:
+    """Starts the process and returns once it watches; GuardianLost when it does not start.
+
+    port_fd: the open port, kept open by the host until `dismiss`. path: its name, for messages. The time counts
+    from the first `beat`; from then on the host beats more often than every `timeout_s`.
+    """
+
+    def __init__(self, port_fd: int, path: str, action: GuardianAction, timeout_s: float = 0.8) -> None:
+        self._action, self._timeout_s = action, timeout_s
+        self._unanswered_s: float | None = None
+        command = [sys.executable, "-m", __name__, str(port_fd), path, action.value, str(timeout_s)]
+        # A session of its own: Ctrl-C is for the host.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=(port_fd,),
+            start_new_session=True,
+        )
+        assert self._process.stdin and self._process.stdout
+        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._to, False)
+        os.set_blocking(self._from, False)
+        try:
+            if not select.select([self._from], [], [], START_LIMIT_S)[0] or os.read(self._from, 1) != READY:
+                raise GuardianLost(f"the guardian of {path} did not start within {START_LIMIT_S:.0f} s. Try again.")
+        except BaseException:
+            self._end()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def beat(self) -> None:
+        """Once per control tick; does not block. GuardianLost when nobody watches any more: stop the arm."""
+        now_s = time.monotonic()
+        try:
+            heard = os.read(self._from, 65536)
+        except BlockingIOError:
+            heard = None
+        except OSError:
+            heard = b""
+        if heard is not None:
+            if TAKEN in heard:
+                raise GuardianLost(
+                    f"this program stood still for more than {self._timeout_s} s, so the guardian has taken the arm "
+                    f"over (action: {self._action.value}). Start again."
+                )
+            if not heard:
+                raise GuardianLost("the guardian process has ended; nobody would stop the arm in need. Start again.")
+            self._unanswered_s = None
+        if self._unanswered_s is None:
+            self._unanswered_s = now_s
+        elif now_s - self._unanswered_s > ECHO_LIMIT_S:
+            raise GuardianLost(f"the guardian process has not answered for {ECHO_LIMIT_S} s. Start again.")
+        # What goes wrong here is told by the next read.
+        with suppress(OSError):
+            os.write(self._to, BEAT)
+
+    def dismiss(self) -> None:
+        """Say goodbye; after it the port may be closed. May be called again, and when the guardian is gone."""
+        with suppress(OSError, ValueError):
+            os.write(self._to, GOODBYE)
+        self._end(DISMISS_LIMIT_S)
+
+    def _end(self, limit_s: float = 0.0) -> None:
+        try:
+            self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe
+            pipe.close()
+        self._to = self._from = -1
+
+
+def main() -> int:
+    """The process. Arguments: file descriptor and path of the port, action, timeout in seconds."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+        signal.signal(number, signal.SIG_IGN)
+    fd, path, action, timeout_s = int(sys.argv[1]), sys.argv[2], GuardianAction(sys.argv[3]), float(sys.argv[4])
+    os.write(1, READY)
+    reason = _watch(timeout_s)
+    if not reason:
+        return 0
+    with suppress(OSError):
+        os.write(1, TAKEN)
+    try:
+        done = _act(fd, action)
+    except PORT_ERRORS as error:
+        done = f"the port failed ({error}). The servos may still be energised: switch the power off"
+    with suppress(*PORT_ERRORS):
+        # The mark outlives the host while anybody else holds the terminal.
+        fcntl.ioctl(fd, termios.TIOCNXCL)
+    with suppress(OSError):
+        os.write(2, f"guardian of {path}: {reason}; {done}.\n".encode())
+    return ACTED
+
+
+def _watch(timeout_s: float) -> str:
+    """Why the host counts as gone; empty when it said goodbye."""
+    wait_s = None
+    while select.select([0], [], [], wait_s)[0]:
+        data = os.read(0, 4096)
+        if GOODBYE in data:
+            return ""
+        if not data:
+            return "the program has ended without switching the arm off"
+        wait_s = timeout_s
+        with suppress(OSError):
+            os.write(1, data)
+    return f"no heartbeat for {timeout_s} s"
+
+
+def _act(fd: int, action: GuardianAction) -> str:
+    """Do it; returns what came of it."""
+    if action is GuardianAction.HOLD:
+        return "the arm holds its last goal, energised. Switch its power off by hand"
+    # Goals of the host that are still on their way must not follow.
+    termios.tcflush(fd, termios.TCIOFLUSH)
+    limits = _sink(fd) if action is GuardianAction.SOFT else {}
+    left = set(IDS)
+    for _ in range(ROUNDS):
+        for _ in range(REPEATS):
+            os.write(fd, frames.write(frames.BROADCAST_ID, Register.TORQUE_ENABLE.address, b"\0"))
+            time.sleep(REPEAT_S)
+        left -= {servo_id for servo_id, value in _ask(fd, Register.TORQUE_ENABLE).items() if value == 0}
+        if not left:
+            break
+    if limits:
+        # Nobody else ever writes this register: left at 0, the arm would stay limp until its power is cut.
+        os.write(fd, _limits_frame(limits))
+    if not left:
+        return "every servo is switched off"
+    return f"switched off, but servos {', '.join(map(str, sorted(left)))} did not confirm it: switch the power off"
+
+
+def _sink(fd: int) -> dict[int, int]:
+    """Lower Torque_Limit to 0 in steps, from what it is now; returns what it was."""
+    limits = dict.fromkeys(IDS, UNKNOWN_LIMIT) | _ask(fd, Register.TORQUE_LIMIT)
+    for step in reversed(range(SINK_STEPS)):
+        os.write(fd, _limits_frame({servo_id: limit * step // SINK_STEPS for servo_id, limit in limits.items()}))
+        time.sleep(SINK_S / SINK_STEPS)
+    return limits
+
+
+def _limits_frame(limits: dict[int, int]) -> bytes:
+    register = Register.TORQUE_LIMIT
+    return frames.sync_write(register.address, {i: encode(register, value) for i, value in limits.items()})
+
+
+def _ask(fd: int, register: Register) -> dict[int, int]:
+    """One sync read; the values of those that answer. Its echo, where there is one, is no status frame."""
+    os.write(fd, frames.sync_read(register.address, register.size, IDS))
+    parser, values = frames.status_parser(), dict[int, int]()
+    deadline = time.monotonic() + ANSWERS_S
+    while len(values) < len(IDS) and (wait_s := deadline - time.monotonic()) > 0:
+        if not select.select([fd], [], [], wait_s)[0]:
+            break
+        for frame in parser.feed(os.read(fd, 4096)):
+            if frame.id in IDS and len(frame.params) == register.size:
+                values[frame.id] = decode(register, frame.params)
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""The way back to where the arm lay: a minimum-jerk move, so that switching off does not drop it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .limits import TICKS_PER_DEG
+
+# A minimum-jerk move is 15/8 times as fast in its middle as on average.
+PEAK = 15 / 8
+SPEED_DEG_S, LIMIT_S = 60.0, 5.0
+
+
+class Park:
+    """From `start` to `rest`, [6] raw ticks, beginning at `start_s` (monotonic)."""
+
+    def __init__(self, start: NDArray[np.float64], rest: NDArray[np.float64], start_s: float) -> None:
+        self._start, self._rest, self._start_s = start, rest, start_s
+        longest_deg = float(np.abs(rest - start).max()) / TICKS_PER_DEG
+        self.duration_s = min(LIMIT_S, PEAK * longest_deg / SPEED_DEG_S)
+
+    @property
+    def end_s(self) -> float:
+        return self._start_s + self.duration_s
+
+    def goal(self, time_s: float) -> NDArray[np.float64]:
+        """Where the joints should be at `time_s`, [6] raw ticks."""
+        part = 1.0 if time_s >= self.end_s else (time_s - self._start_s) / self.duration_s
+        smooth = part**3 * (10 - 15 * part + 6 * part**2)
+        return np.asarray(self._start + smooth * (self._rest - self._start), np.float64)

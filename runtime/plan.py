@@ -1,0 +1,127 @@
+"""Everything about a run that can be checked before anything but the bundle's manifest is opened."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..devices.calibration import JOINT_NAMES, Calibration, load_calibration
+from ..devices.errors import DeviceError
+from ..devices.limits import Limits
+from ..devices.port import find_port
+from ..devices.units import Units
+from . import settings
+from .bundle import Bundle, Manifest
+from .errors import BackendError, BundleError, SettingsError
+from .ort import choose_provider
+from .preflight import units_evidence
+from .settings import Settings
+
+SLOWEST_ARM_FPS = 5.0  # below, a real arm would stand still most of the time and creep in between
+NO_JUMP_LIMIT_DEG = 360.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of which everything that can be checked was checked."""
+
+    settings: Settings
+    bundle: Bundle
+    units: Units
+    limits: Limits
+    calibration: Calibration | None  # None: the virtual arm brings its own
+    port: str
+    task: str
+    fps: float
+
+
+def check(chosen: Settings) -> Plan:
+    """Raises one SettingsError with everything that is missing or wrong."""
+    problems: list[str] = []
+    bundle = units = limits = calibration = None
+    try:
+        choose_provider(chosen.device)
+    except BackendError as e:
+        problems.append(str(e))
+    print(f"checking {chosen.bundle}", flush=True)  # the first time, every file is hashed
+    try:
+        bundle = Bundle.open(chosen.bundle)
+    except BundleError as e:
+        problems.append(str(e))
+    try:
+        units = Units(chosen.units) if chosen.units else None
+    except ValueError:
+        problems.append(f"units is {chosen.units!r}, expected degrees or range_m100_100")
+    try:
+        limits = _limits(chosen.limits)
+    except (DeviceError, SettingsError) as e:
+        problems.append(str(e))
+    port = chosen.port or ""
+    if chosen.simulated:
+        units = units or Units.DEGREES
+        ignored = [n for n in ("calibration", "cameras") if getattr(chosen, n)]
+        if ignored:
+            print(f"note: the virtual arm brings its own {' and '.join(ignored)}, yours are not used")
+        if problems:
+            raise SettingsError("; ".join(problems))
+    else:
+        if bundle is not None and (reasons := settings.refusals(bundle.manifest, JOINT_NAMES)):
+            raise SettingsError(
+                f"the bundle {chosen.bundle} must not move a real arm: {'; '.join(reasons)}. "
+                "Run it on the virtual arm: --port sim"
+            )
+        if bundle is not None and units is not None:
+            problems += _units_problems(bundle.manifest, units, chosen.i_know_the_unit)
+        if chosen.calibration:
+            try:
+                calibration = load_calibration(chosen.calibration)
+            except DeviceError as e:
+                problems.append(str(e))
+        if chosen.port == settings.AUTO:
+            try:
+                port, why = find_port()
+                print(f"port {port}: {why}")
+            except DeviceError as e:
+                problems.append(str(e))
+        settings.require_complete(chosen, bundle.manifest if bundle else None, problems)
+    assert bundle is not None  # one that does not open is a problem above, and so are the next two
+    assert units is not None
+    assert limits is not None
+    foreign = bundle.manifest.source.demo or bundle.manifest.action.dim != len(JOINT_NAMES)
+    if chosen.simulated and foreign and "jump_deg" not in chosen.limits:
+        print("note: this policy asks for wild jumps; on the virtual arm they are slowed, not rejected")
+        limits = _limits(chosen.limits | {"jump_deg": NO_JUMP_LIMIT_DEG})
+    fps, reason = settings.choose_fps(chosen, bundle.manifest)
+    if not chosen.simulated and fps < SLOWEST_ARM_FPS:
+        raise SettingsError(f"{fps:g} fps is too slow for a real arm, expected at least {SLOWEST_ARM_FPS:g}")
+    task = chosen.task or settings.EXAMPLE_TASK
+    print(f"task: {task!r}, in {units.value}\n{reason}")
+    return Plan(chosen, bundle, units, limits, calibration, port, task, fps)
+
+
+def _units_problems(manifest: Manifest, units: Units, sure: bool) -> list[str]:
+    if manifest.units is not None:
+        if manifest.units != units.value:
+            return [f"units is {units.value}, but the bundle was trained in {manifest.units}"]
+        return []
+    evidence = units_evidence((manifest.state.normalization, manifest.action.normalization), JOINT_NAMES)
+    if not evidence.units:
+        if sure:
+            return []
+        return [
+            f"units is {units.value}, and the training statistics cannot confirm it ({evidence.why}). "
+            "Look the units up where the data was recorded, then say --i-know-the-unit"
+        ]
+    if evidence.units != units.value:
+        return [f"units is {units.value}, but the training statistics say otherwise: {evidence.why}"]
+    print(f"the training statistics confirm the units: {evidence.why}")
+    return []
+
+
+def _limits(given: dict[str, float]) -> Limits:
+    """Limits of robot.toml. TOML gives every number as a float; ticks are counted in whole ones."""
+    known = set(Limits.__dataclass_fields__)
+    if unknown := set(given) - known:
+        raise SettingsError(f"unknown limits {', '.join(sorted(unknown))} (known: {', '.join(sorted(known))})")
+    whole: dict[str, Any] = {
+        k: int(v) if k.endswith("_ticks") and float(v).is_integer() else v for k, v in given.items()
+    }
+    return Limits(**whole)

@@ -1,0 +1,401 @@
+"""The watch over the cameras: what must not reach the policy, and what must not be held against a camera."""
+
+import re
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from smolvla_edge.devices import camera_watch
+from smolvla_edge.devices.camera import Frame, ImageFileCamera, open_camera
+from smolvla_edge.devices.camera_watch import CameraWatch
+from smolvla_edge.devices.errors import CameraError
+from smolvla_edge.devices.virtual_arm import VirtualArm
+
+TICK_S = 1 / 32  # exact, so that sums of it are
+
+
+@dataclass
+class Clock:
+    now_s: float = 1000.0
+
+    def monotonic(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(camera_watch, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def scene(seed):
+    """What a camera looks at: big patches of grey."""
+    patches = np.random.default_rng(seed).integers(0, 200, (6, 8, 1), np.uint8)
+    return np.repeat(np.repeat(np.repeat(patches, 8, 0), 8, 1), 3, 2)  # [48, 64, 3]
+
+
+def blend(picture, other, share):
+    """`share` of the first, the rest of the second."""
+    return (share * picture + (1 - share) * other).astype(np.uint8)
+
+
+@dataclass
+class SceneCamera:
+    """A camera on the fake clock: `picture` with a little noise, `fps` times a second."""
+
+    name: str
+    clock: Clock
+    picture: np.ndarray
+    fps: float = 32.0
+    asked_fps: float = 30.0
+    has_noise: bool = True
+    noise: int = 3
+    error: str = ""
+    frame: Frame = None
+    due_s: float = 0.0
+    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(7))
+
+    def open(self): ...
+
+    def close(self): ...
+
+    def latest(self):
+        if self.error:
+            raise CameraError(self.error)
+        if self.frame is None or (self.fps and self.clock.now_s >= self.due_s):
+            noise = self.random.integers(0, self.noise, self.picture.shape, np.uint8) if self.noise else 0
+            self.frame = Frame(self.picture + noise, self.clock.now_s, self.frame.number + 1 if self.frame else 1)
+            self.due_s = max(self.due_s, self.clock.now_s - TICK_S) + 1 / self.fps
+        return self.frame
+
+
+def run(watch, clock, seconds):
+    """-> the problems each camera had in that time, in order, each once."""
+    problems = {}
+    for _ in range(round(seconds / TICK_S)):
+        clock.now_s += TICK_S
+        for name, view in watch.look().items():
+            problems.setdefault(name, [])
+            if view.problem not in problems[name]:
+                problems[name].append(view.problem)
+    return problems
+
+
+@pytest.fixture
+def front(clock):
+    return SceneCamera("front", clock, scene(1))
+
+
+@pytest.fixture
+def wrist(clock):
+    return SceneCamera("wrist", clock, scene(2))
+
+
+@pytest.fixture
+def watch(front, wrist):
+    return CameraWatch([front, wrist])
+
+
+def test_healthy_cameras_have_no_problem_and_no_warning(watch, front, clock):
+    assert run(watch, clock, 20) == {"front": [""], "wrist": [""]}
+    assert watch.warnings() == []
+    view = watch.look()["front"]
+    assert view.image is front.frame.image and view.time_s == front.frame.time_s
+
+
+def test_a_camera_without_new_pictures_is_stalled_until_they_come_again(watch, wrist, clock):
+    run(watch, clock, 1)
+    wrist.fps = 0
+    assert run(watch, clock, camera_watch.STALE_S) == {"front": [""], "wrist": [""]}
+    assert watch.look()["wrist"].problem == ""
+    problems = run(watch, clock, 5)
+    assert problems["front"] == [""] and problems["wrist"] == ["stalled: no new picture for more than 0.5 s"]
+    wrist.fps = 32.0
+    assert run(watch, clock, 10)["wrist"] == [""]
+    assert watch.warnings() == [], "a pause is no slow camera"
+
+
+def test_the_same_picture_with_new_times_is_frozen_after_a_second(watch, front, clock):
+    run(watch, clock, 1)
+    front.noise = 0
+    assert run(watch, clock, camera_watch.FROZEN_S)["front"] == [""]
+    assert run(watch, clock, 1)["front"] == ["frozen: the same picture again and again"]
+    front.noise = 3
+    assert run(watch, clock, 2)["front"] == [""]
+
+
+def test_few_equal_pictures_are_not_frozen_however_long_they_last(watch, front, clock):
+    front.fps, front.noise = 2.5, 0
+    assert run(watch, clock, 0.4 * (camera_watch.FROZEN_PICTURES - 1))["front"] == [""]
+    assert "frozen" in run(watch, clock, 0.9)["front"][-1]
+
+
+def test_one_pixel_in_an_unsampled_row_tells_a_live_camera(clock, front):
+    watch = CameraWatch([front])
+    front.noise = 0
+    for n in range(96):
+        front.picture = scene(1)
+        front.picture[17, 5, 1] += n % 2
+        clock.now_s += TICK_S
+        assert watch.look()["front"].problem == ""
+
+
+def test_a_file_may_repeat_its_pictures(clock, front, tmp_path):
+    front.has_noise, front.noise = False, 0
+    assert run(CameraWatch([front]), clock, 5)["front"] == [""]
+
+
+def test_a_still_picture_is_never_stalled_frozen_or_slow(tmp_path):
+    import cv2
+
+    cv2.imwrite(str(tmp_path / "still.png"), scene(1))
+    camera = open_camera("front", str(tmp_path / "still.png"))
+    assert isinstance(camera, ImageFileCamera)
+    watch = CameraWatch([camera])
+    end_s = time.monotonic() + camera_watch.FROZEN_S + 0.5
+    while time.monotonic() < end_s:
+        assert watch.look()["front"].problem == ""
+        time.sleep(0.01)
+    assert watch.warnings() == []
+
+
+def test_another_size_is_a_problem_until_it_is_the_old_one(watch, front, clock):
+    run(watch, clock, 1)
+    small, front.picture = scene(1)[:24, :32], scene(1)
+    front.picture = small
+    assert run(watch, clock, 2)["front"] == ["resized: 32 x 24, was 64 x 48"]
+    front.picture = scene(1)
+    assert run(watch, clock, 2)["front"] == [""]
+
+
+def test_a_camera_that_fails_keeps_its_last_picture_and_says_why(watch, front, wrist, clock):
+    run(watch, clock, 1)
+    before = front.frame
+    front.error = "camera front: 10 reads in a row failed"
+    problems = run(watch, clock, 3)
+    assert problems == {"front": ["failed: camera front: 10 reads in a row failed"], "wrist": [""]}
+    assert watch.look()["front"].image is before.image
+
+
+def test_a_camera_that_shows_nothing_at_all_is_refused_at_the_start(front):
+    front.error = "camera front: cannot be opened"
+    with pytest.raises(CameraError, match="cannot be opened"):
+        CameraWatch([front])
+
+
+@pytest.mark.parametrize(("fps", "asked_fps", "expected"), [(5, 30, 15), (20, 60, 30), (9, 0, 10)])
+def test_a_slow_camera_is_told_once_with_both_numbers(front, clock, fps, asked_fps, expected):
+    front.fps, front.asked_fps = fps, asked_fps
+    watch = CameraWatch([front])
+    assert run(watch, clock, 15)["front"] == [""], "slow is a warning, not a problem"
+    (warning,) = watch.warnings()
+    found = re.match(r"camera 'front' is slow: (.*) pictures a second, expected (.*?)\. Check", warning)
+    assert float(found[1]) == pytest.approx(fps, rel=0.05) and float(found[2]) == expected
+    run(watch, clock, 10)
+    assert watch.warnings() == []
+
+
+@pytest.mark.parametrize(("fps", "asked_fps"), [(14.8, 30), (11, 0), (10, 10)])
+def test_a_camera_that_is_fast_enough_is_not_called_slow(watch, front, clock, fps, asked_fps):
+    front.fps, front.asked_fps = fps, asked_fps
+    run(watch, clock, 30)
+    assert watch.warnings() == []
+
+
+def test_a_loop_slower_than_its_cameras_finds_none_slow(watch, front, wrist, clock):
+    for _ in range(400):
+        for _ in range(7):
+            clock.now_s += TICK_S
+            front.latest()
+            wrist.latest()
+        watch.look()
+    assert watch.warnings() == []
+
+
+def test_cameras_that_change_places_are_both_told(watch, front, wrist, clock):
+    run(watch, clock, 3)
+    front.picture, wrist.picture = wrist.picture, front.picture
+    problems = run(watch, clock, 3)
+    assert problems == {"front": ["", "swapped: shows what 'wrist' showed"],
+                        "wrist": ["", "swapped: shows what 'front' showed"]}  # fmt: skip
+    problems = run(watch, clock, 30)
+    assert "" not in problems["front"] + problems["wrist"], "it does not get used to it"
+    front.picture, wrist.picture = wrist.picture, front.picture
+    run(watch, clock, 1)
+    assert run(watch, clock, 3) == {"front": [""], "wrist": [""]}
+
+
+def test_a_swap_is_found_although_the_camera_on_the_arm_moves_all_the_time(watch, front, wrist, clock):
+    for seed in range(10, 20):
+        wrist.picture = scene(seed)
+        assert run(watch, clock, 0.4) == {"front": [""], "wrist": [""]}
+    problems = []
+    for seed in range(20, 30):
+        front.picture, wrist.picture = scene(seed), scene(1)
+        problems += run(watch, clock, 0.4)["wrist"]
+    assert problems[-1] == "swapped: shows what 'front' showed"
+
+
+def test_a_camera_that_shows_what_one_on_the_arm_sees_is_told(watch, front, wrist, clock):
+    run(watch, clock, 3)
+    problems = []
+    for seed in range(20, 30):
+        front.picture = wrist.picture = scene(seed)
+        problems += run(watch, clock, 0.4)["front"]
+    assert problems[-1] == "swapped: shows what 'wrist' showed"
+
+
+def test_a_camera_that_shows_another_ones_pictures_is_told_and_the_other_is_not(watch, front, wrist, clock):
+    run(watch, clock, 3)
+    wrist.picture = front.picture
+    problems = run(watch, clock, 3)
+    assert problems == {"front": [""], "wrist": ["", "swapped: shows what 'front' showed"]}
+
+
+def test_a_moment_of_likeness_is_no_swap(watch, front, wrist, clock):
+    run(watch, clock, 3)
+    own = wrist.picture
+    for _ in range(4):
+        wrist.picture = front.picture
+        assert run(watch, clock, 0.75)["wrist"] == [""]
+        wrist.picture = own
+        assert run(watch, clock, 1.5)["wrist"] == [""]
+
+
+def test_cameras_that_look_alike_are_never_told_apart(watch, front, wrist, clock):
+    wrist.picture = np.clip(front.picture.astype(int) + scene(3) // 8, 0, 250).astype(np.uint8)
+    run(watch, clock, 3)
+    front.picture, wrist.picture = wrist.picture, front.picture
+    assert run(watch, clock, 5) == {"front": [""], "wrist": [""]}
+
+
+def test_a_camera_that_turns_to_something_new_or_goes_dark_is_not_swapped(watch, front, wrist, clock):
+    for seed in range(10, 40):
+        wrist.picture = scene(seed) if seed % 3 else np.full((48, 64, 3), seed, np.uint8)
+        assert run(watch, clock, 1.5) == {"front": [""], "wrist": [""]}
+
+
+def test_a_camera_that_resembles_another_a_little_is_not_swapped(watch, front, wrist, clock):
+    run(watch, clock, 3)
+    wrist.picture = blend(front.picture, scene(3), 0.5)
+    assert run(watch, clock, 3) == {"front": [""], "wrist": [""]}
+    # So dark that only a trace of it is left: nothing to go by.
+    wrist.picture = scene(2)
+    run(watch, clock, 3)
+    wrist.picture = front.picture // 64
+    assert run(watch, clock, 3) == {"front": [""], "wrist": [""]}
+
+
+def test_a_camera_that_comes_to_see_the_same_slowly_is_not_swapped(watch, front, wrist, clock):
+    for step in range(21):
+        wrist.picture = blend(front.picture, scene(2), step / 20)
+        assert run(watch, clock, 5)["wrist"] == [""]
+
+
+def test_thumbnails_are_made_twice_a_second_at_most(watch, clock, monkeypatch):
+    made = []
+    resize = camera_watch.cv2.resize
+    monkeypatch.setattr(camera_watch.cv2, "resize", lambda *a, **k: made.append(a) or resize(*a, **k))
+    run(watch, clock, 10)
+    assert len(made) <= 2 * 21
+
+
+def test_cameras_swapped_between_runs_are_named(front, wrist, clock, tmp_path):
+    path = tmp_path / "cameras.npz"
+    watch = CameraWatch([front, wrist])
+    assert watch.compare_with(path) == []
+    watch.remember(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["cameras.npz"]
+    clock.now_s += 1
+    assert watch.compare_with(path) == []
+    # The wrist camera has moved since: the other one alone gives it away.
+    front.picture, wrist.picture = scene(3), front.picture
+    clock.now_s += 1
+    assert watch.compare_with(path) == ["cameras 'front' and 'wrist' look swapped since the last run"]
+    for wrist.picture in (scene(4), blend(scene(1), scene(4), 0.4)):
+        clock.now_s += 1
+        assert watch.compare_with(path) == [], "both see something new"
+
+
+def test_nothing_is_claimed_of_cameras_that_look_alike_or_were_not_there(front, wrist, clock, tmp_path):
+    path = tmp_path / "cameras.npz"
+    wrist.picture = front.picture
+    CameraWatch([front, wrist]).remember(path)
+    front.picture = scene(2)
+    clock.now_s += 1
+    assert CameraWatch([front, wrist]).compare_with(path) == []
+    wrist.name = "top"
+    assert CameraWatch([front, wrist]).compare_with(path) == []
+
+
+def test_a_memory_that_cannot_be_read_counts_as_none(watch, front, tmp_path):
+    path = tmp_path / "cameras.npz"
+    watch.remember(path)
+    whole = path.read_bytes()
+    broken = [b"", b"text", whole[: len(whole) // 2], whole.replace(b"NUMPY", b"NUMPX")]
+    for content in broken:
+        path.write_bytes(content)
+        assert watch.compare_with(path) == []
+    for names, thumbnails in ((["front"], np.zeros((2, 192))), (["front", "wrist"], np.zeros((2, 5))), ([1], ["x"])):
+        np.savez(path, names=names, thumbnails=thumbnails)
+        assert watch.compare_with(path) == []
+    np.save(path.with_suffix(".npy"), np.zeros(3))
+    assert watch.compare_with(path.with_suffix(".npy")) == []
+
+
+def test_a_memory_that_cannot_be_stored_is_an_error_and_leaves_the_old_one(watch, tmp_path, monkeypatch):
+    with pytest.raises(CameraError, match="cannot store what the cameras show"):
+        watch.remember(tmp_path / "nowhere" / "cameras.npz")
+    path = tmp_path / "cameras.npz"
+    watch.remember(path)
+    before = path.read_bytes()
+
+    def full(file, **_):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(CameraError, match="No space left"):
+        watch.remember(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["cameras.npz"]
+
+
+def test_every_fault_of_the_virtual_cameras_is_told_and_passes():
+    with VirtualArm(cameras=("front", "wrist"), width=160, height=120) as arm:
+        cameras = [open_camera(name, source) for name, source in arm.camera_sources.items()]
+        watch = CameraWatch(cameras)
+
+        def wait_for(problem):
+            deadline = time.monotonic() + 30
+            while [view.problem.partition(":")[0] for view in watch.look().values()] != ["", problem]:
+                assert time.monotonic() < deadline, problem
+                time.sleep(0.01)
+
+        wait_for("")
+        arm.camera("wrist", "stall")
+        wait_for("stalled")
+        arm.camera("wrist", "freeze")
+        wait_for("frozen")
+        arm.camera("wrist", "live")
+        wait_for("")
+        end_s = time.monotonic() + 1.2  # it has a past again
+        while time.monotonic() < end_s:
+            watch.look()
+            time.sleep(0.01)
+        arm.camera("wrist", "swap:front")
+        wait_for("swapped")
+        arm.camera("wrist", "live")
+        wait_for("")
+        arm.camera("wrist", "slow", 4.0)
+        deadline = time.monotonic() + 30
+        while not (warnings := watch.warnings()):
+            assert time.monotonic() < deadline
+            watch.look()
+            time.sleep(0.01)
+        assert any("'wrist' is slow" in w for w in warnings)
+        for camera in cameras:
+            camera.close()

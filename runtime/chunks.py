@@ -61,6 +61,15 @@ class Ask:
     delay: int
 
 
+@dataclass(frozen=True)
+class Seam:
+    """Where one chunk takes over from another, [dof] each. gap: how far the two disagree about one and the same
+    action; step: from the last executed target to the first of the new chunk, as it will be executed."""
+
+    gap: Array
+    step: Array
+
+
 class ChunkQueue:
     """The actions that are still to be executed. rows: how many rows of a chunk are executed."""
 
@@ -118,19 +127,20 @@ class ChunkQueue:
         self._actions.clear()
         self._predicted = self._last = None
 
-    def join(self, chunk: Array, ask: Ask, now_s: float) -> Array | None:
-        """Replace what is left by `chunk`, [rows, dof], that answers `ask`; -> by how much its first target is away
-        from the last executed one, [dof], before any easing (None for the first chunk)."""
+    def join(self, chunk: Array, ask: Ask, now_s: float) -> Seam | None:
+        """Replace what is left by `chunk`, [rows, dof], that answers `ask`; -> how well they join, None where there
+        is nothing to join to."""
         skip = self._executed - ask.executed
-        rows = chunk[skip : self.rows]
-        seam = None if self._last is None or not len(rows) else rows[0] - self._last
-        late = self.chunking == "rtc" and skip > ask.delay
-        if len(rows) and (self.chunking == "async" or late):
+        rows, last = chunk[skip : self.rows], self._last
+        seam = None
+        if last is not None and len(rows):
             # How far the two are apart: in the last executed action, or, where none was executed, in the next one.
-            if skip and self._last is not None:
-                rows = _eased(rows, self._last - chunk[skip - 1])
-            elif self._actions:
-                rows = _eased(rows, self._actions[0].values - rows[0])
+            coming = self._actions[0].values if self._actions else last
+            gap = last - chunk[skip - 1] if skip else coming - rows[0]
+            late = self.chunking == "rtc" and skip > ask.delay
+            if (self.chunking == "async" or late) and (skip or self._actions):
+                rows = _eased(rows, gap)
+            seam = Seam(gap, rows[0] - last)
         self._predicted, self._cursor = chunk, skip
         self._actions = deque(Action(row, now_s + i * self.period_s) for i, row in enumerate(rows))
         return seam
@@ -142,6 +152,6 @@ def _eased(rows: Array, offset: Array) -> Array:
     return np.asarray(rows + fade[:, None] * offset, np.float32)
 
 
-def degrees(seam: Array, per_unit: Sequence[float] | NDArray[np.float64]) -> float:
-    """The largest seam of a joint, in degrees."""
-    return float(np.abs(seam * np.asarray(per_unit)).max())
+def degrees(values: Array, per_unit: Sequence[float] | NDArray[np.float64]) -> float:
+    """The largest amount of a joint, [dof], in degrees."""
+    return float(np.abs(values * np.asarray(per_unit)).max())

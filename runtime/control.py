@@ -107,7 +107,8 @@ class Log:
 
     counts: Counts = field(default_factory=Counts)
     chunks: list[Chunk] = field(default_factory=list)  # their pictures left out
-    seams_deg: list[float] = field(default_factory=list)
+    seams_deg: list[float] = field(default_factory=list)  # first step of a new chunk, as executed
+    gaps_deg: list[float] = field(default_factory=list)  # how far two chunks disagree where they join
     period_error_ms: list[float] = field(default_factory=list)  # start to start, against the period
     late_ms: list[float] = field(default_factory=list)  # start of each tick after its due time
     busy_ms: list[float] = field(default_factory=list)  # work in each tick
@@ -280,8 +281,10 @@ class ControlLoop:
             return
         seam = queue.join(chunk.actions, chunk.observation.ask, now)
         if seam is not None:
-            self._seam_deg = chunks.degrees(seam, self.rig.degrees_per_unit)
-            self.log.seams_deg.append(self._seam_deg)
+            gap, step = (chunks.degrees(x, self.rig.degrees_per_unit) for x in (seam.gap, seam.step))
+            self._seam_deg = step
+            self.log.seams_deg.append(step)
+            self.log.gaps_deg.append(gap)
 
     def _obey(self, keys: Sequence[str]) -> None:
         arm = self.rig.arm

@@ -76,8 +76,8 @@ def summary(log: Log, period_s: float, motion: MotionCounts, anomalies: Mapping[
     if c.missed > MISSED_WARNING * c.ticks:
         lines.append("warning: ticks are missed: the bus, the cameras or this machine are too slow for this rate")
     if log.seams_deg:
-        seams = np.percentile(log.seams_deg, [50, 100])
-        lines.append(f"{len(log.seams_deg)} seams between chunks: {seams[0]:.1f} deg median, {seams[1]:.1f} at most")
+        gap, step = (f"{np.median(x):.1f} deg median, {max(x):.1f} at most" for x in (log.gaps_deg, log.seams_deg))
+        lines.append(f"{len(log.seams_deg)} seams: chunks disagree by {gap}; the first step of the new one is {step}")
     m = motion
     lines.append(
         f"{m.accepted} targets followed: {m.clipped} clipped to the calibrated range, {m.slewed} slowed to the speed "

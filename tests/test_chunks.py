@@ -106,7 +106,8 @@ def test_async_eases_in_from_the_last_executed_action():
     seam = queue.join(other, ask, 0.0)
     plain = other[6] - last
     assert plain.tolist() == [23, 23]  # what a plain replacement would do in one tick
-    assert seam.tolist() == plain.tolist()  # reported before easing
+    assert seam.gap.tolist() == [-22, -22]
+    assert seam.step.tolist() == pytest.approx([1 + 22 / (JOIN_ROWS + 1)] * 2)  # as it will be executed
     done = execute(queue, JOIN_ROWS + 5)
     steps = np.abs(np.diff(np.vstack([last, done]), axis=0))
     assert steps.max() == pytest.approx(1 + 22 / (JOIN_ROWS + 1), abs=1e-4)
@@ -196,7 +197,7 @@ def test_what_the_arm_rejected_was_not_executed():
     assert len(queue) == 20
     seam = queue.join(line(25), ask, 0.0)
     assert queue.next.values[0] == 28  # the third row after the ask, not the fifth
-    assert seam.tolist() == (line(25)[3] - last).tolist()
+    assert seam.gap.tolist() == (last - line(25)[2]).tolist()
 
 
 def test_while_the_arm_is_on_its_way_the_whole_schedule_waits():

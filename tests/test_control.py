@@ -418,7 +418,8 @@ def test_after_starvation_the_chunk_goes_on_where_the_arm_stopped(bench):
     assert sent[:8] == rows_of(1)
     assert log.counts.starved == 10
     assert sent[8] == pytest.approx(6 - 10 / 11 * (5 - 1.07), abs=1e-4)  # row 6, eased in
-    assert log.seams_deg[0] == pytest.approx(6 - 1.07)
+    assert log.gaps_deg[0] == pytest.approx(5 - 1.07)
+    assert log.seams_deg[0] == pytest.approx(sent[8] - 1.07, abs=1e-4)
 
 
 def test_a_chunk_that_took_far_too_long_is_thrown_away_and_remembered(bench):

@@ -33,6 +33,7 @@ def good_log(**counts):
         counts=Counts(**{"ticks": 300, "acted": 290, "held": 10} | counts),
         chunks=[CHUNK] * 3,
         seams_deg=[1.5, 4.25],
+        gaps_deg=[3.0, 9.0],
         period_error_ms=[0.2] * 299,
         late_ms=[0.1] * 300,
         busy_ms=[2.0] * 300,
@@ -151,7 +152,7 @@ def test_the_summary_tells_timing_starvation_and_seams_apart():
     text = "\n".join(lines)
     assert "300 ticks of 33.3 ms, 2 missed: 290 with an action, 10 held" in text
     assert "(7 of them after the first action)" in text
-    assert "2 seams between chunks: 2.9 deg median, 4.2 at most" in text
+    assert "2 seams: chunks disagree by 6.0 deg median, 9.0 at most; the first step of the new one is 2.9 deg" in text
     assert "warning" not in text
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
 
@@ -54,14 +55,23 @@ class GuardianAction(Enum):
 class Guardian:
     """Starts the process and returns once it watches; GuardianLost when it does not start.
 
-    port_fd: the open port, kept open by the host until `dismiss`. path: its name, for messages. The time counts
-    from the first `beat`; from then on the host beats more often than every `timeout_s`.
+    port_fd: the open port, kept open by the host until `dismiss`. path: its name, for messages. torque_limits:
+    what Torque_Limit is to be afterwards, {id: 0.1 %}. The time counts from the first `beat`; from then on the
+    host beats more often than every `timeout_s`.
     """
 
-    def __init__(self, port_fd: int, path: str, action: GuardianAction, timeout_s: float = 0.8) -> None:
+    def __init__(
+        self,
+        port_fd: int,
+        path: str,
+        action: GuardianAction,
+        torque_limits: Mapping[int, int],
+        timeout_s: float = 0.8,
+    ) -> None:
         self._action, self._timeout_s = action, timeout_s
         self._unanswered_s: float | None = None
-        command = [sys.executable, "-m", __name__, str(port_fd), path, action.value, str(timeout_s)]
+        limits = ",".join(str(torque_limits[servo_id]) for servo_id in IDS)
+        command = [sys.executable, "-m", __name__, str(port_fd), path, action.value, str(timeout_s), limits]
         # A session of its own: Ctrl-C is for the host.
         self._process = subprocess.Popen(
             command,
@@ -131,10 +141,12 @@ class Guardian:
 
 
 def main() -> int:
-    """The process. Arguments: file descriptor and path of the port, action, timeout in seconds."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+    """The process. Arguments: file descriptor and path of the port, action, timeout in seconds, torque limits."""
+    # SIGTERM too: a service manager sends it to all, and the host still has to park.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     fd, path, action, timeout_s = int(sys.argv[1]), sys.argv[2], GuardianAction(sys.argv[3]), float(sys.argv[4])
+    limits = dict(zip(IDS, map(int, sys.argv[5].split(",")), strict=True))
     os.write(1, READY)
     reason = _watch(timeout_s)
     if not reason:
@@ -142,7 +154,7 @@ def main() -> int:
     with suppress(OSError):
         os.write(1, TAKEN)
     try:
-        done = _act(fd, action)
+        done = _act(fd, action, limits)
     except PORT_ERRORS as error:
         done = f"the port failed ({error}). The servos may still be energised: switch the power off"
     with suppress(*PORT_ERRORS):
@@ -168,13 +180,14 @@ def _watch(timeout_s: float) -> str:
     return f"no heartbeat for {timeout_s} s"
 
 
-def _act(fd: int, action: GuardianAction) -> str:
+def _act(fd: int, action: GuardianAction, limits: dict[int, int]) -> str:
     """Do it; returns what came of it."""
     if action is GuardianAction.HOLD:
         return "the arm holds its last goal, energised. Switch its power off by hand"
     # Goals of the host that are still on their way must not follow.
     termios.tcflush(fd, termios.TCIOFLUSH)
-    limits = _sink(fd) if action is GuardianAction.SOFT else {}
+    if action is GuardianAction.SOFT:
+        _sink(fd)
     left = set(IDS)
     for _ in range(ROUNDS):
         for _ in range(REPEATS):
@@ -183,7 +196,7 @@ def _act(fd: int, action: GuardianAction) -> str:
         left -= {servo_id for servo_id, value in _ask(fd, Register.TORQUE_ENABLE).items() if value == 0}
         if not left:
             break
-    if limits:
+    if action is GuardianAction.SOFT:
         # Nobody else ever writes this register: left at 0, the arm would stay limp until its power is cut.
         os.write(fd, _limits_frame(limits))
     if not left:
@@ -191,13 +204,12 @@ def _act(fd: int, action: GuardianAction) -> str:
     return f"switched off, but servos {', '.join(map(str, sorted(left)))} did not confirm it: switch the power off"
 
 
-def _sink(fd: int) -> dict[int, int]:
-    """Lower Torque_Limit to 0 in steps, from what it is now; returns what it was."""
+def _sink(fd: int) -> None:
+    """Lower Torque_Limit to 0 in steps, from what it is now."""
     limits = dict.fromkeys(IDS, UNKNOWN_LIMIT) | _ask(fd, Register.TORQUE_LIMIT)
     for step in reversed(range(SINK_STEPS)):
         os.write(fd, _limits_frame({servo_id: limit * step // SINK_STEPS for servo_id, limit in limits.items()}))
         time.sleep(SINK_S / SINK_STEPS)
-    return limits
 
 
 def _limits_frame(limits: dict[int, int]) -> bytes:

@@ -15,13 +15,12 @@ from numpy.typing import ArrayLike
 from .inspection import IDS, joint_label
 from .limits import JOINTS, TICKS_PER_DEG, Limits
 from .sts3215 import Register, error_names
-from .telemetry import MA_PER_STEP, JointState
+from .telemetry import MA_PER_STEP, UNBELIEVED_READINGS, JointState
 
 GRIPPER = JOINTS - 1
 # Encoder, overheat, overcurrent, overload: the servo is about to let go, or cannot be trusted.
 STOPPING_BITS = 0x02 | 0x04 | 0x08 | 0x20
 LATE_READINGS, LOST_READINGS, LOST_S = 2, 5, 0.2
-UNBELIEVED_READINGS = 3
 VOLTAGE_MARGIN_V, VOLTAGE_STOP_S, VOLTAGE_DROP_S = 0.5, 0.5, 0.2
 CURRENT_WARN_S = 0.5
 STALL_DEG, STALL_TICKS_S, STALL_S = 5.0, 30, 1.0

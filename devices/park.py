@@ -13,12 +13,20 @@ SPEED_DEG_S, LIMIT_S = 60.0, 5.0
 
 
 class Park:
-    """From `start` to `rest`, [6] raw ticks, beginning at `start_s` (monotonic)."""
+    """From `start` to `rest`, [6] raw ticks, beginning at `start_s` (monotonic), within `limit_ticks_s`."""
 
-    def __init__(self, start: NDArray[np.float64], rest: NDArray[np.float64], start_s: float) -> None:
+    def __init__(
+        self,
+        start: NDArray[np.float64],
+        rest: NDArray[np.float64],
+        start_s: float,
+        limit_ticks_s: NDArray[np.float64],
+    ) -> None:
         self._start, self._rest, self._start_s = start, rest, start_s
-        longest_deg = float(np.abs(rest - start).max()) / TICKS_PER_DEG
-        self.duration_s = min(LIMIT_S, PEAK * longest_deg / SPEED_DEG_S)
+        way = PEAK * np.abs(rest - start)
+        usual_s = min(LIMIT_S, float(way.max()) / (SPEED_DEG_S * TICKS_PER_DEG))
+        # Never faster than a goal may go: it must have arrived before it is let go.
+        self.duration_s = max(usual_s, float((way / limit_ticks_s).max()))
 
     @property
     def end_s(self) -> float:

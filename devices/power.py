@@ -67,15 +67,18 @@ def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: 
     return goal
 
 
-def sink(bus: FeetechBus, torque_limits: Mapping[int, int], beat: Callable[[], None]) -> None:
-    """Lower the torque of every servo from `torque_limits` to nothing over 0.4 s, then switch all off."""
+def sink(
+    bus: FeetechBus, present: Mapping[int, int], afterwards: Mapping[int, int], beat: Callable[[], None]
+) -> None:
+    """Lower Torque_Limit of every servo from `present`, {id: 0.1 %}, to nothing over 0.4 s, switch all off, and set
+    it to `afterwards`."""
     for step in range(SINK_STEPS - 1, -1, -1):
         beat()
-        bus.sync_write(Register.TORQUE_LIMIT, {i: v * step // SINK_STEPS for i, v in torque_limits.items()})
+        bus.sync_write(Register.TORQUE_LIMIT, {i: v * step // SINK_STEPS for i, v in present.items()})
         time.sleep(SINK_STEP_S)
     bus.broadcast_torque_off()
     # Nobody else ever writes this register: left at 0, the arm would stay limp until its power is cut.
-    bus.sync_write(Register.TORQUE_LIMIT, torque_limits)
+    bus.sync_write(Register.TORQUE_LIMIT, afterwards)
 
 
 def switch_off(bus: FeetechBus) -> ReleaseResult:

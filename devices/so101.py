@@ -8,6 +8,7 @@ until `resume`. No EPROM register is written here. This is no safety-rated stop:
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -22,7 +23,7 @@ from .calibration import Calibration
 from .errors import ArmError, DeviceError
 from .inspection import IDS, inspect, joint_label
 from .limits import JOINTS, Limits
-from .monitors import STOPPING_BITS, Monitors
+from .monitors import STOPPING_BITS, Monitors, Verdict
 from .motion import Emitted, MotionCounts, MotionShaper
 from .park import Park
 from .power import ReleaseResult
@@ -36,10 +37,12 @@ SPEED_HEADROOM = 1.5
 # Torque_Limit of a servo that reports overload, overheat or overcurrent, 0.1 %.
 UNLOADED_TORQUE = 200
 TORQUE_CHECK_S = 0.5
+RESTARTED = "torque went off by itself (restarted?). Check supply and cable"
 # A slow bus (a servo that takes 5 ms to answer) costs rate, not answers.
 REPLY_MARGIN_S = 0.015
 JUMPS_LIMIT = 15
-PARK_SETTLE_S = 0.5
+NUMBER = r"[\d.]+"
+PARK_SETTLE_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +76,13 @@ class SO101:
         self.stopped = ""  # why the arm holds until `resume`
         self._shaper = MotionShaper(calibration, units, self.limits, rate_hz)
         self._telemetry = Telemetry(self.bus, calibration, units)
+        self._unloaded: set[int] = set()
         self._monitors: Monitors | None = None
         speed = np.ceil(SPEED_HEADROOM * self.limits.ticks_per_s(calibration))
         self._goal_velocities = np.minimum(NO_LOAD_TICKS_PER_S, speed).astype(int)
         percent = [self.limits.torque_pct] * (JOINTS - 1) + [self.limits.gripper_torque_pct]
-        self._torque_limits = {i: round(10 * p) for i, p in zip(IDS, percent, strict=True)}
+        self.torque_limits = {i: round(10 * p) for i, p in zip(IDS, percent, strict=True)}
+        self._torque_now = dict(self.torque_limits)
         self._budget_s = 0.5 / rate_hz  # for asking again: the other half of a period is for everything else
         self._state: JointState | None = None
         self._rest: NDArray[np.float64] | None = None  # where it lay when it was switched on; None: it was on
@@ -85,7 +90,7 @@ class SO101:
         self._warnings: list[str] = []
         self._limp_finding = ""
         self._torque_seen_s = 0.0
-        self._connected = self._enabled = self._was_on = False
+        self._connected = self._enabled = self._was_on = self._touched = False
 
     def __enter__(self) -> SO101:
         self.connect()
@@ -157,13 +162,11 @@ class SO101:
         if driven:
             for joint in verdict.ease:
                 self._shaper.ease(joint, state.raw)
-            if verdict.stop and not self.stopped:
-                self._latch(verdict.stop, verdict.unload)
+            self._heed(verdict)
             if state.time_s - self._torque_seen_s >= TORQUE_CHECK_S:
                 self._torque_seen_s = state.time_s
-                if off := self._telemetry.powered_off(self._budget_s):
-                    names = ", ".join(map(joint_label, off))
-                    self._latch(f"{names}: torque went off by itself (restarted?). Check supply and cable", ())
+                for servo_id in self._telemetry.powered_off(self._budget_s):
+                    self._latch(f"{joint_label(servo_id)}: {RESTARTED}", ())
         elif verdict.stop != self._limp_finding:  # nothing to stop, but to be told, once
             self._limp_finding = verdict.stop
             self._warnings += [verdict.stop] if verdict.stop else []
@@ -186,9 +189,10 @@ class SO101:
         if self.motors_off:
             goals = [int(raw) for raw in self.read().raw]
         else:
+            self._touched = True
             try:
                 goals = [
-                    power.switch_on(self.bus, i, int(v), self._torque_limits[i], self.beat)
+                    power.switch_on(self.bus, i, int(v), self.torque_limits[i], self.beat)
                     for i, v in zip(IDS, self._goal_velocities, strict=True)
                 ]
             except BaseException:
@@ -227,7 +231,10 @@ class SO101:
         if not self.motors_off and (off := self._telemetry.powered_off()):
             raise ArmError(f"cannot resume: {', '.join(map(joint_label, off))} is off. Start again.")
         if not self.motors_off:
-            self.bus.sync_write(Register.TORQUE_LIMIT, self._torque_limits)
+            self.bus.sync_write(Register.TORQUE_LIMIT, self.torque_limits)
+            self._torque_now = dict(self.torque_limits)
+        self._unloaded.clear()
+        self._telemetry.trust()
         assert self._monitors is not None  # enabled
         self._monitors.reset()
         self._shaper.resume()
@@ -238,7 +245,8 @@ class SO101:
         self._require_enabled("begin_park")
         start, now = self._shaper.goal.copy(), time.monotonic()
         self._shaper.redirect()
-        self._park = Park(start, start if self._rest is None else self._rest, now)
+        rest = start if self._rest is None else self._rest
+        self._park = Park(start, rest, now, self.limits.ticks_per_s(self.calibration))
         return self._park.duration_s
 
     def park(self) -> tuple[bool, Emitted]:
@@ -259,12 +267,12 @@ class SO101:
         or a port that fail: what could not be confirmed is in the result.
         """
         was_enabled, self._enabled = self._enabled, False
-        if not self.bus.is_open or (self.motors_off and was_enabled):
-            return ReleaseResult({})
+        if not self.bus.is_open or not self._touched:
+            return ReleaseResult({})  # an arm found energised stays as it was found
         interrupt: BaseException | None = None
         if soft and was_enabled:
             try:
-                power.sink(self.bus, self._torque_limits, self.beat)
+                power.sink(self.bus, self._torque_now, self.torque_limits, self.beat)
             except DeviceError:
                 pass  # what follows tells what is left
             except BaseException as error:
@@ -287,16 +295,31 @@ class SO101:
         """Hold from now on, until `resume`."""
         self._latch(reason, ())
 
+    def _heed(self, verdict: Verdict) -> None:
+        """Stop where the monitors say so; what they find later, during the stop, counts as well."""
+        if verdict.stop:
+            self._latch(verdict.stop, tuple(j for j in verdict.unload if j not in self._unloaded))
+
     def _latch(self, reason: str, unload: tuple[int, ...]) -> None:
-        self.stopped = self.stopped or reason
-        if self.motors_off:
+        # The same finding with another number is no news.
+        known = re.sub(NUMBER, "", self.stopped)
+        news = [part for part in reason.split("; ") if re.sub(NUMBER, "", part) not in known]
+        if news:
+            if self.stopped:
+                self._warnings.append(f"and now {'; '.join(news)}")
+            self.stopped = "; ".join([*([self.stopped] if self.stopped else []), *news])
+        if self.motors_off or not unload:
             return
         assert self._state is not None
+        self._unloaded.update(unload)
         for joint in unload:
             self._shaper.unload(joint, self._state.raw)
         weak = {IDS[j]: UNLOADED_TORQUE for j in unload if self._state.errors[j] & STOPPING_BITS}
         if weak:
+            self._torque_now |= weak
             self.bus.sync_write(Register.TORQUE_LIMIT, weak)
+        # At once: whoever is told of the stop may end the run without another tick.
+        self.hold()
 
     def _present(self, state: JointState) -> NDArray[np.float64]:
         """Where the joints are, for the lead; without motors, where they would be."""

@@ -20,6 +20,7 @@ from .sts3215 import NO_LOAD_TICKS_PER_S, Register
 from .units import Units, to_values
 
 FIRST, LAST = Register.PRESENT_POSITION, Register.PRESENT_CURRENT
+UNBELIEVED_READINGS = 3
 JUMP_FACTOR, JUMP_SLACK_TICKS = 1.5, 20
 MA_PER_STEP = 6.5
 
@@ -53,6 +54,7 @@ class Telemetry:
     def __init__(self, bus: FeetechBus, calibration: Calibration, units: Units) -> None:
         self._bus, self._calibration, self._units = bus, calibration, units
         self._last: dict[int, BlockReading] = {}
+        self._fresh = set(IDS)  # whose next position is believed whatever it is
         self._seen_s = dict.fromkeys(IDS, 0.0)
         self._missed = dict.fromkeys(IDS, 0)
         self._jumps = dict.fromkeys(IDS, 0)
@@ -77,19 +79,28 @@ class Telemetry:
         blocks = self._bus.sync_read(IDS, Register.TORQUE_ENABLE, None, budget_s)
         return tuple(i for i, block in blocks.items() if block.values[Register.TORQUE_ENABLE] == 0)
 
+    def trust(self) -> None:
+        """Begin anew with whatever the joints report next, as after a stop that somebody has looked into."""
+        self._fresh = set(IDS)
+        self._jumps = dict.fromkeys(IDS, 0)
+        self._missed = dict.fromkeys(IDS, 0)
+
     def _take(self, servo_id: int, block: BlockReading | None, time_s: float) -> None:
         if block is None:
             self.unanswered += 1
-        elif servo_id in self._last:
+        elif servo_id not in self._fresh:
             moved = abs(block.values[FIRST] - self._last[servo_id].values[FIRST])
             elapsed_s = time_s - self._seen_s[servo_id]
-            if moved > JUMP_FACTOR * (NO_LOAD_TICKS_PER_S * elapsed_s + JUMP_SLACK_TICKS):
+            # Once an encoder is lying, waiting does not make it true.
+            lying = self._jumps[servo_id] >= UNBELIEVED_READINGS
+            if lying or moved > JUMP_FACTOR * (NO_LOAD_TICKS_PER_S * elapsed_s + JUMP_SLACK_TICKS):
                 self._jumps[servo_id] += 1
                 self.unbelieved += 1
                 block = None
         if block is None:
             self._missed[servo_id] += 1
             return
+        self._fresh.discard(servo_id)
         self._last[servo_id], self._seen_s[servo_id] = block, time_s
         self._missed[servo_id] = self._jumps[servo_id] = 0
 

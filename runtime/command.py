@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import os
+import queue
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +15,8 @@ from typing import Any, NoReturn
 import typer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
+TWIN_SIGNAL_S = 0.5
+UNSAID_LINES, SAID_LIMIT_S = 1000, 2.0
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -46,6 +51,7 @@ def run(
             code = _say(f"error: {e.format_message()}", MISTAKE, debug)
         else:
             raise
+    said()
     sys.stdout.flush()
     sys.exit(code)
 
@@ -73,29 +79,66 @@ def terminate_like_interrupt() -> None:
 
 @contextmanager
 def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Within, the first signal only makes the function that is handed out true; the second interrupts at once."""
-    asked = False
+    """Within, the first signal only makes the function that is handed out true; the second interrupts at once.
+
+    A shell that closes sends SIGHUP twice, and so does `timeout` with SIGTERM: only of Ctrl-C is a quick second one
+    somebody who insists.
+    """
+    asked: tuple[int, float] | None = None
 
     def note(number: int, frame: object) -> None:
         nonlocal asked
-        if asked:
+        now = time.monotonic()
+        if asked is None:
+            asked = number, now
+            with suppress(Exception):  # whoever says it: the signal counts
+                say(f"{signal.Signals(number).name}: once more switches the motors off at once")
+        elif number == signal.SIGINT or number != asked[0] or now - asked[1] > TWIN_SIGNAL_S:
             raise KeyboardInterrupt
-        asked = True
-        with suppress(Exception):  # the terminal is gone, or the signal came while another line was printed
-            say(f"{signal.Signals(number).name}: once more switches the motors off at once")
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
-        yield lambda: asked
+        yield lambda: asked is not None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+class _Speaker(threading.Thread):
+    """Prints lines for somebody who must not wait: a stalled or closed terminal costs lines, nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(name="speaker", daemon=True)
+        self.lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            line = self.lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            with suppress(OSError, ValueError):
+                print(line, flush=True)
+
+
+_speaker: _Speaker | None = None
+
+
 def say(line: str) -> None:
-    """Print while motors are on: a terminal that is gone must not end what goes on."""
-    with suppress(OSError, ValueError):
-        print(line, flush=True)
+    """Print while motors are on: returns at once, whatever becomes of the terminal. Also from a signal handler."""
+    global _speaker
+    _speaker = _speaker or _Speaker()
+    if _speaker.lines.qsize() < UNSAID_LINES:
+        _speaker.lines.put(line)
+
+
+def said() -> None:
+    """Wait a moment for what was said to be printed, before anything is printed directly."""
+    if _speaker is not None:
+        done = threading.Event()
+        _speaker.lines.put(done)
+        done.wait(SAID_LIMIT_S)
 
 
 def _print_version(value: bool | None) -> None:
@@ -105,6 +148,7 @@ def _print_version(value: bool | None) -> None:
 
 
 def _say(line: str, code: int, debug: bool) -> int:
+    said()
     sys.stdout.flush()  # so that the error is the last line in a log too
     if debug:
         traceback.print_exc()

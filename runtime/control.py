@@ -22,7 +22,8 @@ from .errors import SafetyStop
 from .inference import Chunk, InferenceThread, Observation
 
 CAMERA_FAULT_S = 2.0  # a camera without a usable picture for this long ends the run
-BAD_CHUNKS, BAD_CHUNKS_S = 3, 10.0  # so many non-finite chunks within this time end the run
+BAD_CHUNKS, BAD_CHUNKS_S = 3, 10.0  # so many non-finite chunks in a row, or within this time, end the run
+AGAIN_S = 0.75  # a key held down repeats itself sooner; later, the stop key was pressed again
 
 
 class View(Protocol):
@@ -159,6 +160,8 @@ class ControlLoop:
         self._asked_s = self._forgot_s = 0.0
         self._usable_s: dict[str, float] = {}  # when each camera last had a usable picture
         self._bad_s: list[float] = []
+        self._bad_in_a_row = 0
+        self._stop_key_s: float | None = None  # when it was last seen, during this stop
         self._stopping = self._parking = self._interrupted = False
         self.parked = False
         self._outcome: BaseException | None = None  # raised once the arm is parked
@@ -216,7 +219,7 @@ class ControlLoop:
                     self._collect(now)
             except SafetyStop as e:
                 self._park(e)
-        self._obey(rig.keys.keys())
+        self._obey(rig.keys.keys(), now)
         self._heed_stop()
         try:
             done, emitted, doing = self._timed(self.log.write_ms, lambda: self._act(now))
@@ -270,9 +273,11 @@ class ControlLoop:
             counts.bad_chunks += 1
             self._event("chunk is not finite")
             self._bad_s = [t for t in self._bad_s if now - t <= BAD_CHUNKS_S] + [now]
-            if len(self._bad_s) >= BAD_CHUNKS:
-                raise SafetyStop(f"the policy gave {BAD_CHUNKS} chunks within {BAD_CHUNKS_S:g} s that are not finite")
+            self._bad_in_a_row += 1
+            if max(len(self._bad_s), self._bad_in_a_row) >= BAD_CHUNKS:
+                raise SafetyStop(f"the policy gave {BAD_CHUNKS} chunks that are not finite")
             return
+        self._bad_in_a_row = 0
         self.rig.answered(chunk)
         self.log.chunks.append(replace(chunk, observation=replace(chunk.observation, images={})))
         if late:
@@ -286,20 +291,23 @@ class ControlLoop:
             self.log.seams_deg.append(step)
             self.log.gaps_deg.append(gap)
 
-    def _obey(self, keys: Sequence[str]) -> None:
+    def _obey(self, keys: Sequence[str], now: float) -> None:
         arm = self.rig.arm
         for key in keys:
             if key == "stop":
-                if arm.stopped:
+                last, self._stop_key_s = self._stop_key_s, now
+                if arm.stopped and last is not None and now - last > AGAIN_S:
                     raise SafetyStop("the operator switched the motors off", at_once=True)
                 arm.stop("the operator pressed stop")
             elif self._stopping:
                 try:
                     arm.resume()
                 except self.rig.faults as e:
+                    if key == "quit":
+                        raise SafetyStop(str(e)) from e
                     self._event(f"{e}")
                     continue
-                self._stopping = False
+                self._stopping, self._stop_key_s = False, None
                 if self._parking or key == "quit":
                     self._park(self._outcome)
                 else:
@@ -319,7 +327,7 @@ class ControlLoop:
             self._stopping = True
             self._forget()
             self._event(
-                f"STOPPED: {reason}. The arm holds; r goes on, q parks, space or Ctrl-C switches the motors off"
+                f"STOPPED: {reason}. The arm holds; r goes on, q parks, Ctrl-C or space again switches the motors off"
             )
 
     def _act(self, now: float) -> tuple[bool, Emitted, str]:

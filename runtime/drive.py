@@ -5,6 +5,7 @@ This is where the runtime meets the devices; nothing else that runs knows both.
 
 import dataclasses
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -108,6 +109,7 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
                 raise
         finally:
             command.say(report.summary(loop.log, 1 / plan.fps, arm.counts, arm.anomalies))
+            command.said()
         if mode == "rehearse":
             rehearsal.judge(loop.log, arm.counts, arm.anomalies, plan, failure)
         return loop.log
@@ -128,16 +130,17 @@ def _run(loop: ControlLoop, arm: SO101) -> None:
         arm.beat = lambda: None  # from here on the guardian may only help
         if not arm.motors_off:
             command.say("switching the motors off")
+        why = sys.exc_info()[1]
         released = arm.release(soft=gently)
         if released.unconfirmed:
-            raise SafetyStop(released.message)
+            raise SafetyStop(f"{why}; {released.message}" if isinstance(why, SafetyStop) else released.message)
 
 
 @contextmanager
 def _guarded(arm: SO101, action: GuardianAction) -> Iterator[None]:
     """Within, a second process switches the arm off should this one die or freeze. It is dismissed only once every
     motor is known to be off."""
-    guardian = Guardian(arm.bus.fileno(), arm.bus.path, action)
+    guardian = Guardian(arm.bus.fileno(), arm.bus.path, action, arm.torque_limits)
     arm.beat = guardian.beat
     try:
         yield
@@ -214,7 +217,7 @@ def _preflight(policy: Policy, arm: SO101, watch: CameraWatch, plan: Plan, queue
         if not np.isfinite(chunk).all():
             raise SafetyStop("the policy's first chunk is not finite: check the bundle with --self-check")
     print(_pace(queue))
-    if queue.chunking == "rtc":
+    if queue.chunking == "rtc" and queue.keeps_up:
         horizon = queue.delay + policy.rtc.execution_horizon
         policy.rtc = dataclasses.replace(policy.rtc, execution_horizon=horizon)
         print(f"real-time chunking: the first {queue.delay} actions are fixed, {horizon} guided")

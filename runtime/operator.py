@@ -1,6 +1,7 @@
 """The keys of the person beside the arm. Only where standard input is a terminal."""
 
 import os
+import re
 import select
 import sys
 import termios
@@ -53,7 +54,9 @@ class Operator:
             data = b""
         if not data:  # the terminal is gone, and the operator with it
             self._saved = None
-        return [KEYS[bytes([b])] for b in data if bytes([b]) in KEYS]
+        # An arrow key sends Esc and more: one key.
+        pressed = re.findall(rb"\x1b(?:\[[0-9;]*.|O.)?|.", data, re.DOTALL)
+        return [KEYS[key[:1]] for key in pressed if key[:1] in KEYS]
 
 
 def _is_foreground(fd: int) -> bool:

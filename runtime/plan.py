@@ -15,6 +15,7 @@ from .ort import choose_provider
 from .preflight import units_evidence
 from .settings import Settings
 
+SLOWEST_FPS = 3.0  # the guardian would take a slower loop for a frozen one
 SLOWEST_ARM_FPS = 5.0  # below, a real arm would stand still most of the time and creep in between
 NO_JUMP_LIMIT_DEG = 360.0
 
@@ -90,8 +91,10 @@ def check(chosen: Settings) -> Plan:
         print("note: this policy asks for wild jumps; on the virtual arm they are slowed, not rejected")
         limits = _limits(chosen.limits | {"jump_deg": NO_JUMP_LIMIT_DEG})
     fps, reason = settings.choose_fps(chosen, bundle.manifest)
-    if not chosen.simulated and fps < SLOWEST_ARM_FPS:
-        raise SettingsError(f"{fps:g} fps is too slow for a real arm, expected at least {SLOWEST_ARM_FPS:g}")
+    slowest = SLOWEST_FPS if chosen.simulated else SLOWEST_ARM_FPS
+    if fps < slowest:
+        arm = "the virtual arm" if chosen.simulated else "a real arm"
+        raise SettingsError(f"{fps:g} fps is too slow for {arm}, expected at least {slowest:g}")
     task = chosen.task or settings.EXAMPLE_TASK
     print(f"task: {task!r}, in {units.value}\n{reason}")
     return Plan(chosen, bundle, units, limits, calibration, port, task, fps)

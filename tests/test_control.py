@@ -21,6 +21,7 @@ from smolvla_edge.runtime.policy import Timing
 
 FPS, ROWS = 20.0, 8
 PERIOD_S = 1 / FPS
+AGAIN_TICKS = int(control.AGAIN_S * FPS) + 2
 MAX_AGE_S = 0.25
 PARK_TICKS = 5
 LIMIT_S = 30.0  # real time, for what must happen at all
@@ -493,7 +494,7 @@ def test_a_chunk_that_is_not_finite_is_thrown_away_whole(bench):
 
 def test_three_chunks_in_ten_seconds_that_are_not_finite_end_the_run(bench):
     b = bench(answers=[BAD, None, BAD, None, BAD], latencies_s=[0.12] * 5)
-    with pytest.raises(SafetyStop, match="3 chunks within 10 s that are not finite"):
+    with pytest.raises(SafetyStop, match="3 chunks that are not finite"):
         b.loop.run()
     assert b.loop.parked
     assert b.arm.of("send") == rows_of(2, 4)
@@ -601,33 +602,28 @@ def test_the_stop_key_latches_whatever_the_arm_does(bench, state):
     if state == "ramp":
         b.set(1, ramp_ticks=1000)
     b.press(11, "stop")
-    b.press(40, "stop")
+    for tick in range(12, 100):  # a key held down is one press
+        b.press(tick, "stop")
+    b.press(100 + AGAIN_TICKS, "stop")
     with pytest.raises(SafetyStop, match="switched the motors off") as stopped:
         b.loop.run()
     assert stopped.value.at_once
     assert b.arm.kinds[10] == {"run": "send"}.get(state, state)
     assert set(b.arm.kinds[11:]) == {"hold"}
-    assert b.doing(11, 40) == {"stop"}
+    assert b.doing(11, 100 + AGAIN_TICKS) == {"stop"}
     assert not b.loop.parked
 
 
-def test_the_stop_key_during_a_stop_of_the_arms_own_switches_off_at_once(bench):
-    """F38: the fault was there first."""
+def test_the_first_press_during_a_stop_of_the_arms_own_drops_nothing(bench):
+    """F38: whoever reaches for the key may not have seen that the fault was there first."""
     b = bench()
     b.set(5, stopped="elbow_flex: blocked")
-    b.press(9, "stop")
+    b.press(9, "stop", "stop")
+    b.press(9 + AGAIN_TICKS, "stop")
     with pytest.raises(SafetyStop) as stopped:
         b.loop.run()
     assert stopped.value.at_once
-    assert len(b.arm.told) == 9
-
-
-def test_both_presses_may_come_in_one_tick(bench):
-    b = bench()
-    b.press(5, "stop", "stop")
-    with pytest.raises(SafetyStop) as stopped:
-        b.loop.run()
-    assert stopped.value.at_once
+    assert len(b.arm.told) == 9 + AGAIN_TICKS
 
 
 def test_without_an_operator_a_stop_ends_the_run(bench):
@@ -657,12 +653,11 @@ def test_resume_is_refused_where_a_servo_is_off(bench):
     b.arm.dead_joint = True
     b.press(5, "stop")
     b.press(10, "resume")
-    b.press(15, "quit")
-    b.press(20, "stop")
-    with pytest.raises(SafetyStop, match="switched the motors off"):
+    b.press(15, "quit")  # it cannot park either: the run ends, with the motors lowered
+    with pytest.raises(SafetyStop, match="wrist_roll is off") as stopped:
         b.loop.run()
-    assert b.spoken("wrist_roll is off") == 2
-    assert b.doing(5, 20) == {"stop"}
+    assert b.spoken("wrist_roll is off") == 1
+    assert b.doing(5, 15) == {"stop"} and not stopped.value.at_once
 
 
 def test_resume_and_unknown_moments_for_keys_do_nothing(bench):

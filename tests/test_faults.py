@@ -11,6 +11,7 @@ import pytest
 
 from smolvla_edge.devices import frames
 from smolvla_edge.devices.errors import ArmError, BusError, BusLost, DeviceError
+from smolvla_edge.devices.limits import Limits
 from smolvla_edge.devices.so101 import SO101
 from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.units import Units
@@ -371,6 +372,75 @@ def test_f27_and_f37_a_port_that_is_gone_is_one_error_and_no_hang(how):
         assert len(arm.release().unconfirmed) == 6
         assert time.monotonic() - start < 5
         arm.close()
+
+
+def test_what_goes_wrong_during_a_stop_is_told_and_unloaded_as_well(virtual, arm):
+    settled(arm)
+    arm.stop("the operator pressed stop")
+    virtual.inject("error", 2, value=0x20)
+    virtual.force(4, Register.PRESENT_TEMPERATURE, 85)
+    for _ in range(20):
+        arm.read()
+        arm.hold()
+        time.sleep(PERIOD_S)
+    assert "pressed stop" in arm.stopped and "shoulder_lift (2)" in arm.stopped and "85 C" in arm.stopped
+    told = [w for w in arm.new_warnings() if "and now" in w]
+    assert len(told) == 1 and "wrist_flex (4): 85 C" in told[0]
+    assert virtual.registers(2)[Register.TORQUE_LIMIT] == 200
+    virtual.inject("error", 2, value=0)
+    virtual.force(4, Register.PRESENT_TEMPERATURE, None)
+
+
+def test_an_encoder_that_lies_does_not_move_a_stopped_arm(virtual, arm):
+    settled(arm)
+    virtual.force(1, Register.PRESENT_POSITION, 3001)
+    run_until_stopped(arm)
+    for _ in range(30):
+        arm.read()
+        assert arm.hold().raw[0] == 2001
+        time.sleep(PERIOD_S)
+    virtual.force(1, Register.PRESENT_POSITION, None)
+    arm.resume()
+    assert ticks(arm, 3)[-1].raw[0] in range(1998, 2005)
+
+
+def test_an_unloaded_servo_is_told_so_at_once_and_not_pressed_harder_while_the_arm_sinks(virtual, arm):
+    settled(arm)
+    virtual.inject("stuck", 2, count=-1)
+    ticks(arm, 6, from_home(0, 12))
+    virtual.inject("error", 2, value=0x20)
+    arm.read()
+    assert arm.stopped
+    goal = [g.raw for g in virtual.goals() if g.id == 2][-1]
+    assert abs(goal - 2025) <= 2  # before another tick
+    arm.release(soft=True)
+    limits = [w.value for w in virtual.writes() if w.register is Register.TORQUE_LIMIT and w.id == 2]
+    lowered = limits[limits.index(200) :]
+    assert lowered[-1] == 1000 and max(lowered[:-1]) == 200  # sinks from where it was; only then as it was before
+    virtual.inject("error", 2, value=0)
+
+
+def test_an_arm_found_energised_and_never_enabled_is_left_as_it_was_found(virtual):
+    for servo_id, raw in zip(IDS, (2001, 2025, 2000, 2027, 2047, 2748), strict=True):
+        virtual.set_register(servo_id, Register.GOAL_POSITION, raw)
+        virtual.set_register(servo_id, Register.TORQUE_ENABLE, 1)
+    with SO101(virtual.port, VIRTUAL_CALIBRATION, Units.DEGREES) as arm:
+        arm.read()
+    assert [virtual.registers(i)[Register.TORQUE_ENABLE] for i in IDS] == [1] * 6
+    assert virtual.writes() == []
+
+
+def test_a_slow_arm_is_parked_to_the_end(virtual):
+    slow = Limits(speed_deg_s=20, first_move_speed_deg_s=20)
+    with SO101(virtual.port, VIRTUAL_CALIBRATION, Units.DEGREES, slow) as arm:
+        arm.enable()
+        ticks(arm, 45, from_home(25))
+        arm.begin_park()
+        while not arm.park()[0]:
+            arm.read()
+            time.sleep(PERIOD_S)
+        assert abs(arm.read().raw[0] - 2001) <= 12
+    assert virtual.violations() == []
 
 
 def test_a_stop_is_latched_and_resumed_slowly(virtual, arm):

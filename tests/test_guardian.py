@@ -20,6 +20,7 @@ from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.virtual_arm import VirtualArm
 
 IDS = (1, 2, 3, 4, 5, 6)
+LIMITS = {i: 500 if i == 6 else 1000 for i in IDS}
 TIOCGEXCL = 0x80045440
 # A host energises the arm and then beats thirty times a second, until it is told to stop or its guardian is lost.
 HOST = """
@@ -30,7 +31,8 @@ from smolvla_edge.devices.guardian import Guardian, GuardianAction
 from smolvla_edge.devices.sts3215 import Register
 
 with FeetechBus(sys.argv[1], reply_margin_s=0.05) as bus:
-    guardian = Guardian(bus.fileno(), bus.path, GuardianAction(sys.argv[2]))
+    limits = {i: 500 if i == 6 else 1000 for i in range(1, 7)}
+    guardian = Guardian(bus.fileno(), bus.path, GuardianAction(sys.argv[2]), limits)
     guardian.beat()
     for servo_id in range(1, 7):
         bus.write(servo_id, Register.TORQUE_LIMIT, 500 if servo_id == 6 else 1000)
@@ -174,7 +176,7 @@ def test_holding_writes_nothing_and_says_so(arm):
 
 def test_after_a_goodbye_nothing_is_written_and_the_port_is_free(arm):
     with FeetechBus(arm.port) as bus:
-        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF)
+        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF, LIMITS)
         guardian.beat()
         before = arm.frames_seen()
         guardian.dismiss()
@@ -189,7 +191,7 @@ def test_after_a_goodbye_nothing_is_written_and_the_port_is_free(arm):
 
 def test_a_guardian_waits_for_the_first_beat(arm):
     with FeetechBus(arm.port) as bus:
-        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF, timeout_s=0.05)
+        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF, LIMITS, timeout_s=0.05)
         time.sleep(0.3)
         guardian.beat()
         guardian.dismiss()
@@ -214,10 +216,10 @@ def test_a_host_whose_guardian_froze_stops_and_ends_it(arm):
     assert ended(host.guardian)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTERM])
 def test_signals_of_a_terminal_do_not_end_a_guardian(arm, number):
     with FeetechBus(arm.port) as bus:
-        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF)
+        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF, LIMITS)
         assert os.getsid(guardian.pid) == guardian.pid
         os.kill(guardian.pid, number)
         guardian.beat()
@@ -228,9 +230,9 @@ def test_signals_of_a_terminal_do_not_end_a_guardian(arm, number):
     assert arm.writes() == []
 
 
-def test_sigterm_ends_a_guardian_and_its_host_learns_it(arm):
+def test_a_guardian_that_is_ended_is_learned_of(arm):
     with hosted(arm.port) as host:
-        os.kill(host.guardian, signal.SIGTERM)
+        os.kill(host.guardian, signal.SIGKILL)
         assert "lost: the guardian process has ended" in host.told()[0]
 
 
@@ -277,7 +279,7 @@ def test_goals_still_on_their_way_do_not_follow_and_a_full_port_does_not_keep_th
     with FeetechBus(arm.port) as bus:
         for servo_id in IDS:
             arm.set_register(servo_id, Register.TORQUE_ENABLE, 1)
-        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF)
+        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF, LIMITS)
         guardian.beat()
         arm.deaf(True)
         with pytest.raises(BlockingIOError):
@@ -303,7 +305,7 @@ def test_an_echoing_adapter_changes_nothing(arm):
 
 def test_a_host_that_beats_keeps_its_guardian_quiet(arm):
     with FeetechBus(arm.port) as bus:
-        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF)
+        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF, LIMITS)
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
             guardian.beat()
@@ -316,13 +318,13 @@ def test_a_guardian_that_cannot_start_is_told(arm, monkeypatch):
     with FeetechBus(arm.port) as bus:
         monkeypatch.setattr(sys, "executable", "/bin/false")
         with pytest.raises(GuardianLost, match="did not start"):
-            Guardian(bus.fileno(), bus.path, GuardianAction.OFF)
+            Guardian(bus.fileno(), bus.path, GuardianAction.OFF, LIMITS)
 
 
 def test_a_guardian_is_small_and_starts_quickly(arm):
     with FeetechBus(arm.port) as bus:
         before = time.monotonic()
-        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF)
+        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF, LIMITS)
         started_s = time.monotonic() - before
         lines = Path(f"/proc/{guardian.pid}/smaps_rollup").read_text().splitlines()
         size_kb = next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
@@ -334,7 +336,7 @@ def test_a_guardian_is_small_and_starts_quickly(arm):
 def test_a_beat_never_blocks_even_when_the_guardian_reads_none(arm, monkeypatch):
     monkeypatch.setattr("smolvla_edge.devices.guardian.ECHO_LIMIT_S", 60)
     with FeetechBus(arm.port) as bus:
-        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF)
+        guardian = Guardian(bus.fileno(), bus.path, GuardianAction.OFF, LIMITS)
         os.kill(guardian.pid, signal.SIGSTOP)
         longest_s = 0.0
         # More than a pipe holds.

@@ -7,6 +7,7 @@ from smolvla_edge.devices.limits import TICKS_PER_DEG
 from smolvla_edge.devices.park import Park
 
 REST = np.array([2000.0, 1000, 3000, 2000, 500, 2100])
+FAST = np.full(6, 1e4)
 
 
 def moves(park, start_s, steps=2000):
@@ -17,7 +18,7 @@ def moves(park, start_s, steps=2000):
 @pytest.mark.parametrize("away_deg", [0.1, 10, 90, 150])
 def test_it_leads_smoothly_from_the_last_goal_to_rest(away_deg):
     start = REST + away_deg * TICKS_PER_DEG * np.array([1, -0.5, 0, 0.2, 0, -1])
-    park = Park(start, REST, 50.0)
+    park = Park(start, REST, 50.0, FAST)
     goals, times = moves(park, 50.0)
     assert np.array_equal(goals[0], start) and np.array_equal(goals[-1], REST)
     assert np.array_equal(park.goal(park.end_s + 10), REST)
@@ -32,9 +33,16 @@ def test_it_leads_smoothly_from_the_last_goal_to_rest(away_deg):
 
 
 def test_it_never_takes_longer_than_five_seconds():
-    assert Park(REST + 330 * TICKS_PER_DEG, REST, 0.0).duration_s == 5.0
+    assert Park(REST + 330 * TICKS_PER_DEG, REST, 0.0, FAST).duration_s == 5.0
+
+
+def test_where_goals_must_be_slower_it_takes_longer_and_arrives():
+    limit = np.full(6, 10 * TICKS_PER_DEG)
+    park = Park(REST + 90 * TICKS_PER_DEG, REST, 0.0, limit)
+    goals, times = moves(park, 0.0)
+    assert np.abs(np.gradient(goals, times, axis=0)).max() <= limit[0] * 1.01
 
 
 def test_an_arm_at_rest_is_parked_at_once():
-    park = Park(REST, REST, 7.0)
+    park = Park(REST, REST, 7.0, FAST)
     assert park.duration_s == 0 and np.array_equal(park.goal(7.0), REST)

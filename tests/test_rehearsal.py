@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smolvla_edge.devices.motion import MotionCounts
-from smolvla_edge.runtime import rehearsal, report
+from smolvla_edge.runtime import command, rehearsal, report
 from smolvla_edge.runtime.chunks import Ask
 from smolvla_edge.runtime.control import Counts, Log, Tick
 from smolvla_edge.runtime.errors import CheckFailed
@@ -179,6 +179,7 @@ def test_a_line_a_second_tells_where_the_arm_is_and_every_tick_is_handed_on(caps
         state = SimpleNamespace(position=np.array([i, -2.5]))
         watcher(Tick(i / 10, "run" if i < 20 else "stop", state, None, 7, None, (), Log()))
     assert len(handed) == 30
+    command.said()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "   0.0 s  pan=    0.0 lift=   -2.5    7 actions left"
     assert len(lines) == 3

@@ -3,6 +3,7 @@
 The faults that need no policy are in test_faults.py, those of the loop alone in test_control.py.
 """
 
+import fcntl
 import os
 import pty
 import re
@@ -155,6 +156,39 @@ def test_f25_a_second_ctrl_c_switches_off_at_once(fresh, under_way):
     assert_limp_and_unharmed(fresh)
 
 
+def test_f25_a_signal_that_is_sent_twice_at_once_parks_all_the_same(fresh, under_way):
+    """As a closing shell does with SIGHUP, and `timeout` with SIGTERM."""
+    process = under_way("--seed", "3")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    began_at = {g.id: g.raw for g in fresh.goals()[:6]}
+    left = max(abs(fresh.registers(i)[Register.PRESENT_POSITION] - began_at[i]) for i in SERVOS)
+    assert process.returncode == 130 and left <= 25, out
+    assert_limp_and_unharmed(fresh)
+
+
+def test_a_terminal_that_stalls_does_not_stop_the_loop(fresh, export_case, tmp_path, start):
+    """Nobody reads the run's output, as behind a pager or a stalled connection: its pipe fills up."""
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(write_end, b"x" * 1000)
+    line = real_port(fresh, export_case("tiny", "fp32"), tmp_path)
+    process = subprocess.Popen(line, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(write_end)
+    try:
+        wait_for_goals(fresh, process, count=300)  # some hundred characters a second
+        assert moving(fresh)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert_limp_and_unharmed(fresh)
+    finally:
+        process.kill()
+        os.close(read_end)
+
+
 @pytest.mark.parametrize("mode", ["stall", "freeze", "swap:wrist"])
 def test_f24_a_camera_that_goes_wrong_under_way_ends_the_run_parked(fresh, under_way, mode):
     process = under_way()
@@ -229,8 +263,11 @@ def test_f38_the_stop_key_holds_until_r_and_then_the_arm_goes_on(fresh, under_wa
 
 def test_f38_the_stop_key_pressed_twice_lets_go_at_once(fresh, under_way):
     person = Terminal(under_way)
-    person.press(b" ")
-    time.sleep(0.3)
+    for _ in range(10):  # held down: one press
+        person.press(b" ")
+        time.sleep(0.05)
+    person.press(b"\x1b[A\x1b[B")  # and no arrow key is a second one
+    time.sleep(0.9)
     assert torque(fresh) == [1] * 6
     person.press(b" ")
     assert seconds_until_limp(fresh, 2.0) < 0.5

@@ -303,6 +303,7 @@ def test_a_servo_that_stays_silent_at_release_is_named_and_the_others_are_off(vi
 
 def test_leaving_with_an_unconfirmed_servo_is_an_error(virtual):
     with pytest.raises(ArmError, match=r"(?s)may still be energised.*gripper \(6\)"), driver(virtual) as arm:
+        arm.enable()
         virtual.inject("mute", 6, count=-1)
     assert not arm.bus.is_open
 

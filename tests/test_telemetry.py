@@ -129,7 +129,11 @@ def test_f17_a_position_that_cannot_be_reached_is_not_believed(virtual, reader, 
         assert state.raw[1] == MIDDLE[1] and state.voltage[1] == 7.4
         assert state.age_s[1] == pytest.approx(count * PERIOD_S)
     assert (reader.telemetry.unbelieved, reader.telemetry.unanswered) == (3, 0)
+    # Waiting does not make it true, and a moment of truth does not either: somebody has to look.
+    assert reader.read(after_s=5.0).raw[1] == MIDDLE[1]
     virtual.force(2, Register.PRESENT_POSITION, None)
+    assert reader.read().jumps[1] == 5
+    reader.telemetry.trust()
     assert reader.read().jumps == (0,) * 6
 
 

@@ -23,6 +23,7 @@ def export(
         None, help="Checkpoint folder, training folder or Hub id.", show_default="lerobot/smolvla_base"
     ),
     precision: str = typer.Option("fp32", help="fp32 or fp16 (float16 weights and cache, float32 where it matters)."),
+    target: str = typer.Option("portable", help="portable (runs anywhere) or cpu (faster there, and only there)."),
     output: Path = typer.Option(Path("bundle"), help="Folder of the new bundle."),
     revision: str | None = typer.Option(None, help="Hub branch, tag or commit.  [default: main]"),
     vlm: Path | None = typer.Option(
@@ -52,6 +53,8 @@ def export(
         raise ExportError("--precision int8 is not there yet: use fp32 or fp16")
     if precision not in ("fp32", "fp16"):
         raise ExportError(f"--precision is {precision!r}, expected fp32 or fp16")
+    if target not in ("portable", "cpu"):
+        raise ExportError(f"--target is {target!r}, expected portable or cpu")
     if missing := [name for name in _NEEDS if find_spec(name) is None]:
         raise ExportError(
             f"exporting needs {', '.join(missing)}: install this package with its [export] extra (README)"
@@ -77,6 +80,7 @@ def export(
             source,
             output,
             "fp16" if precision == "fp16" else "fp32",
+            target="cpu" if target == "cpu" else "portable",
             demo=demo,
             force=force,
             check_lerobot=check_lerobot,
@@ -85,7 +89,8 @@ def export(
     m = written.manifest
     size = sum(f.bytes for f in m.files.values())
     say("done")
-    print(f"bundle      {written.folder}  ({m.precision}, {size / 1e6:.0f} MB, cache {m.cache_bytes / 1e6:.1f} MB)")
+    kind = f"{m.precision}, target {m.target}"
+    print(f"bundle      {written.folder}  ({kind}, {size / 1e6:.0f} MB, cache {m.cache_bytes / 1e6:.1f} MB)")
     print(f"checkpoint  {m.source.checkpoint}" + (f" at {m.source.revision}" if m.source.revision else ""))
     print(f"cameras     {', '.join(c.name for c in m.cameras)}")
     print("parity      " + ", ".join(f"{stage} {value:.1e}" for stage, value in m.parity.items()))

@@ -8,35 +8,35 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .architecture import Architecture
-from .layers import Dtypes, GatedMLP, Linear, RMSNorm, attention, heads, masked, rope_tables, rotate
+from .layers import GatedMLP, Linear, Recipe, RMSNorm, attention, heads, masked, rope_tables, rotate
 
 
 class ExpertLayer(nn.Module):
     """One expert layer. A self layer sees the prefix and the earlier actions, a cross layer the prefix only."""
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes, *, is_self: bool) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe, *, is_self: bool) -> None:
         super().__init__()
-        self.dtypes, self.head_dim, self.is_self = dtypes, arch.head_dim, is_self
+        self.recipe, self.head_dim, self.is_self = recipe, arch.head_dim, is_self
         width, q_width = arch.expert_width, arch.heads * arch.head_dim
-        self.input_layernorm = RMSNorm(width, arch.eps, dtypes.stream)
-        self.q_proj = Linear(width, q_width, bias=False, dtype=dtypes.matmul)
+        self.input_layernorm = RMSNorm(width, arch.eps, recipe.stream)
+        self.q_proj = Linear(width, q_width, bias=False, dtype=recipe.matmul)
         if is_self:
             kv_width = arch.kv_heads * arch.head_dim
-            self.k_proj = Linear(width, kv_width, bias=False, dtype=dtypes.matmul)
-            self.v_proj = Linear(width, kv_width, bias=False, dtype=dtypes.matmul)
-        self.o_proj = Linear(q_width, width, bias=False, dtype=dtypes.matmul)
-        self.post_attention_layernorm = RMSNorm(width, arch.eps, dtypes.stream)
-        self.mlp = GatedMLP(width, arch.expert_intermediate, dtypes.matmul)
+            self.k_proj = Linear(width, kv_width, bias=False, dtype=recipe.matmul)
+            self.v_proj = Linear(width, kv_width, bias=False, dtype=recipe.matmul)
+        self.o_proj = Linear(q_width, width, bias=False, dtype=recipe.matmul)
+        self.post_attention_layernorm = RMSNorm(width, arch.eps, recipe.stream)
+        self.mlp = GatedMLP(width, arch.expert_intermediate, recipe.matmul)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [1, C, E]; k, v: [1, K, P, D]; mask: additive over P (cross) or P + C (self) keys."""
-        normed = self.input_layernorm(x).to(self.dtypes.matmul)
-        q = rotate(heads(self.q_proj(normed), self.head_dim), cos, sin)
+        normed = self.input_layernorm(x).to(self.recipe.matmul)
+        q = rotate(heads(self.q_proj(normed), self.head_dim), cos, sin, self.recipe)
         if self.is_self:
-            own_k = rotate(heads(self.k_proj(normed), self.head_dim), cos, sin).to(self.dtypes.matmul)
+            own_k = rotate(heads(self.k_proj(normed), self.head_dim), cos, sin, self.recipe).to(self.recipe.matmul)
             k = torch.cat((k, own_k), dim=2)
             v = torch.cat((v, heads(self.v_proj(normed), self.head_dim)), dim=2)
-        x = x + self.o_proj(attention(q, k, v, mask, self.dtypes)).to(x.dtype)
+        x = x + self.o_proj(attention(q, k, v, mask, self.recipe)).to(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).to(x.dtype)
 
 
@@ -55,23 +55,23 @@ class Expert(nn.Module):
     sin: Tensor
     later_hidden: Tensor
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.arch, self.dtypes = arch, dtypes
+        self.arch, self.recipe = arch, recipe
         width = arch.expert_width
         # Small, and their error goes straight into the actions: float32 in every precision.
-        self.action_in_proj = Linear(arch.max_action_dim, width, bias=True, dtype=dtypes.stream)
-        self.time_mlp_actions = Linear(width, width, bias=True, dtype=dtypes.stream)
-        self.time_mlp_time = Linear(width, width, bias=False, dtype=dtypes.stream)
-        self.action_time_mlp_out = Linear(width, width, bias=True, dtype=dtypes.stream)
-        self.action_out_proj = Linear(width, arch.max_action_dim, bias=True, dtype=dtypes.stream)
-        self.layers = nn.ModuleList(ExpertLayer(arch, dtypes, is_self=arch.is_self(i)) for i in range(arch.layers))
-        self.norm = RMSNorm(width, arch.eps, dtypes.stream)
+        self.action_in_proj = Linear(arch.max_action_dim, width, bias=True, dtype=recipe.stream)
+        self.time_mlp_actions = Linear(width, width, bias=True, dtype=recipe.stream)
+        self.time_mlp_time = Linear(width, width, bias=False, dtype=recipe.stream)
+        self.action_time_mlp_out = Linear(width, width, bias=True, dtype=recipe.stream)
+        self.action_out_proj = Linear(width, arch.max_action_dim, bias=True, dtype=recipe.stream)
+        self.layers = nn.ModuleList(ExpertLayer(arch, recipe, is_self=arch.is_self(i)) for i in range(arch.layers))
+        self.norm = RMSNorm(width, arch.eps, recipe.stream)
         chunk = arch.chunk_size
         cos, sin = rope_tables(arch.prefix_tokens + chunk, arch.head_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        later = torch.full((chunk, chunk), masked(dtypes.stream), dtype=dtypes.stream).triu(1)
+        later = torch.full((chunk, chunk), masked(recipe.stream), dtype=recipe.stream).triu(1)
         self.register_buffer("later_hidden", later, persistent=False)
 
     def forward(
@@ -91,7 +91,7 @@ class Expert(nn.Module):
         mixed = self.time_mlp_actions(self.action_in_proj(noisy_actions)) + self.time_mlp_time(time_embedding)
         x = self.action_time_mlp_out(F.silu(mixed))  # [1, C, E]
 
-        hidden = torch.where(prefix_mask, 0.0, masked(self.dtypes.stream)).to(self.dtypes.stream)  # [1, P]
+        hidden = torch.where(prefix_mask, 0.0, masked(self.recipe.stream)).to(self.recipe.stream)  # [1, P]
         self_mask = torch.cat((hidden.expand(chunk, -1), self.later_hidden), dim=1)
         self_mask = self_mask.repeat(arch.heads // arch.kv_heads, 1)  # [G * C, P + C]
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from ..runtime import bundle
 from .architecture import Architecture
 from .errors import GraphError
-from .layers import Dtypes
+from .layers import Recipe
 
 OPSET = 20
 IR_VERSION = 10  # ONNX Runtime 1.22 and TensorRT 10.3 read it
 # Slow or unreadable on TensorRT 10.3, or a sign that something was exported badly.
 FORBIDDEN = {"ScatterND", "ScatterElements", "IsNaN", "NonZero", "Loop", "If", "Scan", "SequenceConstruct"}
+# What the target `cpu` may hold beside standard operators.
+ORT_OPERATORS = {"MultiHeadAttention", "FastGelu", "RotaryEmbedding"}
 _DTYPES: dict[int, bundle.Dtype] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
@@ -52,7 +54,7 @@ def prefix_example(arch: Architecture) -> Example:
     return Example(inputs, ["prefix_mask", *cache_names(arch)])
 
 
-def expert_example(arch: Architecture, dtypes: Dtypes) -> Example:
+def expert_example(arch: Architecture, recipe: Recipe) -> Example:
     actions = (1, arch.chunk_size, arch.max_action_dim)
     inputs = {
         "noisy_actions": torch.zeros(actions),
@@ -65,12 +67,12 @@ def expert_example(arch: Architecture, dtypes: Dtypes) -> Example:
         "prefix_mask": torch.ones(1, arch.prefix_tokens, dtype=torch.bool),
     }
     kv = (1, arch.kv_heads, arch.prefix_tokens, arch.head_dim)
-    inputs |= {name: torch.zeros(kv, dtype=dtypes.matmul) for name in cache_names(arch)}
+    inputs |= {name: torch.zeros(kv, dtype=recipe.matmul) for name in cache_names(arch)}
     return Example(inputs, ["velocity", "next_actions"])
 
 
-def export_graph(view: nn.Module, example: Example, path: Path) -> None:
-    """Trace `view` and write `path` with its weights in `<path>.data`. Raises GraphError."""
+def export_graph(view: nn.Module, example: Example, path: Path, target: bundle.Target = "portable") -> None:
+    """Trace `view`, made for `target`, and write `path` with its weights in `<path>.data`. Raises GraphError."""
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -96,13 +98,15 @@ def export_graph(view: nn.Module, example: Example, path: Path) -> None:
         raise GraphError(f"torch.onnx could not export {path.name}: {e}") from e
     finally:
         quiet.setLevel(level)
-    check_graph(path)
+    check_graph(path, target)
 
 
-def check_graph(path: Path) -> None:
+def check_graph(path: Path, target: bundle.Target = "portable") -> None:
     """Raises GraphError that lists every operator, dtype and shape outside the bundle's contract."""
     model = onnx.load(path, load_external_data=False)
-    problems = {f"operator {n.domain}::{n.op_type}" for n in model.graph.node if n.domain not in ("", "ai.onnx")}
+    allowed = {("com.microsoft", name) for name in ORT_OPERATORS} if target == "cpu" else set()
+    foreign = {(n.domain, n.op_type) for n in model.graph.node if n.domain not in ("", "ai.onnx")} - allowed
+    problems = {f"operator {domain}::{name}" for domain, name in foreign}
     problems |= {f"operator {n.op_type}" for n in model.graph.node if n.op_type in FORBIDDEN}
     problems |= {f"opset {o.version}" for o in model.opset_import if o.domain == "" and not 18 <= o.version <= 20}
     problems |= {f"functions {f.name}" for f in model.functions}
@@ -140,7 +144,10 @@ def _tensor(value: onnx.ValueInfoProto) -> bundle.Tensor:
 
 
 def _flops(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
-    """2 x multiply-adds of one matrix product; 0 for every other operator."""
+    """2 x multiply-adds of one operator's matrix products; 0 where it has none."""
+    if node.op_type == "MultiHeadAttention":
+        batch, n, width = shapes[node.input[0]]
+        return 4 * batch * n * n * width
     if node.op_type not in ("MatMul", "Gemm"):
         return 0
     a, out = shapes[node.input[0]], shapes[node.output[0]]

@@ -3,13 +3,17 @@
 Letters: B cameras or batch, N query tokens, M key tokens, H query heads, G query heads per KV head,
 D head dim, W width.
 
-Precision is a property of each layer. `Dtypes.matmul` is the dtype of weights and of the operands of matrix
-products; `Dtypes.stream` that of the residual stream, the norms and the softmax. float16 export uses float16 for
+Precision is a property of each layer. `Recipe.matmul` is the dtype of weights and of the operands of matrix
+products; `Recipe.stream` that of the residual stream, the norms and the softmax. float16 export uses float16 for
 the first and float32 for the second: trained SmolVLA activations reach 1600, their squares overflow float16, and
 a norm that squares in float16 silences the token without a NaN.
+
+So is the target: with `Recipe.ort` a layer is exported as ONNX Runtime's own operator where that measures better on
+a CPU (docs/log.md). Run in torch it is the same formula either way.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
@@ -19,20 +23,33 @@ ROPE_BASE = 10_000.0  # LeRobot's apply_rope; the VLM's own rope_theta is not us
 
 
 @dataclass(frozen=True)
-class Dtypes:
-    """Where a view computes in which dtype."""
+class Recipe:
+    """How a view computes: dtypes, and whether ONNX Runtime's own operators may stand in its graph."""
 
     matmul: torch.dtype
     stream: torch.dtype
+    ort: bool = False
 
 
-FP32 = Dtypes(torch.float32, torch.float32)
-FP16 = Dtypes(torch.float16, torch.float32)
+FP32 = Recipe(torch.float32, torch.float32)
+FP16 = Recipe(torch.float16, torch.float32)
 
 
 def masked(dtype: torch.dtype) -> float:
     """The additive mask: finite, so that a row which is masked as a whole never becomes a NaN."""
     return max(-1e9, torch.finfo(dtype).min / 4)
+
+
+def ort_operator(name: str, inputs: tuple[Tensor, ...], like: Tensor, **attributes: Any) -> Tensor:
+    """A node of ONNX Runtime's own domain whose output has the shape and dtype of `like`."""
+    return torch.onnx.ops.symbolic(
+        f"com.microsoft::{name}", inputs, attributes, dtype=like.dtype, shape=like.shape, version=1
+    )
+
+
+def exported(recipe: Recipe) -> bool:
+    """Whether this call is traced into a graph that may hold ONNX Runtime's own operators."""
+    return recipe.ort and torch.compiler.is_exporting()
 
 
 class Linear(nn.Module):
@@ -61,7 +78,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in the stream's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight, in the stream's dtype; in this form ONNX Runtime and TensorRT fuse it."""
 
     def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -69,7 +86,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 class GatedMLP(nn.Module):
@@ -93,9 +110,13 @@ def rope_tables(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
     return radians.cos(), radians.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on [..., N, D] with tables [N, D/2]: half-split layout, always in float32."""
-    first, second = x.float().chunk(2, dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, recipe: Recipe) -> Tensor:
+    """RoPE on [B, H, N, D] with tables [N, D/2]: half-split layout, always in float32."""
+    x = x.float()
+    if exported(recipe):
+        rows = torch.arange(x.shape[-2], dtype=torch.int64)[None]
+        return ort_operator("RotaryEmbedding", (x, rows, cos, sin), x)
+    first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
@@ -104,7 +125,7 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], -1, head_dim).transpose(1, 2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtypes: Dtypes) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe) -> Tensor:
     """Attention with grouped KV heads; -> [B, N, H * D] in the matmul dtype.
 
     q: [B, H, N, D]; k, v: [B, H / G, M, D]; mask: additive, broadcastable to [G * N, M], or None.
@@ -113,9 +134,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtypes: Dtyp
     """
     batch, n_heads, n, d = q.shape
     kv_heads = k.shape[1]
-    q = (q.to(dtypes.stream) * d**-0.5).to(dtypes.matmul).reshape(batch, kv_heads, n_heads // kv_heads * n, d)
-    scores = (q @ k.to(dtypes.matmul).transpose(2, 3)).to(dtypes.stream)
+    q = (q.to(recipe.stream) * d**-0.5).to(recipe.matmul).reshape(batch, kv_heads, n_heads // kv_heads * n, d)
+    scores = (q @ k.to(recipe.matmul).transpose(2, 3)).to(recipe.stream)
     if mask is not None:
         scores = scores + mask
-    out = scores.softmax(-1).to(dtypes.matmul) @ v.to(dtypes.matmul)
+    out = scores.softmax(-1).to(recipe.matmul) @ v.to(recipe.matmul)
     return out.reshape(batch, n_heads, n, d).transpose(1, 2).reshape(batch, n, n_heads * d)

@@ -12,47 +12,47 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .architecture import Architecture
-from .layers import Dtypes, GatedMLP, Linear, RMSNorm, attention, heads, masked, rope_tables, rotate
+from .layers import GatedMLP, Linear, Recipe, RMSNorm, attention, exported, heads, masked, rope_tables, rotate
 from .vision import Connector, VisionModel
 
 
 class PrefixLayer(nn.Module):
     """One language layer. `last`: only its keys and values are wanted, so nothing else is built."""
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes, *, last: bool) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe, *, last: bool) -> None:
         super().__init__()
-        self.dtypes, self.head_dim, self.last = dtypes, arch.head_dim, last
+        self.recipe, self.head_dim, self.last = recipe, arch.head_dim, last
         kv_width = arch.kv_heads * arch.head_dim
-        self.input_layernorm = RMSNorm(arch.width, arch.eps, dtypes.stream)
-        self.k_proj = Linear(arch.width, kv_width, bias=False, dtype=dtypes.matmul)
-        self.v_proj = Linear(arch.width, kv_width, bias=False, dtype=dtypes.matmul)
+        self.input_layernorm = RMSNorm(arch.width, arch.eps, recipe.stream)
+        self.k_proj = Linear(arch.width, kv_width, bias=False, dtype=recipe.matmul)
+        self.v_proj = Linear(arch.width, kv_width, bias=False, dtype=recipe.matmul)
         if not last:
             q_width = arch.heads * arch.head_dim
-            self.q_proj = Linear(arch.width, q_width, bias=False, dtype=dtypes.matmul)
-            self.o_proj = Linear(q_width, arch.width, bias=False, dtype=dtypes.matmul)
-            self.post_attention_layernorm = RMSNorm(arch.width, arch.eps, dtypes.stream)
-            self.mlp = GatedMLP(arch.width, arch.intermediate, dtypes.matmul)
+            self.q_proj = Linear(arch.width, q_width, bias=False, dtype=recipe.matmul)
+            self.o_proj = Linear(q_width, arch.width, bias=False, dtype=recipe.matmul)
+            self.post_attention_layernorm = RMSNorm(arch.width, arch.eps, recipe.stream)
+            self.mlp = GatedMLP(arch.width, arch.intermediate, recipe.matmul)
 
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [1, P, W] -> x, keys after RoPE and values, both [1, K, P, D]."""
-        normed = self.input_layernorm(x).to(self.dtypes.matmul)
-        k = rotate(heads(self.k_proj(normed), self.head_dim), cos, sin).to(self.dtypes.matmul)
+        normed = self.input_layernorm(x).to(self.recipe.matmul)
+        k = rotate(heads(self.k_proj(normed), self.head_dim), cos, sin, self.recipe).to(self.recipe.matmul)
         v = heads(self.v_proj(normed), self.head_dim)
         if self.last:
             return x, k, v
-        q = rotate(heads(self.q_proj(normed), self.head_dim), cos, sin)
-        x = x + self.o_proj(attention(q, k, v, mask, self.dtypes)).to(x.dtype)
+        q = rotate(heads(self.q_proj(normed), self.head_dim), cos, sin, self.recipe)
+        x = x + self.o_proj(attention(q, k, v, mask, self.recipe)).to(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).to(x.dtype), k, v
 
 
 class CrossProjection(nn.Module):
     """The expert's k_proj and v_proj of one cross layer, applied here because no denoise step changes them."""
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
         kv_width, self.head_dim = arch.kv_heads * arch.head_dim, arch.head_dim
-        self.k_proj = Linear(kv_width, kv_width, bias=False, dtype=dtypes.matmul)
-        self.v_proj = Linear(kv_width, kv_width, bias=False, dtype=dtypes.matmul)
+        self.k_proj = Linear(kv_width, kv_width, bias=False, dtype=recipe.matmul)
+        self.v_proj = Linear(kv_width, kv_width, bias=False, dtype=recipe.matmul)
 
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Two [1, K, P, D] of the VLM -> two of the expert."""
@@ -69,30 +69,32 @@ class Prefix(nn.Module):
     sin: Tensor
     state_hidden: Tensor
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.arch, self.dtypes = arch, dtypes
-        self.vision_model = VisionModel(arch, dtypes)
-        self.connector = Connector(arch, dtypes)
-        self.embed_tokens = nn.Parameter(torch.empty(arch.vocab, arch.width, dtype=dtypes.matmul))
-        self.state_proj = Linear(arch.max_state_dim, arch.width, bias=True, dtype=dtypes.stream)
-        self.layers = nn.ModuleList(PrefixLayer(arch, dtypes, last=i == arch.layers - 1) for i in range(arch.layers))
+        self.arch, self.recipe = arch, recipe
+        self.vision_model = VisionModel(arch, recipe)
+        self.connector = Connector(arch, recipe)
+        self.embed_tokens = nn.Parameter(torch.empty(arch.vocab, arch.width, dtype=recipe.matmul))
+        self.state_proj = Linear(arch.max_state_dim, arch.width, bias=True, dtype=recipe.stream)
+        self.layers = nn.ModuleList(PrefixLayer(arch, recipe, last=i == arch.layers - 1) for i in range(arch.layers))
         self.cross = nn.ModuleDict(
-            {str(i): CrossProjection(arch, dtypes) for i in range(arch.layers) if not arch.is_self(i)}
+            {str(i): CrossProjection(arch, recipe) for i in range(arch.layers) if not arch.is_self(i)}
         )
         cos, sin = rope_tables(arch.prefix_tokens, arch.head_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         # Images and language do not see the state, which is the last column; the state sees all.
-        state_hidden = torch.zeros(arch.prefix_tokens, arch.prefix_tokens, dtype=dtypes.stream)
-        state_hidden[:-1, -1] = masked(dtypes.stream)
+        state_hidden = torch.zeros(arch.prefix_tokens, arch.prefix_tokens, dtype=recipe.stream)
+        state_hidden[:-1, -1] = masked(recipe.stream)
         self.register_buffer("state_hidden", state_hidden, persistent=False)
 
     def embed(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.embed_tokens).to(self.dtypes.stream)
+        return F.embedding(ids, self.embed_tokens).to(self.recipe.stream)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, image tokens, W], before the sqrt(W) scale."""
+        if exported(self.recipe):  # one camera at a time stays in a CPU's caches
+            return self.connector(torch.cat([self.vision_model(image) for image in torch.split(images, 1)]))
         return self.connector(self.vision_model(images))
 
     def image_tokens(self, images: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class Prefix(nn.Module):
         return torch.cat(parts, dim=1)
 
     def forward(self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-        arch, stream = self.arch, self.dtypes.stream
+        arch, stream = self.arch, self.recipe.stream
         image = self.image_tokens(images)
         language = self.embed(tokens) * arch.width**0.5
         x = torch.cat((image, language, self.state_proj(state)[:, None]), dim=1)  # [1, P, W]

@@ -8,17 +8,17 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .architecture import Architecture
-from .layers import Dtypes, LayerNorm, Linear, attention, heads
+from .layers import LayerNorm, Linear, Recipe, attention, exported, heads, ort_operator
 
 
 class PatchEmbedding(nn.Module):
     """Non-overlapping patches times one matrix; equal to the checkpoint's strided convolution."""
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
         self.patch = arch.patch_size
-        self.weight = nn.Parameter(torch.empty(arch.vision_width, 3, self.patch, self.patch, dtype=dtypes.matmul))
-        self.bias = nn.Parameter(torch.empty(arch.vision_width, dtype=dtypes.matmul))
+        self.weight = nn.Parameter(torch.empty(arch.vision_width, 3, self.patch, self.patch, dtype=recipe.matmul))
+        self.bias = nn.Parameter(torch.empty(arch.vision_width, dtype=recipe.matmul))
 
     def forward(self, images: Tensor) -> Tensor:
         b, _, size, _ = images.shape
@@ -31,40 +31,48 @@ class PatchEmbedding(nn.Module):
 class VisionAttention(nn.Module):
     """Full attention over one image's patches: no mask, so the graph holds no NaN guard."""
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.dtypes, self.head_dim = dtypes, arch.vision_width // arch.vision_heads
+        self.recipe, self.heads, self.head_dim = recipe, arch.vision_heads, arch.vision_width // arch.vision_heads
         width = arch.vision_width
-        self.q_proj = Linear(width, width, bias=True, dtype=dtypes.matmul)
-        self.k_proj = Linear(width, width, bias=True, dtype=dtypes.matmul)
-        self.v_proj = Linear(width, width, bias=True, dtype=dtypes.matmul)
-        self.out_proj = Linear(width, width, bias=True, dtype=dtypes.matmul)
+        self.q_proj = Linear(width, width, bias=True, dtype=recipe.matmul)
+        self.k_proj = Linear(width, width, bias=True, dtype=recipe.matmul)
+        self.v_proj = Linear(width, width, bias=True, dtype=recipe.matmul)
+        self.out_proj = Linear(width, width, bias=True, dtype=recipe.matmul)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtypes.matmul)
-        q, k, v = (heads(proj(x), self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, None, self.dtypes))
+        x = x.to(self.recipe.matmul)
+        q, k, v = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if exported(self.recipe):  # flash attention, which the CPU provider has in float32 only
+            q, k, v = (t.to(self.recipe.stream) for t in (q, k, v))
+            return self.out_proj(ort_operator("MultiHeadAttention", (q, k, v), q, num_heads=self.heads))
+        q, k, v = (heads(t, self.head_dim) for t in (q, k, v))
+        return self.out_proj(attention(q, k, v, None, self.recipe))
 
 
 class VisionMLP(nn.Module):
     """fc2(gelu(fc1(x))), tanh form."""
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.fc1 = Linear(arch.vision_width, arch.vision_intermediate, bias=True, dtype=dtypes.matmul)
-        self.fc2 = Linear(arch.vision_intermediate, arch.vision_width, bias=True, dtype=dtypes.matmul)
+        self.recipe = recipe
+        self.fc1 = Linear(arch.vision_width, arch.vision_intermediate, bias=True, dtype=recipe.matmul)
+        self.fc2 = Linear(arch.vision_intermediate, arch.vision_width, bias=True, dtype=recipe.matmul)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        x = self.fc1(x)
+        if exported(self.recipe):
+            return self.fc2(ort_operator("FastGelu", (x,), x))
+        return self.fc2(F.gelu(x, approximate="tanh"))
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.layer_norm1 = LayerNorm(arch.vision_width, arch.vision_eps, dtypes.stream)
-        self.self_attn = VisionAttention(arch, dtypes)
-        self.layer_norm2 = LayerNorm(arch.vision_width, arch.vision_eps, dtypes.stream)
-        self.mlp = VisionMLP(arch, dtypes)
+        self.layer_norm1 = LayerNorm(arch.vision_width, arch.vision_eps, recipe.stream)
+        self.self_attn = VisionAttention(arch, recipe)
+        self.layer_norm2 = LayerNorm(arch.vision_width, arch.vision_eps, recipe.stream)
+        self.mlp = VisionMLP(arch, recipe)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x)).to(x.dtype)
@@ -78,12 +86,12 @@ class VisionModel(nn.Module):
     (huggingface/transformers#41190).
     """
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.patch_embedding = PatchEmbedding(arch, dtypes)
-        self.position_embedding = nn.Parameter(torch.empty(arch.patches, arch.vision_width, dtype=dtypes.stream))
-        self.layers = nn.ModuleList(VisionLayer(arch, dtypes) for _ in range(arch.vision_layers))
-        self.post_layernorm = LayerNorm(arch.vision_width, arch.vision_eps, dtypes.stream)
+        self.patch_embedding = PatchEmbedding(arch, recipe)
+        self.position_embedding = nn.Parameter(torch.empty(arch.patches, arch.vision_width, dtype=recipe.stream))
+        self.layers = nn.ModuleList(VisionLayer(arch, recipe) for _ in range(arch.vision_layers))
+        self.post_layernorm = LayerNorm(arch.vision_width, arch.vision_eps, recipe.stream)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch_embedding(images).to(self.position_embedding.dtype) + self.position_embedding
@@ -98,11 +106,11 @@ class Connector(nn.Module):
     The sum runs over 12,288 products, so it is kept in the stream's dtype; the weight is still stored small.
     """
 
-    def __init__(self, arch: Architecture, dtypes: Dtypes) -> None:
+    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.factor, self.stream = arch.pixel_shuffle, dtypes.stream
+        self.factor, self.stream = arch.pixel_shuffle, recipe.stream
         shape = (arch.width, arch.vision_width * arch.pixel_shuffle**2)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtypes.matmul))
+        self.weight = nn.Parameter(torch.empty(shape, dtype=recipe.matmul))
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, w = x.shape

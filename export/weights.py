@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .architecture import Architecture
 from .errors import CheckpointError
 from .expert import Expert
-from .layers import Dtypes
+from .layers import Recipe
 from .prefix import Prefix
 
 VLM = "model.vlm_with_expert.vlm.model."
@@ -56,13 +56,13 @@ def source_key(view: nn.Module, name: str) -> str:
     raise AssertionError(f"no LeRobot key for {name}")
 
 
-def build_views(arch: Architecture, tensors: Mapping[str, Tensor], dtypes: Dtypes) -> tuple[Prefix, Expert]:
+def build_views(arch: Architecture, tensors: Mapping[str, Tensor], recipe: Recipe) -> tuple[Prefix, Expert]:
     """The two views with the checkpoint's weights, in eval mode.
 
     Raises CheckpointError that lists every missing key, wrong shape, non-finite tensor and unknown key.
     """
     with torch.device("meta"):
-        shapes = [Prefix(arch, dtypes), Expert(arch, dtypes)]
+        shapes = [Prefix(arch, recipe), Expert(arch, recipe)]
     expected = {
         source_key(view, name): _source_shape(name, p) for view in shapes for name, p in view.named_parameters()
     }
@@ -74,7 +74,7 @@ def build_views(arch: Architecture, tensors: Mapping[str, Tensor], dtypes: Dtype
             problems.append(f"{key} is {tuple(tensors[key].shape)}, the configs say {shape}")
         elif not torch.isfinite(tensors[key]).all():
             problems.append(f"{key} holds NaN or Inf")
-        elif dtypes.matmul == torch.float16 and tensors[key].abs().max() > torch.finfo(torch.float16).max:
+        elif recipe.matmul == torch.float16 and tensors[key].abs().max() > torch.finfo(torch.float16).max:
             problems.append(f"{key} reaches {tensors[key].abs().max():.0f}, beyond float16: use --precision fp32")
     last = f"text_model.layers.{arch.layers - 1}."  # beyond its keys and values, nothing reads the last layer
     problems += [
@@ -86,7 +86,7 @@ def build_views(arch: Architecture, tensors: Mapping[str, Tensor], dtypes: Dtype
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"the weights do not fit the configs:\n  {shown}{more}")
-    prefix, expert = Prefix(arch, dtypes), Expert(arch, dtypes)
+    prefix, expert = Prefix(arch, recipe), Expert(arch, recipe)
     with torch.no_grad():
         for view in (prefix, expert):
             for name, parameter in view.named_parameters():

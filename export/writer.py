@@ -23,7 +23,7 @@ from .layers import FP16, FP32
 from .reference import Observation, Reference, fixed_observations
 from .weights import build_views
 
-DTYPES = {"fp32": FP32, "fp16": FP16}
+RECIPES = {"fp32": FP32, "fp16": FP16}
 _PACKAGES = ("smolvla-edge", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers")
 
 
@@ -53,6 +53,7 @@ def write_bundle(
     output: Path,
     precision: bundle.Precision,
     *,
+    target: bundle.Target = "portable",
     demo: bool = False,
     force: bool = False,
     check_lerobot: bool = False,
@@ -64,29 +65,32 @@ def write_bundle(
     ExportError; ParityError when the graphs differ.
     """
     check_output(output, force)
+    if target == "cpu" and not hasattr(torch.onnx, "ops"):
+        raise ExportError(f"--target cpu needs torch 2.8 or newer, found {torch.__version__}: use --target portable")
     if check_lerobot:
         lerobot_check.require_lerobot()
     arch = architecture_of(checkpoint)
     say("building the views")
-    reference = Reference(checkpoint, arch, *build_views(arch, checkpoint.tensors, FP32))
+    exact = replace(FP32, ort=target == "cpu")  # in torch the same as FP32
+    reference = Reference(checkpoint, arch, *build_views(arch, checkpoint.tensors, exact))
     observations = fixed_observations(checkpoint, arch)
     say("running the checkpoint in torch float32 (the reference)")
     expected = [reference.run(o) for o in observations]
     prefix, expert = reference.prefix, reference.expert
-    dtypes = DTYPES[precision]
-    if dtypes is not FP32:
-        prefix, expert = build_views(arch, checkpoint.tensors, dtypes)
+    recipe = replace(RECIPES[precision], ort=exact.ort)
+    if recipe != exact:
+        prefix, expert = build_views(arch, checkpoint.tensors, recipe)
 
     with _staging(output, force) as folder:
         say("exporting prefix.onnx")
-        graph.export_graph(prefix, graph.prefix_example(arch), folder / "prefix.onnx")
+        graph.export_graph(prefix, graph.prefix_example(arch), folder / "prefix.onnx", target)
         say("exporting expert.onnx")
-        graph.export_graph(expert, graph.expert_example(arch, dtypes), folder / "expert.onnx")
+        graph.export_graph(expert, graph.expert_example(arch, recipe), folder / "expert.onnx", target)
         del prefix, expert
         shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
         parity.write_selfcheck(folder / "selfcheck.npz", observations, expected)
         say("hashing")
-        manifest = _describe(checkpoint, arch, folder, precision, demo)
+        manifest = _describe(checkpoint, arch, folder, precision, target, demo)
         (folder / MANIFEST).write_text(manifest_json(manifest))
         say("proving parity through the runtime")
         policy = Policy.load(folder, device="cpu")
@@ -98,7 +102,7 @@ def write_bundle(
             say("comparing with LeRobot")
             measured["lerobot"] = lerobot_check.measure(checkpoint, policy, observations)
             parity.require(measured, precision)
-        if dtypes.matmul == torch.float16:
+        if recipe.matmul == torch.float16:
             say("measuring float16 ranges")
             manifest = replace(manifest, float16_largest=_float16_largest(policy, observations[-1]))
         manifest = replace(manifest, parity=measured)
@@ -176,7 +180,12 @@ def _staging(output: Path, force: bool) -> Iterator[Path]:
 
 
 def _describe(
-    checkpoint: Checkpoint, arch: Architecture, folder: Path, precision: bundle.Precision, demo: bool
+    checkpoint: Checkpoint,
+    arch: Architecture,
+    folder: Path,
+    precision: bundle.Precision,
+    target: bundle.Target,
+    demo: bool,
 ) -> bundle.Manifest:
     """The manifest, but for the parity numbers."""
     config, around = checkpoint.config, checkpoint.processors
@@ -206,7 +215,7 @@ def _describe(
         units=None,  # no LeRobot file records them
         fps=checkpoint.fps,
         precision=precision,
-        target="portable",
+        target=target,
         parity={},
         float16_largest=None,
         built_with=_versions(),

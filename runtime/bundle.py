@@ -25,12 +25,13 @@ from .normalization import Normalization
 from .strict import decode, encode
 
 FORMAT = "smolvla-edge-bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SELFCHECK_LIMIT = 10_000_000  # bytes
 
 Precision = Literal["fp32", "fp16"]
+Target = Literal["portable", "cpu"]  # cpu: holds operators that only ONNX Runtime's CPU provider is known to run
 _CACHE_DTYPE = {"fp32": "float32", "fp16": "float16"}
 Dtype = Literal["float32", "float16", "int32", "bool"]
 
@@ -133,7 +134,7 @@ class Manifest:
     units: str | None
     fps: float | None
     precision: Precision
-    target: Literal["portable"]
+    target: Target
     parity: dict[str, float]  # stage -> worst error against the checkpoint, over max(1, max abs reference)
     float16_largest: float | None  # largest magnitude of a float16 tensor on the fixed observations (limit 65504)
     built_with: dict[str, str]
@@ -168,6 +169,10 @@ class Bundle:
         bundle = cls(folder, parse_manifest(raw, path), hashlib.sha256(text).hexdigest())
         bundle._verify()
         return bundle
+
+    def export_command(self, target: str) -> str:
+        """The command that makes this bundle again for another target."""
+        return _export_command(encode(self.manifest), self.folder, target)
 
     @property
     def cache_folder(self) -> Path:
@@ -226,7 +231,7 @@ def parse_manifest(raw: object, path: Path) -> Manifest:
     fields = raw if isinstance(raw, dict) else {}
     if fields.get("format") != FORMAT:
         raise BundleError(f"{path} has format {fields.get('format')!r}, expected {FORMAT!r}: not a bundle")
-    version, source = fields.get("version"), fields.get("source")
+    version = fields.get("version")
     if not isinstance(version, int) or isinstance(version, bool):
         raise BundleError(f"{path} has version {version!r}, expected an integer")
     if version > VERSION:
@@ -235,11 +240,9 @@ def parse_manifest(raw: object, path: Path) -> Manifest:
             "(pip install --upgrade smolvla-edge)"
         )
     if version < VERSION:
-        checkpoint = source.get("checkpoint", "CHECKPOINT") if isinstance(source, dict) else "CHECKPOINT"
         raise BundleError(
             f"{path} has version {version}, this runtime reads {VERSION}: export again with "
-            f"smolvla-export {checkpoint} --precision {fields.get('precision', 'fp32')} "
-            f"--output {path.parent} --force"
+            + _export_command(fields, path.parent, fields.get("target", "portable"))
         )
     problems: list[str] = []
     manifest = decode(Manifest, fields, problems)
@@ -248,6 +251,15 @@ def parse_manifest(raw: object, path: Path) -> Manifest:
     if manifest is None or problems:
         raise BundleError(f"{path} is not valid: {'; '.join(problems)}. Export the checkpoint again")
     return manifest
+
+
+def _export_command(fields: dict[str, Any], folder: Path, target: str) -> str:
+    """smolvla-export with what made the bundle at `folder`; fields: its manifest, of any version."""
+    source = fields.get("source")
+    source = source if isinstance(source, dict) else {}
+    checkpoint = "--demo" if source.get("demo") else source.get("checkpoint", "CHECKPOINT")
+    command = f"smolvla-export {checkpoint} --precision {fields.get('precision', 'fp32')} --target {target}"
+    return f"{command} --output {folder} --force"
 
 
 def _contradictions(m: Manifest) -> list[str]:

@@ -49,6 +49,21 @@ def choose_provider(
     raise BackendError(f"device {device} needs {lacks[device]}. On this machine use --device {use}")
 
 
+def _provider(bundle: Bundle, device: str) -> tuple[str, str]:
+    """`choose_provider` for a bundle: one of the target cpu runs nowhere else, a portable one anywhere."""
+    cpu, target = _PROVIDER["cpu"], bundle.manifest.target
+    if target == "cpu" and device == "auto":
+        return cpu, f"device auto: CPU, which is the bundle's target. For a GPU: {bundle.export_command('portable')}"
+    provider, reason = choose_provider(device)
+    if target == "cpu" and provider != cpu:
+        raise BackendError(
+            f"bundle {bundle.folder} has the target cpu, whose operators {provider} does not have: use --device cpu, "
+            f"or export it again with {bundle.export_command('portable')}"
+        )
+    hint = ". On a CPU a bundle with --target cpu is faster" if target != "cpu" and provider == cpu else ""
+    return provider, reason + hint
+
+
 def _lacks(device: str, available: Sequence[str], loads: Callable[[str], bool]) -> str:
     """What is missing for `device`, in words; empty when nothing is."""
     if device == "cpu":
@@ -88,7 +103,7 @@ class OrtGraphs:
         Raises BackendError when the device or a graph cannot be used.
         """
         onnxruntime.disable_telemetry_events()
-        provider, self.reason = choose_provider(device)
+        provider, self.reason = _provider(bundle, device)
         if provider != _PROVIDER["cpu"] and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
         self.device = "cpu" if provider == _PROVIDER["cpu"] else "cuda"

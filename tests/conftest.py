@@ -34,18 +34,19 @@ def private_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def export_case(tmp_path_factory):
-    """(case, precision) -> the folder of its bundle, exported on first use."""
+    """(case, precision, target) -> the folder of its bundle, exported on first use."""
     made = {}
 
-    def export(name: str, precision: str) -> Path:
+    def export(name: str, precision: str, target: str = "portable") -> Path:
         from smolvla_edge.export.checkpoint import load_checkpoint
         from smolvla_edge.export.writer import write_bundle
 
-        if (name, precision) not in made:
-            output = tmp_path_factory.mktemp("bundles") / f"{name}-{precision}"
-            write_bundle(load_checkpoint(str(DATA / name / "checkpoint")), output, precision)
-            made[name, precision] = output
-        return made[name, precision]
+        key = name, precision, target
+        if key not in made:
+            output = tmp_path_factory.mktemp("bundles") / "-".join(key)
+            write_bundle(load_checkpoint(str(DATA / name / "checkpoint")), output, precision, target=target)
+            made[key] = output
+        return made[key]
 
     return export
 

@@ -33,7 +33,9 @@ def test_a_newer_bundle_asks_for_a_newer_runtime(tiny_bundle):
 
 def test_an_older_bundle_prints_the_command_that_exports_it_again(tiny_bundle):
     edit(tiny_bundle, lambda m: m.update(version=0))
-    refused(tiny_bundle, r"smolvla-export .*checkpoint --precision fp32 --output .*bundle --force")
+    refused(tiny_bundle, r"smolvla-export .*checkpoint --precision fp32 --target portable --output .*bundle --force")
+    edit(tiny_bundle, lambda m: (m["source"].update(demo=True), m.update(target="cpu")))
+    refused(tiny_bundle, r"smolvla-export --demo --precision fp32 --target cpu --output .*bundle --force")
 
 
 def test_unknown_and_missing_fields_are_named_together(tiny_bundle):

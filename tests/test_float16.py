@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from smolvla_edge.export import layers
 from smolvla_edge.export.checkpoint import load_checkpoint
 from smolvla_edge.export.graph import export_graph, prefix_example
-from smolvla_edge.export.layers import FP16, FP32, Dtypes
+from smolvla_edge.export.layers import FP16, FP32, Recipe
 from smolvla_edge.export.reference import Reference, fixed_observations
 from smolvla_edge.export.weights import build_views
 from smolvla_edge.export.writer import architecture_of
@@ -22,7 +22,7 @@ from smolvla_edge.quantize.errors import RangeError
 from smolvla_edge.quantize.ranges import float16_ranges, require_headroom
 from smolvla_edge.runtime.selfcheck import TOLERANCE
 
-NAIVE = Dtypes(torch.float16, torch.float16)
+NAIVE = Recipe(torch.float16, torch.float16)
 MLP = "model.vlm_with_expert.vlm.model.text_model.layers.{}.mlp."
 
 
@@ -37,8 +37,8 @@ def spiked():
     arch = architecture_of(checkpoint)
     observation = fixed_observations(checkpoint, arch)[-1]
 
-    def run(dtypes):
-        views = build_views(arch, tensors, dtypes)
+    def run(recipe):
+        views = build_views(arch, tensors, recipe)
         return Reference(checkpoint, arch, *views).run(observation), views[0]
 
     return run, arch

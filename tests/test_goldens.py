@@ -26,10 +26,11 @@ def test_the_torch_view_gives_lerobots_vision_embeddings(case):
     assert error(embeds, golden["vision_embeds"]) < 1e-4
 
 
+@pytest.mark.parametrize("target", ["portable", "cpu"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_stage_of_the_exported_graphs_equals_lerobot(case, precision, export_case):
-    policy = Policy.load(export_case(case, precision), device="cpu")
+def test_every_stage_of_the_exported_graphs_equals_lerobot(case, precision, target, export_case):
+    policy = Policy.load(export_case(case, precision, target), device="cpu")
     tensors = load_file(DATA / case / "checkpoint" / "model.safetensors")
     errors = stage_errors(policy, Golden(DATA / case), tensors)
     assert errors.pop("images") < 1e-5

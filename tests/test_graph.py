@@ -1,13 +1,14 @@
 """What may be in an exported graph."""
 
 import onnx
+import onnxruntime
 import pytest
 from conftest import DATA
 from onnx import TensorProto, helper
 
 from smolvla_edge.export.checkpoint import load_checkpoint
 from smolvla_edge.export.errors import GraphError
-from smolvla_edge.export.graph import FORBIDDEN, check_graph, describe_graph
+from smolvla_edge.export.graph import FORBIDDEN, ORT_OPERATORS, check_graph, describe_graph
 from smolvla_edge.export.writer import architecture_of
 
 
@@ -46,6 +47,39 @@ def test_exported_graphs_keep_the_contract(export_case, case, precision, name):
     onnx.checker.check_model(model)
     assert not FORBIDDEN & {n.op_type for n in model.graph.node}
     assert model.ir_version <= 10
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_only_the_target_cpu_holds_onnx_runtimes_own_operators(export_case, precision):
+    bundles = {target: export_case("tiny", precision, target) for target in ("portable", "cpu")}
+    found = set()
+    for name in ("prefix.onnx", "expert.onnx"):
+        path = bundles["cpu"] / name
+        check_graph(path, "cpu")
+        with pytest.raises(GraphError, match=r"com\.microsoft::RotaryEmbedding"):
+            check_graph(path)
+        found |= {n.op_type for n in onnx.load(path, load_external_data=False).graph.node if n.domain}
+        assert describe_graph(path).flops == describe_graph(bundles["portable"] / name).flops
+    assert found == ORT_OPERATORS
+
+
+def test_an_operator_that_was_not_measured_is_refused_for_the_cpu_too(tmp_path):
+    save_toy(tmp_path / "toy.onnx", "QuickGelu", domain="com.microsoft")
+    with pytest.raises(GraphError, match=r"com\.microsoft::QuickGelu"):
+        check_graph(tmp_path / "toy.onnx", "cpu")
+
+
+def test_onnx_runtime_fuses_every_rms_norm(export_case, tmp_path):
+    """The written-out form is one that ONNX Runtime and TensorRT know."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    path = export_case("tiny", "fp32") / "expert.onnx"
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx", load_external_data=False)
+    operators = [n.op_type for n in optimised.graph.node]
+    assert "ReduceMean" not in operators
+    assert sum("SimplifiedLayerNorm" in name for name in operators) == 9  # two in each of four layers, one after
 
 
 def test_nothing_of_the_prefix_is_recomputed_in_a_step(export_case):

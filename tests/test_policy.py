@@ -124,6 +124,23 @@ def test_automatic_choices_give_their_reason():
         choose_provider("tpu", [], lambda _: True)
 
 
+def test_a_bundle_for_the_cpu_stays_there_and_names_the_command_for_a_gpu(export_case, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr("smolvla_edge.runtime.ort._loads", lambda _: True)
+    folder = export_case("tiny", "fp32", "cpu")
+    command = f"smolvla-export {DATA}/tiny/checkpoint --precision fp32 --target portable --output {folder} --force"
+    with pytest.raises(BackendError, match=f"target cpu.*{CUDA} does not have.*{command}"):
+        Policy.load(folder, device="cuda")
+    reason = Policy.load(folder).graphs.reason
+    assert reason == f"device auto: CPU, which is the bundle's target. For a GPU: {command}"
+
+
+def test_a_portable_bundle_on_a_cpu_hints_at_the_faster_target(policy, export_case):
+    assert policy.graphs.reason == "device cpu: as asked. On a CPU a bundle with --target cpu is faster"
+    same = Policy.load(export_case("tiny", "fp32", "cpu"), device="cpu")
+    assert same.graphs.reason == "device cpu: as asked"
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

@@ -94,6 +94,8 @@ def export(
     print(f"checkpoint  {m.source.checkpoint}" + (f" at {m.source.revision}" if m.source.revision else ""))
     print(f"cameras     {', '.join(c.name for c in m.cameras)}")
     print("parity      " + ", ".join(f"{stage} {value:.1e}" for stage, value in m.parity.items()))
+    if m.pinned:
+        print(f"float32     {', '.join(m.pinned)} (too large for float16)")
     if not (m.state.normalization.active and m.action.normalization.active):
         print(
             "note        no statistics match this checkpoint's state and action, so its outputs are not joint "

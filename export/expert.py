@@ -26,7 +26,7 @@ class ExpertLayer(nn.Module):
             self.v_proj = Linear(width, kv_width, bias=False, dtype=recipe.matmul)
         self.o_proj = Linear(q_width, width, bias=False, dtype=recipe.matmul)
         self.post_attention_layernorm = RMSNorm(width, arch.eps, recipe.stream)
-        self.mlp = GatedMLP(width, arch.expert_intermediate, recipe.matmul)
+        self.mlp = GatedMLP(width, arch.expert_intermediate, recipe)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [1, C, E]; k, v: [1, K, P, D]; mask: additive over P (cross) or P + C (self) keys."""
@@ -34,8 +34,8 @@ class ExpertLayer(nn.Module):
         q = rotate(heads(self.q_proj(normed), self.head_dim), cos, sin, self.recipe)
         if self.is_self:
             own_k = rotate(heads(self.k_proj(normed), self.head_dim), cos, sin, self.recipe).to(self.recipe.matmul)
-            k = torch.cat((k, own_k), dim=2)
-            v = torch.cat((v, heads(self.v_proj(normed), self.head_dim)), dim=2)
+            k = torch.cat((k.to(own_k.dtype), own_k), dim=2)
+            v = torch.cat((v.to(own_k.dtype), heads(self.v_proj(normed), self.head_dim)), dim=2)
         x = x + self.o_proj(attention(q, k, v, mask, self.recipe)).to(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).to(x.dtype)
 

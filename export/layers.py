@@ -12,7 +12,8 @@ So is the target: with `Recipe.ort` a layer is exported as ONNX Runtime's own op
 a CPU (docs/log.md). Run in torch it is the same formula either way.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +39,21 @@ FP16 = Recipe(torch.float16, torch.float32)
 def masked(dtype: torch.dtype) -> float:
     """The additive mask: finite, so that a row which is masked as a whole never becomes a NaN."""
     return max(-1e9, torch.finfo(dtype).min / 4)
+
+
+def pin(view: nn.Module, stages: Iterable[str]) -> None:
+    """Let the modules at these paths of `view` compute as the residual stream does. KeyError for what is no stage."""
+    modules = dict(view.named_modules())
+    for name in stages:
+        modules[name].to(modules[name].recipe.stream)
+        for part in modules[name].modules():
+            if hasattr(part, "recipe"):
+                part.recipe = replace(part.recipe, matmul=part.recipe.stream)
+
+
+def stages(view: nn.Module) -> set[str]:
+    """Paths of the modules that `pin` takes: those that choose a dtype of their own, but for the view itself."""
+    return {name for name, module in view.named_modules() if name and hasattr(module, "recipe")}
 
 
 def ort_operator(name: str, inputs: tuple[Tensor, ...], like: Tensor, **attributes: Any) -> Tensor:
@@ -92,14 +108,15 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), the Llama MLP."""
 
-    def __init__(self, width: int, intermediate: int, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, intermediate: int, recipe: Recipe) -> None:
         super().__init__()
-        self.gate_proj = Linear(width, intermediate, bias=False, dtype=dtype)
-        self.up_proj = Linear(width, intermediate, bias=False, dtype=dtype)
-        self.down_proj = Linear(intermediate, width, bias=False, dtype=dtype)
+        self.recipe = recipe
+        self.gate_proj = Linear(width, intermediate, bias=False, dtype=recipe.matmul)
+        self.up_proj = Linear(width, intermediate, bias=False, dtype=recipe.matmul)
+        self.down_proj = Linear(intermediate, width, bias=False, dtype=recipe.matmul)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.gate_proj.weight.dtype)
+        x = x.to(self.recipe.matmul)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -31,7 +31,7 @@ class PrefixLayer(nn.Module):
             self.q_proj = Linear(arch.width, q_width, bias=False, dtype=recipe.matmul)
             self.o_proj = Linear(q_width, arch.width, bias=False, dtype=recipe.matmul)
             self.post_attention_layernorm = RMSNorm(arch.width, arch.eps, recipe.stream)
-            self.mlp = GatedMLP(arch.width, arch.intermediate, recipe.matmul)
+            self.mlp = GatedMLP(arch.width, arch.intermediate, recipe)
 
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [1, P, W] -> x, keys after RoPE and values, both [1, K, P, D]."""
@@ -50,7 +50,8 @@ class CrossProjection(nn.Module):
 
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        kv_width, self.head_dim = arch.kv_heads * arch.head_dim, arch.head_dim
+        self.recipe, self.head_dim = recipe, arch.head_dim
+        kv_width = arch.kv_heads * arch.head_dim
         self.k_proj = Linear(kv_width, kv_width, bias=False, dtype=recipe.matmul)
         self.v_proj = Linear(kv_width, kv_width, bias=False, dtype=recipe.matmul)
 
@@ -130,4 +131,4 @@ class Prefix(nn.Module):
         for i, layer in enumerate(self.layers):
             x, k, v = layer(x, mask, cos, sin)
             cache += [k, v] if arch.is_self(i) else self.cross[str(i)](k, v)
-        return prefix_mask, *cache
+        return prefix_mask, *(t.to(self.recipe.matmul) for t in cache)

@@ -16,7 +16,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.patch = arch.patch_size
+        self.recipe, self.patch = recipe, arch.patch_size
         self.weight = nn.Parameter(torch.empty(arch.vision_width, 3, self.patch, self.patch, dtype=recipe.matmul))
         self.bias = nn.Parameter(torch.empty(arch.vision_width, dtype=recipe.matmul))
 
@@ -108,7 +108,7 @@ class Connector(nn.Module):
 
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.factor, self.stream = arch.pixel_shuffle, recipe.stream
+        self.recipe, self.factor = recipe, arch.pixel_shuffle
         shape = (arch.width, arch.vision_width * arch.pixel_shuffle**2)
         self.weight = nn.Parameter(torch.empty(shape, dtype=recipe.matmul))
 
@@ -117,4 +117,4 @@ class Connector(nn.Module):
         k, side = self.factor, int(n**0.5)
         x = x.reshape(b, side // k, k, side // k, k * w).transpose(2, 3)
         x = x.reshape(b, (side // k) ** 2, k * k * w)
-        return F.linear(x, self.weight.to(self.stream))
+        return F.linear(x, self.weight.to(self.recipe.stream))

@@ -5,7 +5,7 @@ ignored is reported by name, all at once.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .architecture import Architecture
 from .errors import CheckpointError
 from .expert import Expert
-from .layers import Recipe
+from .layers import Recipe, pin
 from .prefix import Prefix
 
 VLM = "model.vlm_with_expert.vlm.model."
@@ -56,8 +56,11 @@ def source_key(view: nn.Module, name: str) -> str:
     raise AssertionError(f"no LeRobot key for {name}")
 
 
-def build_views(arch: Architecture, tensors: Mapping[str, Tensor], recipe: Recipe) -> tuple[Prefix, Expert]:
-    """The two views with the checkpoint's weights, in eval mode.
+def build_views(
+    arch: Architecture, tensors: Mapping[str, Tensor], recipe: Recipe, pinned: Collection[str] = ()
+) -> tuple[Prefix, Expert]:
+    """The two views with the checkpoint's weights, in eval mode. pinned: stages that stay in the stream's dtype,
+    as `prefix.<module>` or `expert.<module>`.
 
     Raises CheckpointError that lists every missing key, wrong shape, non-finite tensor and unknown key.
     """
@@ -87,6 +90,8 @@ def build_views(arch: Architecture, tensors: Mapping[str, Tensor], recipe: Recip
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"the weights do not fit the configs:\n  {shown}{more}")
     prefix, expert = Prefix(arch, recipe), Expert(arch, recipe)
+    for name, view in (("prefix.", prefix), ("expert.", expert)):
+        pin(view, (stage.removeprefix(name) for stage in pinned if stage.startswith(name)))
     with torch.no_grad():
         for view in (prefix, expert):
             for name, parameter in view.named_parameters():

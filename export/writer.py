@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..quantize.ranges import policy_ranges, require_headroom
+from ..quantize.ranges import policy_ranges, stages_to_pin
 from ..runtime import Bundle, Policy, bundle
 from ..runtime.bundle import MANIFEST, manifest_json, sha256_of
 from ..runtime.selfcheck import run_selfcheck
@@ -19,7 +19,9 @@ from . import graph, lerobot_check, parity, tokens
 from .architecture import Architecture
 from .checkpoint import Checkpoint
 from .errors import ExportError
-from .layers import FP16, FP32
+from .expert import Expert
+from .layers import FP16, FP32, stages
+from .prefix import Prefix
 from .reference import Observation, Reference, fixed_observations
 from .weights import build_views
 
@@ -76,24 +78,36 @@ def write_bundle(
     observations = fixed_observations(checkpoint, arch)
     say("running the checkpoint in torch float32 (the reference)")
     expected = [reference.run(o) for o in observations]
-    prefix, expert = reference.prefix, reference.expert
     recipe = replace(RECIPES[precision], ort=exact.ort)
-    if recipe != exact:
-        prefix, expert = build_views(arch, checkpoint.tensors, recipe)
 
     with _staging(output, force) as folder:
-        say("exporting prefix.onnx")
-        graph.export_graph(prefix, graph.prefix_example(arch), folder / "prefix.onnx", target)
-        say("exporting expert.onnx")
-        graph.export_graph(expert, graph.expert_example(arch, recipe), folder / "expert.onnx", target)
-        del prefix, expert
         shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
         parity.write_selfcheck(folder / "selfcheck.npz", observations, expected)
-        say("hashing")
-        manifest = _describe(checkpoint, arch, folder, precision, target, demo)
-        (folder / MANIFEST).write_text(manifest_json(manifest))
+        pinned: set[str] = set()
+        while True:
+            views = reference.prefix, reference.expert
+            if recipe != exact:
+                views = build_views(arch, checkpoint.tensors, recipe, pinned)
+            examples = graph.prefix_example(arch), graph.expert_example(arch, recipe)
+            for name, view, example in zip(("prefix.onnx", "expert.onnx"), views, examples, strict=True):
+                say(f"exporting {name}")
+                graph.export_graph(view, example, folder / name, target)
+            say("hashing")
+            manifest = _describe(checkpoint, arch, folder, precision, target, demo, pinned)
+            (folder / MANIFEST).write_text(manifest_json(manifest))
+            policy = Policy.load(folder, device="cpu")
+            if recipe.matmul != torch.float16:
+                break
+            say("measuring float16 ranges")
+            largest, more = _float16_ranges(policy, observations, views, pinned)
+            manifest = replace(manifest, float16_largest=largest)
+            if not more:
+                break
+            say(f"keeping in float32, too large for float16: {', '.join(sorted(more))}")
+            pinned |= more
+            shutil.rmtree(policy.bundle.cache_folder, ignore_errors=True)
+        del views, reference
         say("proving parity through the runtime")
-        policy = Policy.load(folder, device="cpu")
         measured = parity.measure(policy, observations, expected)
         parity.require(measured, precision)
         stored = run_selfcheck(policy)
@@ -102,9 +116,6 @@ def write_bundle(
             say("comparing with LeRobot")
             measured["lerobot"] = lerobot_check.measure(checkpoint, policy, observations)
             parity.require(measured, precision)
-        if recipe.matmul == torch.float16:
-            say("measuring float16 ranges")
-            manifest = replace(manifest, float16_largest=_float16_largest(policy, observations[-1]))
         manifest = replace(manifest, parity=measured)
         (folder / MANIFEST).write_text(manifest_json(manifest))
         shutil.rmtree(policy.bundle.cache_folder, ignore_errors=True)  # of the manifest without its numbers
@@ -112,13 +123,19 @@ def write_bundle(
     return Written(output, Bundle.open(output).manifest)
 
 
-def _float16_largest(policy: Policy, observation: Observation) -> float:
-    """The largest float16 magnitude in either graph; raises RangeError without headroom."""
-    feeds = policy.prefill(observation.images, observation.state, observation.task)
-    largest = policy_ranges(policy, feeds, observation.noise)
-    for name, found in largest.items():
-        require_headroom(name, found)
-    return max(v for found in largest.values() for v in found.values())
+def _float16_ranges(
+    policy: Policy, observations: list[Observation], views: tuple[Prefix, Expert], pinned: set[str]
+) -> tuple[float, set[str]]:
+    """-> the largest float16 magnitude in either graph, and the stages that must be pinned for it. Raises
+    RangeError where that cannot help."""
+    runs = [(policy.preprocessor.feeds(o.images, o.state, o.task), o.noise) for o in observations]
+    ranges, more = policy_ranges(policy, runs), set()
+    m = policy.manifest
+    for name, g, view, largest in zip(("prefix", "expert"), (m.prefix, m.expert), views, ranges, strict=True):
+        free = {stage for stage in stages(view) if f"{name}.{stage}" not in pinned}
+        found = stages_to_pin(policy.bundle.path(g.file), largest, free)
+        more |= {f"{name}.{stage}" for stage in found}
+    return max(v for largest in ranges for v in largest.values()), more
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -186,11 +203,13 @@ def _describe(
     precision: bundle.Precision,
     target: bundle.Target,
     demo: bool,
+    pinned: set[str],
 ) -> bundle.Manifest:
     """The manifest, but for the parity numbers."""
     config, around = checkpoint.config, checkpoint.processors
     prefix, expert = (graph.describe_graph(folder / f"{name}.onnx") for name in ("prefix", "expert"))
-    files = {path.name: bundle.File(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())}
+    paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+    files = {path.name: bundle.File(sha256_of(path), path.stat().st_size) for path in paths}
     tokenizer = tokens.read_tokenizer(checkpoint.tokenizer)
     pad = tokens.pad_id(checkpoint.tokenizer, tokenizer, getattr(checkpoint.vlm.text_config, "pad_token_id", None))
     return bundle.Manifest(
@@ -217,6 +236,7 @@ def _describe(
         precision=precision,
         target=target,
         parity={},
+        pinned=tuple(sorted(pinned)),
         float16_largest=None,
         built_with=_versions(),
     )

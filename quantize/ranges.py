@@ -5,8 +5,9 @@ graph output, every intermediate is rounded to float16 as a GPU would store it: 
 out as infinity.
 """
 
+import ast
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,38 +55,62 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
     return largest
 
 
-def policy_ranges(policy: Policy, feeds: Feeds, noise: NDArray[np.float32]) -> dict[str, dict[str, float]]:
-    """`float16_ranges` of both graphs of a bundle: the prefix on `feeds`, the expert at its first and last step.
-
-    The policy's cache must be the one that `feeds` filled. noise: [1, chunk_size, max_action_dim].
-    """
-    actions, nothing = policy.denoise(noise), np.zeros_like(noise)
+def policy_ranges(policy: Policy, runs: Sequence[tuple[Feeds, NDArray[np.float32]]]) -> list[dict[str, float]]:
+    """`float16_ranges` of the prefix and the expert over `runs`: preprocessed observations, each with its noise
+    [1, chunk_size, max_action_dim]. The expert is looked at in its first and last step."""
     steps = policy.steps(policy.manifest.sampling.num_steps)
-    cache = policy.graphs.cache()
-    expert = [
-        {
-            "noisy_actions": x,
-            "time_embedding": step.embedding,
-            "time": step.time,
-            "dt": step.dt,
-            "prev_chunk": nothing,
-            "prev_weights": nothing[:, :, :1],
-            "guidance": step.guidance,
-            **cache,
-        }
-        for x, step in ((noise, steps[0]), (actions, steps[-1]))
-    ]
+    expert: list[dict[str, NDArray[Any]]] = []
+    for feeds, noise in runs:
+        policy.graphs.prefill(feeds)
+        cache, nothing = policy.graphs.cache(), np.zeros_like(noise)
+        expert += [
+            {
+                "noisy_actions": x,
+                "time_embedding": step.embedding,
+                "time": step.time,
+                "dt": step.dt,
+                "prev_chunk": nothing,
+                "prev_weights": nothing[:, :, :1],
+                "guidance": step.guidance,
+                **cache,
+            }
+            for x, step in ((noise, steps[0]), (policy.denoise(noise), steps[-1]))
+        ]
     m, path = policy.manifest, policy.bundle.path
-    return {
-        m.prefix.file: float16_ranges(path(m.prefix.file), [feeds]),
-        m.expert.file: float16_ranges(path(m.expert.file), expert),
-    }
+    prefix = float16_ranges(path(m.prefix.file), [feeds for feeds, _ in runs])
+    return [prefix, float16_ranges(path(m.expert.file), expert)]
+
+
+def stages_to_pin(path: Path, largest: Mapping[str, float], stages: Collection[str]) -> set[str]:
+    """Those of `stages` (module paths) in whose nodes of the graph at `path` a tensor goes beyond the headroom.
+
+    Raises RangeError for a tensor of no stage. The exporter writes the modules around each node as its metadata.
+    """
+    model = onnx.load(path, load_external_data=False)
+    made_in = {name: _modules(node) for node in model.graph.node for name in node.output}
+    found = set()
+    for tensor in _beyond(largest):
+        inside = [module for module in made_in[tensor] if module in stages]
+        if not inside:
+            require_headroom(path.name, {tensor: largest[tensor]})
+        found.add(inside[-1])
+    return found
+
+
+def _modules(node: onnx.NodeProto) -> list[str]:
+    """Paths of the torch modules around a node, outermost first."""
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    return [str(name) for name in ast.literal_eval(scopes)]
+
+
+def _beyond(largest: Mapping[str, float]) -> dict[str, float]:
+    return {name: v for name, v in largest.items() if not v <= FLOAT16_MAX / HEADROOM}
 
 
 def require_headroom(graph: str, largest: Mapping[str, float]) -> None:
     """Raises RangeError that names every tensor beyond FLOAT16_MAX / HEADROOM, largest first."""
     limit = FLOAT16_MAX / HEADROOM
-    over = sorted(((v, n) for n, v in largest.items() if not v <= limit), reverse=True)
+    over = sorted(((v, n) for n, v in _beyond(largest).items()), reverse=True)
     if over:
         shown = ", ".join(f"{n} {v:.0f}" for v, n in over[:8])
         raise RangeError(

@@ -136,6 +136,7 @@ class Manifest:
     precision: Precision
     target: Target
     parity: dict[str, float]  # stage -> worst error against the checkpoint, over max(1, max abs reference)
+    pinned: tuple[str, ...]  # stages of a float16 bundle that compute in float32, found by the range pass
     float16_largest: float | None  # largest magnitude of a float16 tensor on the fixed observations (limit 65504)
     built_with: dict[str, str]
 

@@ -4,6 +4,8 @@ ONNX Runtime computes float16 in float32 on a CPU, so it cannot be the judge her
 every intermediate to float16.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -17,9 +19,9 @@ from smolvla_edge.export.graph import export_graph, prefix_example
 from smolvla_edge.export.layers import FP16, FP32, Recipe
 from smolvla_edge.export.reference import Reference, fixed_observations
 from smolvla_edge.export.weights import build_views
-from smolvla_edge.export.writer import architecture_of
+from smolvla_edge.export.writer import architecture_of, write_bundle
 from smolvla_edge.quantize.errors import RangeError
-from smolvla_edge.quantize.ranges import float16_ranges, require_headroom
+from smolvla_edge.quantize.ranges import FLOAT16_MAX, HEADROOM, float16_ranges, require_headroom
 from smolvla_edge.runtime.selfcheck import TOLERANCE
 
 NAIVE = Recipe(torch.float16, torch.float16)
@@ -88,6 +90,38 @@ def test_typed_float16_passes_the_range_pass_on_the_same_spike(spiked, tmp_path)
     largest = float16_ranges(tmp_path / "prefix.onnx", [feeds_of(expected, arch)])
     require_headroom("prefix.onnx", largest)
     assert max(largest.values()) > 1000  # the spike is really there
+
+
+def amplified(checkpoint, layer, factor):
+    """The same policy with a larger product inside one gated MLP of the VLM, to be taken back by what follows."""
+    tensors = dict(checkpoint.tensors)
+    tensors[MLP.format(layer) + "up_proj.weight"] = tensors[MLP.format(layer) + "up_proj.weight"].float() * factor
+    tensors[MLP.format(layer) + "down_proj.weight"] = tensors[MLP.format(layer) + "down_proj.weight"].float() / factor
+    return replace(checkpoint, tensors=tensors)
+
+
+@pytest.mark.parametrize("target", ["portable", "cpu"])
+def test_a_stage_too_large_for_float16_is_kept_in_float32_and_reported(target, export_case, tmp_path):
+    checkpoint = amplified(load_checkpoint(str(DATA / "tiny_outliers" / "checkpoint")), 1, 2**12)
+    said = []
+    manifest = write_bundle(checkpoint, tmp_path / "bundle", "fp16", target=target, say=said.append).manifest
+    assert manifest.pinned == ("prefix.layers.1.mlp",)
+    assert manifest.float16_largest < FLOAT16_MAX / HEADROOM
+    assert "keeping in float32, too large for float16: prefix.layers.1.mlp" in said
+    plain = export_case("tiny_outliers", "fp16", target) / "prefix.onnx.data"
+    weights = [t for name, t in checkpoint.tensors.items() if name.startswith(MLP.format(1))]
+    grown = (tmp_path / "bundle" / "prefix.onnx.data").stat().st_size - plain.stat().st_size
+    assert grown == sum(2 * t.numel() for t in weights) > 0
+    assert all(value < TOLERANCE["fp16"] for value in manifest.parity.values())
+
+
+def test_a_cache_too_large_for_float16_is_refused(tmp_path):
+    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
+    name = "model.vlm_with_expert.vlm.model.text_model.layers.0.self_attn.v_proj.weight"
+    checkpoint.tensors[name] = checkpoint.tensors[name].float() * 2**14
+    with pytest.raises(RangeError, match=r"prefix.onnx is not safe in float16.*value\.0.*--precision fp32"):
+        write_bundle(checkpoint, tmp_path / "bundle", "fp16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_square_that_overflows_is_seen_although_the_output_is_small(tmp_path):

@@ -1,9 +1,9 @@
-"""Seconds per chunk: a bundle through the runtime beside the checkpoint's torch views, interleaved in one process.
+"""Seconds per chunk: bundles through the runtime beside the checkpoint in torch, interleaved.
 
     python -m smolvla_edge.benchmarks.latency --demo --bundle bundle-demo
-    python -m smolvla_edge.benchmarks.latency path/to/my_finetune --bundle my_bundle
+    python -m smolvla_edge.benchmarks.latency path/to/my_finetune --bundle my_bundle --lerobot lerobot-env/bin/python
 
-The machine's noise falls on both, so the ratio of two neighbouring runs is what to trust. The last line is JSON.
+The machine's noise falls on all, so the ratio of neighbouring runs is what to trust. The last line is JSON.
 """
 
 import json
@@ -13,10 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from ..export.checkpoint import Checkpoint, load_checkpoint
 from ..export.demo import write_demo_checkpoint
@@ -26,6 +29,7 @@ from ..export.reference import Reference, fixed_observations
 from ..export.weights import build_views
 from ..export.writer import architecture_of
 from ..runtime import Policy, SmolVLAError, command
+from .lerobot_process import LeRobotProcess
 
 app = command.new_app()
 
@@ -33,63 +37,97 @@ app = command.new_app()
 @app.command()
 def latency(
     checkpoint: str = typer.Argument("lerobot/smolvla_base", help="What the bundle was exported from."),
-    bundle: str = typer.Option("bundle", help="Bundle folder."),
-    device: str = typer.Option("cpu", help="auto, cpu, cuda or jetson, for the bundle."),
+    bundle: list[str] = typer.Option(["bundle"], help="Bundle folder; give it again for each to compare."),
+    device: str = typer.Option("cpu", help="auto, cpu, cuda or jetson, for the bundles."),
     demo: bool = typer.Option(False, "--demo", help="The demo weights instead of CHECKPOINT."),
+    lerobot: str | None = typer.Option(
+        None,
+        help="A Python with lerobot 0.4.4 and this package: time LeRobot, float32 and bfloat16, in processes of "
+        "their own.  [default: this exporter's torch views]",
+    ),
     repeats: int = typer.Option(7, min=1, help="Timed runs of each."),
     warmup: int = typer.Option(2, min=0, help="Runs thrown away before."),
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),
 ) -> None:
-    """Time one chunk of the bundle and of the torch float32 views in turns."""
-    with tempfile.TemporaryDirectory(prefix="smolvla-demo-") as temporary:
+    """Time one chunk of each bundle and of the checkpoint in torch, in turns."""
+    if demo and lerobot:
+        raise ExportError(
+            "LeRobot cannot load the demo's short processor files: name a checkpoint of its own, or --demo"
+        )
+    with tempfile.TemporaryDirectory(prefix="smolvla-demo-") as temporary, ExitStack() as stack:
         if demo:
             checkpoint = str(Path(temporary) / "checkpoint")
             write_demo_checkpoint(Path(checkpoint), print)
-        _compare(load_checkpoint(checkpoint), bundle, device, repeats, warmup)
+        source = load_checkpoint(checkpoint)
+        baselines: dict[str, Callable[[], float]] = {}
+        if lerobot is None:
+            arch = architecture_of(source)
+            views = Reference(source, arch, *build_views(arch, source.tensors, FP32))
+            baselines["torch views float32"] = _timed(partial(views.run, fixed_observations(source, arch)[-1]))
+        else:
+            for dtype in ("float32", "bfloat16"):
+                process = LeRobotProcess(lerobot, str(source.folder), dtype)
+                stack.callback(process.close)
+                baselines[f"LeRobot {dtype}"] = process.run
+        _compare(source, bundle, baselines, device, repeats, warmup)
 
 
-def _compare(source: Checkpoint, bundle: str, device: str, repeats: int, warmup: int) -> None:
-    arch = architecture_of(source)
-    views = Reference(source, arch, *build_views(arch, source.tensors, FP32))
-    observation = fixed_observations(source, arch)[-1]
-    policy = Policy.load(bundle, device)
-    if policy.manifest.source.weights_sha256 != source.weights_sha256:
-        raise ExportError(f"{bundle} was exported from other weights than {source.name}: name its own checkpoint")
-    stages: list[tuple[float, float, float]] = []
+def _compare(
+    source: Checkpoint,
+    bundles: list[str],
+    baselines: dict[str, Callable[[], float]],
+    device: str,
+    repeats: int,
+    warmup: int,
+) -> None:
+    observation = fixed_observations(source, architecture_of(source))[-1]
+    given = observation.images, observation.state, observation.task, observation.noise
+    policies = {name: Policy.load(name, device) for name in bundles}
+    for name, policy in policies.items():
+        if policy.manifest.source.weights_sha256 != source.weights_sha256:
+            raise ExportError(f"{name} was exported from other weights than {source.name}: name its own checkpoint")
+    stages: dict[str, list[tuple[float, float, float]]] = {name: [] for name in policies}
 
-    def ours() -> None:
-        policy.predict_chunk(observation.images, observation.state, observation.task, observation.noise)
-        t = policy.timing
-        stages.append((t.preprocess_ms, t.prefix_ms, t.denoise_ms))
+    def chunk(name: str) -> None:
+        policies[name].predict_chunk(*given)
+        t = policies[name].timing
+        stages[name].append((t.preprocess_ms, t.prefix_ms, t.denoise_ms))
 
-    seconds = interleaved([ours, lambda: views.run(observation)], repeats, warmup)
-    ratio = seconds[0] / seconds[1]
-    m = policy.manifest
+    runs = baselines | {name: _timed(partial(chunk, name)) for name in policies}
+    seconds = dict(zip(runs, interleaved(list(runs.values()), repeats, warmup), strict=True))
     print(f"machine    {machine()}")
-    print(f"bundle     {bundle}: {m.precision}, {len(m.cameras)} cameras, {m.tokens.length} tokens, "
-          f"{m.sampling.num_steps} steps; {policy.graphs.reason}")  # fmt: skip
-    for name, values in (("bundle", seconds[0]), ("torch views float32", seconds[1])):
-        print(f"{name:<20} p50 {np.median(values):7.3f} s   min {values.min():7.3f}   max {values.max():7.3f}")
-    parts = np.median(np.array(stages[warmup:]), axis=0)
-    print("bundle by stage     " + ", ".join(
-        f"{n} {ms:.1f} ms" for n, ms in zip(("preprocess", "prefix", "denoise"), parts, strict=True)))  # fmt: skip
-    print(f"bundle / torch      p50 {np.median(ratio):.3f}   min {ratio.min():.3f}   max {ratio.max():.3f}")
-    result = {"command": " ".join(sys.argv), "machine": machine(), "bundle_s": seconds[0].tolist()}
-    result |= {"torch_s": seconds[1].tolist(), "ratio_p50": float(np.median(ratio)), "precision": m.precision}
-    print(json.dumps(result))
+    for name, policy in policies.items():
+        m = policy.manifest
+        parts = np.median(np.array(stages[name][warmup:]), axis=0)
+        print(f"bundle     {name}: {m.precision}, {m.target}, {len(m.cameras)} cameras, {m.tokens.length} tokens, "
+              f"{m.sampling.num_steps} steps; {policy.graphs.reason}")  # fmt: skip
+        print("           preprocess {:.1f} ms, prefix {:.1f} ms, denoise {:.1f} ms".format(*parts))
+    for name, values in seconds.items():
+        print(f"{name:<40} p50 {np.median(values):7.3f} s   min {values.min():7.3f}   max {values.max():7.3f}")
+    for name in policies:
+        for other in baselines:
+            ratio = seconds[other] / seconds[name]
+            print(f"{name} is faster than {other} by   p50 {np.median(ratio):.2f}x   "
+                  f"min {ratio.min():.2f}   max {ratio.max():.2f}")  # fmt: skip
+    result = {"command": " ".join(sys.argv), "machine": machine()}
+    print(json.dumps(result | {"seconds": {name: values.tolist() for name, values in seconds.items()}}))
 
 
-def interleaved(
-    runs: list[Callable[[], object]], repeats: int, warmup: int
-) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
-    """Wall seconds [len(runs), repeats] of each of `runs`, taken in turns."""
-    seconds = np.zeros((len(runs), repeats))
-    for i in range(-warmup, repeats):
-        for j, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            if i >= 0:
-                seconds[j, i] = time.perf_counter() - start
+def _timed(run: Callable[[], object]) -> Callable[[], float]:
+    """`run`, giving its wall seconds."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return timed
+
+
+def interleaved(runs: list[Callable[[], float]], repeats: int, warmup: int) -> NDArray[np.float64]:
+    """What each of `runs` returns, its seconds, taken in turns: [len(runs), repeats]."""
+    turns = [[run() for run in runs] for _ in range(warmup + repeats)]
+    seconds: NDArray[np.float64] = np.array(turns[warmup:]).T
     return seconds
 
 

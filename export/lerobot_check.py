@@ -35,7 +35,7 @@ def lerobot_actions(checkpoint: Checkpoint, observations: Sequence[Observation])
     names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
     answers = []
     with tempfile.TemporaryDirectory() as scratch, _vision_positions():
-        policy, preprocess = _load(checkpoint, Path(scratch) / "vlm")
+        policy, preprocess = load_policy(checkpoint, Path(scratch) / "vlm")
         for observation in observations:
             batch: dict[str, Any] = {
                 names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
@@ -58,7 +58,7 @@ def measure(checkpoint: Checkpoint, policy: Policy, observations: Sequence[Obser
     return worst
 
 
-def _load(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
+def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
     """LeRobot's policy in float32 and its preprocessor; `vlm` is a scratch folder for what it loads by name."""
     try:
         from lerobot.configs.policies import PreTrainedConfig

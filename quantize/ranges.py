@@ -1,8 +1,8 @@
 """How close a graph's float16 tensors come to the largest float16.
 
-ONNX Runtime computes float16 in float32 on a CPU, so equal outputs there prove nothing about overflow. Made a
-graph output, every intermediate is rounded to float16 as a GPU would store it: squares and sums that overflow come
-out as infinity.
+ONNX Runtime computes float16 in float32 on a CPU, so equal outputs there prove nothing about overflow. Here the
+largest magnitude of every intermediate is taken as it is computed, before it would be rounded: squares and sums that
+no float16 holds show as numbers beyond its limit.
 """
 
 import ast
@@ -21,24 +21,42 @@ from ..runtime.preprocessing import Feeds
 from .errors import RangeError
 
 FLOAT16_MAX = 65504.0
+PROBE = "float16_range."
 HEADROOM = 4.0  # a tensor may use a quarter of the range: other observations reach further than the ones tried
 
 
 def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> dict[str, float]:
     """-> largest magnitude of every float16 tensor of the graph at `path` over all `runs` (feeds by input name).
 
-    Infinite for a tensor that overflowed or holds a NaN. Empty for a graph without float16.
+    Infinite for a tensor that holds a NaN. Empty for a graph without float16.
     """
     model = onnx.load(path, load_external_data=False)
-    known = {o.name for o in model.graph.output}
-    inner = [
-        v
-        for v in model.graph.value_info
-        if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16 and v.name not in known
-    ]
     produced = {name for node in model.graph.node for name in node.output}
-    model.graph.output.extend(v for v in inner if v.name in produced)
-    largest: dict[str, float] = {}
+    half = [
+        v.name
+        for v in (*model.graph.value_info, *model.graph.output)
+        if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16 and v.name in produced
+    ]
+    if not half:
+        return {}
+    # Two numbers each, taken right behind its producer: all tensors at once would need many gigabytes.
+    numbers: dict[str, list[str]] = {}
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        for name in set(node.output) & set(half):
+            wide, size, top, total = (f"{PROBE}{len(numbers)}.{part}" for part in ("wide", "size", "top", "total"))
+            nodes.append(onnx.helper.make_node("Cast", [name], [wide], to=onnx.TensorProto.FLOAT))
+            nodes.append(onnx.helper.make_node("Abs", [wide], [size]))
+            nodes.append(onnx.helper.make_node("ReduceMax", [size], [top], keepdims=0))
+            nodes.append(onnx.helper.make_node("ReduceSum", [size], [total], keepdims=0))  # a maximum passes NaN over
+            numbers[name] = [top, total]
+    del model.graph.node[:], model.graph.output[:]
+    model.graph.node.extend(nodes)
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, []) for pair in numbers.values() for n in pair
+    )
+    largest = dict.fromkeys(numbers, 0.0)
     # Beside the original, so that both read the same weights.
     with tempfile.NamedTemporaryFile(suffix=".onnx", dir=path.parent) as probe:
         probe.write(model.SerializeToString())
@@ -46,12 +64,12 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # as listed
         session = onnxruntime.InferenceSession(probe.name, options, providers=["CPUExecutionProvider"])
-        names = [o.name for o in session.get_outputs() if o.type == "tensor(float16)"]
         for feeds in runs:
-            for name, value in zip(names, session.run(names, dict(feeds)) if names else [], strict=True):
-                top = float(np.abs(value).max()) if np.isfinite(value).all() else float("inf")
-                largest[name] = max(largest.get(name, 0.0), top)
+            found = iter(session.run(None, dict(feeds)))
+            for name, top, total in zip(numbers, found, found, strict=True):
+                largest[name] = max(largest[name], float(top) if np.isfinite(total) else float("inf"))
     return largest
 
 

@@ -142,7 +142,7 @@ def test_a_square_that_overflows_is_seen_although_the_output_is_small(tmp_path):
     small = float16_ranges(tmp_path / "square.onnx", [{"x": np.float16([3, 100])}])
     assert small["square"] == 10000
     large = float16_ranges(tmp_path / "square.onnx", [{"x": np.float16([3, 300])}])
-    assert large["square"] == float("inf")
+    assert large["square"] == 90000.0  # 300 squared: no float16
     with pytest.raises(RangeError, match="square"):
         require_headroom("square.onnx", large)
     lost = float16_ranges(tmp_path / "square.onnx", [{"x": np.float16([3, np.nan])}])

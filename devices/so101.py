@@ -104,11 +104,10 @@ class SO101:
         finally:
             self.close()
         if result.unconfirmed:
-            message = result.message
             if error is None:
-                raise ArmError(message)
+                raise ArmError(result.message)
             # The error under way says more; it must not be replaced.
-            log.error(message)
+            log.error(result.message)
 
     @property
     def enabled(self) -> bool:
@@ -201,6 +200,10 @@ class SO101:
                     log.error(result.message)
                 raise
         now = time.monotonic()
+        assert self._monitors is not None  # connected
+        self._monitors.reset()
+        self._unloaded.clear()
+        self._torque_now, self.stopped = dict(self.torque_limits), ""
         self._shaper.start(goals, now, far=far)
         self._rest, self._torque_seen_s = np.array(goals, np.float64), now
         if self._was_on or self.motors_off:

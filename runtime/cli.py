@@ -94,7 +94,9 @@ def run(
         cameras=stored.cameras | settings.parse_cameras(camera or []),
     )
     chosen.check_values()
-    modes: list[Mode] = [m for m, given in (("dry-run", dry_run), ("rehearse", rehearse)) if given]  # type: ignore[misc]
+    modes: list[Mode] = []
+    modes += ["dry-run"] if dry_run else []
+    modes += ["rehearse"] if rehearse else []
     if len(modes) + self_check + (replay_ is not None) > 1:
         raise SettingsError("--dry-run, --rehearse, --replay and --self-check exclude each other")
     if self_check:

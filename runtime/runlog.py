@@ -1,9 +1,9 @@
 """What a run leaves behind: always a log of its ticks, and with --record everything the policy saw and said."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +22,16 @@ class Records:
         self._log, self._steps = log, steps
 
     def tick(self, tick: Tick) -> None:
-        log, state = tick.log, tick.state
-        line = {"t_s": tick.elapsed_s, "doing": tick.doing, "queued": tick.queued, "late_ms": log.late_ms[-1]}
+        log = tick.log
+        line: dict[str, Any] = {
+            "t_s": tick.elapsed_s,
+            "doing": tick.doing,
+            "queued": tick.queued,
+            "late_ms": log.late_ms[-1],
+        }
         line |= {"read_ms": log.read_ms[-1], "write_ms": log.write_ms[-1], "missed": log.counts.missed}
-        line |= {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}  # type: ignore[arg-type]
-        emitted = {f.name: getattr(tick.emitted, f.name) for f in dataclasses.fields(tick.emitted)}  # type: ignore[arg-type]
+        line |= vars(tick.state)
+        emitted = dict(vars(tick.emitted))
         line["goal"] = emitted.pop("raw")
         line["goal_position"] = emitted.pop("position")
         # Of the pipeline's steps only those that bit, and where.

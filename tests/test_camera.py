@@ -91,7 +91,7 @@ def test_a_video_file_is_shown_when_it_is_due_and_ends_with_its_camera(video):
     assert camera.latest().image.shape == (48, 64, 3)
     for _ in range(5):
         number = camera.latest().number
-        wait_for(lambda: camera.latest().number != number)  # noqa: B023
+        wait_for(lambda: camera.latest().number != number)  # noqa: B023  (it is called before the next round)
         assert camera.latest().time_s <= time.monotonic()
     camera.close()
     assert threading.active_count() == threads

@@ -235,7 +235,6 @@ def test_the_arm_goes_where_it_is_sent_and_never_out_of_range(virtual, units):
                 assert "jumps" in arm.stopped and arm.counts.jumped == 15
                 assert np.abs(arm.read().position - [20, -20, 20, -20, 20, 80]).max() < 0.5
                 arm.release()
-                arm.stopped = ""
                 arm.enable(far=True)
                 for _ in range(500):
                     arm.read()

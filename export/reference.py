@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..quantize.sample import draw_image
 from ..runtime.normalization import Normalization
 from .architecture import Architecture
 from .checkpoint import Checkpoint
@@ -51,7 +52,7 @@ def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0
     """The same images, state and noise with a short, a padded and a full-length instruction."""
     rng = np.random.default_rng(seed)
     names = checkpoint.processors.camera_names
-    images = {name: _image(rng, 240 + 24 * i, 320) for i, name in enumerate(names)}
+    images = {name: draw_image(rng, 240 + 24 * i, 320) for i, name in enumerate(names)}
     state = rng.standard_normal(checkpoint.config.state_dim).astype(np.float32)
     stats = checkpoint.processors.state.statistics
     if "mean" in stats and "std" in stats:
@@ -59,16 +60,6 @@ def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0
     noise = rng.standard_normal((1, arch.chunk_size, arch.max_action_dim), dtype=np.float32)
     tokenizer = _tokenizer(checkpoint)
     return [Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)]
-
-
-def _image(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Gradients and blocks: cheap to store, and a shift or swap of pixels shows."""
-    y, x = np.mgrid[0:height, 0:width]
-    image = np.stack([255 * x / width, 255 * y / height, 127 + 120 * np.sin(x / 17) * np.cos(y / 11)], -1)
-    for _ in range(16):
-        row, column, side = rng.integers(height), rng.integers(width), rng.integers(8, 80)
-        image[row : row + side, column : column + side] = rng.integers(0, 256, 3)
-    return image.astype(np.uint8)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:

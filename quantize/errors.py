@@ -2,6 +2,7 @@
 
 QuantizeError          everything below; the command line prints it and exits 2
   RangeError           a float16 tensor comes too close to the largest float16
+  CalibrationError     the calibration data is missing, damaged, or does not fit the policy
 """
 
 
@@ -11,3 +12,7 @@ class QuantizeError(Exception):
 
 class RangeError(QuantizeError):
     """The graph would overflow in float16 on the observations it was given."""
+
+
+class CalibrationError(QuantizeError):
+    """No observations can be read from what was given."""

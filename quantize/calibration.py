@@ -1,0 +1,200 @@
+"""The observations that INT8 is calibrated with, and others to judge it by, from one of four sources.
+
+    FOLDER        a LeRobot dataset (dataset.py), or what smolvla-run --record left
+    user/name     a LeRobot dataset on the Hub
+    synthetic     drawn ones, for trials
+
+Frames are spread over tasks, then over episodes, then over time. Those held out come from other episodes; where there
+is only one, from its end.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.recording import META
+from ..runtime.replay import read_recording
+from .dataset import open_dataset
+from .errors import CalibrationError
+from .sample import Sample, draw_samples
+
+PROGRESS_S = 5.0
+Kind = Literal["dataset", "recording", "synthetic"]
+Episodes = Mapping[int, tuple[int, tuple[str, ...]]]  # number -> frames, tasks
+Reader = Callable[[int, Sequence[int]], list[Sample]]  # number of an episode, some of its frames
+Frames = dict[int, list[int]]  # number of an episode -> some of its frames, ascending
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What was drawn. sha256, bytes: of the pictures, states and instructions that were drawn, and of nothing else;
+    frames, episodes, tasks: how many they are, and from how many (no episodes where synthetic)."""
+
+    source: str  # as the user gave it
+    kind: Kind
+    sha256: str
+    bytes: int
+    frames: int
+    episodes: int
+    tasks: int
+    calibration: tuple[Sample, ...]
+    held_out: tuple[Sample, ...]
+
+
+def read_calibration(
+    source: str,
+    cameras: Sequence[str],
+    state_dim: int,
+    instructions: Sequence[str],
+    *,
+    statistics: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    frames: int = 32,
+    held_out: int = 8,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> CalibrationSet:
+    """Draw `frames` observations to calibrate with and `held_out` to judge by, fewer where there are fewer.
+
+    instructions, statistics: of synthetic observations, the latter mean and std of the state, [dof] in robot units.
+    Raises CalibrationError where the source is missing, damaged or does not fit the robot, and SettingsError where a
+    recording is damaged.
+    """
+    kind: Kind = "dataset"
+    numbers: set[int] = set()
+    if source == "synthetic":
+        kind = "synthetic"
+        say(
+            "warning: synthetic calibration: ranges come from drawn pictures, and nothing is known of the accuracy "
+            "on your robot's. For trials only: give the dataset that the policy was trained with"
+        )
+        mean, std = statistics or (np.zeros(state_dim, np.float32), np.ones(state_dim, np.float32))
+        drawn = draw_samples(frames + held_out, cameras, mean, std, instructions, seed)
+        parts = drawn[:frames], drawn[frames:]
+    else:
+        folder = Path(source).expanduser()
+        if (folder / META).is_file():
+            kind = "recording"
+            episodes, read = _open_recording(folder, cameras)
+        else:
+            dataset = open_dataset(source, cameras, state_dim)
+            episodes, read = {n: (e.length, e.tasks) for n, e in dataset.episodes.items()}, dataset.frames
+        if (total := sum(length for length, _ in episodes.values())) < 2:
+            raise CalibrationError(
+                f"{source} has {total} frames, expected at least 2, better {frames + held_out}: record more"
+            )
+        chosen = choose_frames(episodes, frames, held_out, seed)
+        parts = _read(chosen, read, state_dim, source, say)
+        numbers = {number for part in chosen for number in part}
+    samples = (*parts[0], *parts[1])
+    digest, size = _digest(samples)
+    tasks = len({sample.task for sample in samples})
+    said = f"{len(parts[0])} observations to calibrate with, {len(parts[1])} to judge by"
+    say(f"{said}, from {len(numbers)} episodes with {tasks} tasks")
+    return CalibrationSet(source, kind, digest, size, len(samples), len(numbers), tasks, *parts)
+
+
+def choose_frames(episodes: Episodes, frames: int, held_out: int, seed: int) -> tuple[Frames, Frames]:
+    """-> the frames to calibrate with, and the held-out ones. At least two frames in all are expected."""
+    numbers = [number for number, (length, _) in episodes.items() if length]
+    shuffled = [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
+    order = _in_turns(_by_tasks(shuffled, episodes))
+    share = held_out / (frames + held_out)
+    if len(order) == 1:
+        length = episodes[order[0]][0]
+        cut = length - _part(length, share)
+        spans = {order[0]: range(cut)}, {order[0]: range(cut, length)}
+    else:
+        cut = len(order) - _part(len(order), share)
+        whole = {number: range(episodes[number][0]) for number in order}
+        spans = {n: whole[n] for n in order[:cut]}, {n: whole[n] for n in order[cut:]}
+    return _spread(spans[0], episodes, frames), _spread(spans[1], episodes, held_out)
+
+
+def _part(whole: int, share: float) -> int:
+    return min(max(round(whole * share), 1), whole - 1)
+
+
+def _spread(spans: Mapping[int, range], episodes: Episodes, count: int) -> Frames:
+    """`count` frames out of the spans of some episodes, or all of them."""
+    slots = [
+        _in_turns([[number] * min(len(spans[number]), count) for number in group])
+        for group in _by_tasks(spans, episodes)
+    ]
+    counts = Counter(_in_turns(slots)[:count])
+    # Each episode begins at another phase, so that single frames are not all from the middle.
+    return {
+        number: [spans[number][int((i + (k + 0.5) / len(counts)) / n * len(spans[number]))] for i in range(n)]
+        for k, (number, n) in enumerate(counts.items())
+    }
+
+
+def _by_tasks(numbers: Iterable[int], episodes: Episodes) -> list[list[int]]:
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for number in numbers:
+        groups.setdefault(episodes[number][1], []).append(number)
+    return list(groups.values())
+
+
+def _in_turns(groups: Sequence[Sequence[int]]) -> list[int]:
+    """The first of each group, then the second of each, and so on."""
+    return [x for turn in zip_longest(*groups) for x in turn if x is not None]
+
+
+def _open_recording(folder: Path, cameras: Sequence[str]) -> tuple[Episodes, Reader]:
+    """A recording as one episode."""
+    recording = read_recording(folder)
+    meta = recording.meta
+    if missing := [camera for camera in cameras if camera not in meta.cameras]:
+        raise CalibrationError(
+            f"{folder} has no camera {', '.join(missing)} (found {', '.join(meta.cameras)}): "
+            "give a recording of the policy's robot"
+        )
+
+    def read(_: int, indices: Sequence[int]) -> list[Sample]:
+        asked = [recording.chunk(recording.files[i]) for i in indices]
+        return [Sample({c: a.images[c] for c in cameras}, np.asarray(a.state, np.float32), meta.task) for a in asked]
+
+    return {0: (len(recording.files), (meta.task,))}, read
+
+
+def _read(
+    parts: Sequence[Frames], read: Reader, state_dim: int, source: str, say: Callable[[str], None]
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """The samples of each part, with a line every few seconds."""
+    total, done, told_s = sum(len(indices) for part in parts for indices in part.values()), 0, time.monotonic()
+    result = []
+    for part in parts:
+        samples: list[Sample] = []
+        for number, indices in sorted(part.items()):
+            samples += read(number, indices)
+            for i, sample in zip(indices, samples[-len(indices) :], strict=True):
+                if sample.state.shape != (state_dim,) or not np.isfinite(sample.state).all():
+                    raise CalibrationError(
+                        f"{source}: the state in frame {i} of episode {number} is {sample.state.tolist()}, expected "
+                        f"{state_dim} finite numbers: remove the episode, or give data of the policy's robot"
+                    )
+            done += len(indices)
+            if time.monotonic() - told_s >= PROGRESS_S:
+                told_s = time.monotonic()
+                say(f"read {done} of {total} observations")
+        result.append(tuple(samples))
+    return result[0], result[1]
+
+
+def _digest(samples: Sequence[Sample]) -> tuple[str, int]:
+    """-> SHA-256, bytes."""
+    digest, size = hashlib.sha256(), 0
+    for sample in samples:
+        parts = [(f"{camera} {image.shape}", image.tobytes()) for camera, image in sample.images.items()]
+        for name, data in (*parts, ("state", sample.state.tobytes()), ("task", sample.task.encode())):
+            digest.update(f"{name} {len(data)} ".encode() + data)
+            size += len(data)
+    return digest.hexdigest(), size

@@ -26,7 +26,7 @@ from .sample import Sample
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 STATE = "observation.state"
-_REORDERED = 16  # frames: how far a codec may store a frame from its place in time
+_REORDERED = 16  # frames: how much later a codec may show a frame than it decodes it
 _AGAIN = "copy the dataset again"
 
 
@@ -83,8 +83,7 @@ class Dataset:
         ]
 
     def _file(self, name: str) -> Path:
-        path = self.root / name
-        return path if self.repo is None or path.is_file() else _from_hub(self.repo, name, self.root.name)
+        return self.root / name if self.repo is None else _from_hub(self.repo, name, self.root.name)
 
 
 def open_dataset(source: str, cameras: Sequence[str], state_dim: int) -> Dataset:
@@ -170,7 +169,7 @@ def _rows(
     path: Path, columns: list[str] | None = None, filters: list[tuple[str, str, Any]] | None = None
 ) -> list[dict[str, Any]]:
     try:
-        table = pyarrow.parquet.read_table(path, columns=columns, filters=filters, partitioning=None)
+        table = pyarrow.parquet.read_table(path, columns=columns, filters=filters)
     except (pyarrow.ArrowException, OSError) as e:
         what = f"cannot be read ({str(e).splitlines()[0]})" if path.exists() else "is missing"
         raise CalibrationError(f"{path} {what}: {_AGAIN}") from e
@@ -190,7 +189,6 @@ def _decode(path: Path, times_s: Sequence[float], fps: float) -> list[NDArray[np
     """The frames that a video shows at `times_s`, [H, W, 3] RGB each."""
     try:
         with av.open(str(path)) as container:
-            container.streams.video[0].codec_context.options = {"err_detect": "explode"}
             return [_frame_at(container, time_s, 0.5 / fps) for time_s in times_s]
     except (av.FFmpegError, LookupError) as e:
         why = e.strerror if isinstance(e, av.FFmpegError) else "no video in it"
@@ -200,8 +198,8 @@ def _decode(path: Path, times_s: Sequence[float], fps: float) -> list[NDArray[np
 
 def _frame_at(container: Any, time_s: float, tolerance_s: float) -> NDArray[np.uint8]:
     stream = container.streams.video[0]
-    # Containers look for a keyframe by the time of decoding, which is earlier than the time of showing.
-    container.seek(max(0, int((time_s - _REORDERED * 2 * tolerance_s) / stream.time_base)), stream=stream)
+    # A keyframe found for a time may be decoded before it and shown after it: look for an earlier one.
+    container.seek(int((time_s - _REORDERED * 2 * tolerance_s) / stream.time_base), stream=stream)
     shown = next((frame for frame in container.decode(stream) if frame.time > time_s - tolerance_s), None)
     if shown is None or shown.time > time_s + tolerance_s:
         raise CalibrationError(f"{container.name} has no frame at {time_s:.3f} s, but the data has: {_AGAIN}")
@@ -219,8 +217,8 @@ def _from_hub(repo: str, name: str | None = None, commit: str | None = None) -> 
             return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["meta/*"]))
         return Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
     except Exception as e:  # the library's errors span requests, httpx, OSError and its own
-        what = repo if name is None else f"{name} of {repo}"
+        what = f"{repo} is no folder here, and" if name is None else f"{name} of {repo}"
         raise CalibrationError(
-            f"{what} is no folder here, and cannot be had from the Hub ({type(e).__name__}: "
-            f"{str(e).splitlines()[0]}). Check the name and the network, or give a folder"
+            f"{what} cannot be had from the Hub ({type(e).__name__}: {str(e).splitlines()[0]}). "
+            "Check the name and the network, or give a folder"
         ) from e

@@ -106,20 +106,13 @@ def choose_frames(episodes: Episodes, frames: int, held_out: int, seed: int) -> 
     numbers = [number for number, (length, _) in episodes.items() if length]
     shuffled = [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
     order = _in_turns(_by_tasks(shuffled, episodes))
-    share = held_out / (frames + held_out)
-    if len(order) == 1:
-        length = episodes[order[0]][0]
-        cut = length - _part(length, share)
-        spans = {order[0]: range(cut)}, {order[0]: range(cut, length)}
-    else:
-        cut = len(order) - _part(len(order), share)
-        whole = {number: range(episodes[number][0]) for number in order}
-        spans = {n: whole[n] for n in order[:cut]}, {n: whole[n] for n in order[cut:]}
-    return _spread(spans[0], episodes, frames), _spread(spans[1], episodes, held_out)
-
-
-def _part(whole: int, share: float) -> int:
-    return min(max(round(whole * share), 1), whole - 1)
+    single = len(order) == 1
+    whole = episodes[order[0]][0] if single else len(order)  # what is cut in two: frames, or episodes
+    cut = whole - min(max(round(whole * held_out / (frames + held_out)), 1), whole - 1)
+    spans = {number: range(episodes[number][0]) for number in order}
+    first = {order[0]: range(cut)} if single else {number: spans[number] for number in order[:cut]}
+    rest = {order[0]: range(cut, whole)} if single else {number: spans[number] for number in order[cut:]}
+    return _spread(first, episodes, frames), _spread(rest, episodes, held_out)
 
 
 def _spread(spans: Mapping[int, range], episodes: Episodes, count: int) -> Frames:

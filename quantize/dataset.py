@@ -46,7 +46,7 @@ class Dataset:
 
     root: Path
     repo: str | None
-    fps: float
+    frame_s: float  # from one frame to the next
     cameras: Mapping[str, str]  # camera -> feature
     tasks: Mapping[int, str]
     episodes: Mapping[int, Episode]
@@ -70,7 +70,7 @@ class Dataset:
         for camera, feature in self.cameras.items():
             if camera in episode.videos:
                 name, start_s = episode.videos[camera]
-                images[camera] = _decode(self._file(name), [start_s + row["timestamp"] for row in rows], self.fps)
+                images[camera] = _decode(self._file(name), [start_s + row["timestamp"] for row in rows], self.frame_s)
             else:
                 images[camera] = [_picture(row[feature], f"{path}, episode {number}, {feature}") for row in rows]
         return [
@@ -104,7 +104,7 @@ def open_dataset(source: str, cameras: Sequence[str], state_dim: int) -> Dataset
         )
     try:
         return _read_meta(root, repo, cameras, state_dim)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
         raise CalibrationError(
             f"{root / 'meta'} is damaged ({e if isinstance(e, OSError) else repr(e)}): {_AGAIN}"
         ) from e
@@ -158,7 +158,7 @@ def _read_meta(root: Path, repo: str | None, cameras: Sequence[str], state_dim: 
     }
     # The text is the only other column: "task", or the name that pandas gives to an index.
     texts = {int(row.pop("task_index")): str(*row.values()) for row in tasks}
-    return Dataset(root, repo, float(info["fps"]), {camera: names[camera] for camera in cameras}, texts, episodes)
+    return Dataset(root, repo, 1 / float(info["fps"]), {camera: names[camera] for camera in cameras}, texts, episodes)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -185,23 +185,23 @@ def _picture(cell: Any, where: str) -> NDArray[np.uint8]:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
 
-def _decode(path: Path, times_s: Sequence[float], fps: float) -> list[NDArray[np.uint8]]:
+def _decode(path: Path, times_s: Sequence[float], frame_s: float) -> list[NDArray[np.uint8]]:
     """The frames that a video shows at `times_s`, [H, W, 3] RGB each."""
     try:
         with av.open(str(path)) as container:
-            return [_frame_at(container, time_s, 0.5 / fps) for time_s in times_s]
+            return [_frame_at(container, time_s, frame_s) for time_s in times_s]
     except (av.FFmpegError, LookupError) as e:
         why = e.strerror if isinstance(e, av.FFmpegError) else "no video in it"
         what = f"cannot be decoded ({why})" if path.exists() else "is missing"
         raise CalibrationError(f"{path} {what}: {_AGAIN}") from e
 
 
-def _frame_at(container: Any, time_s: float, tolerance_s: float) -> NDArray[np.uint8]:
+def _frame_at(container: Any, time_s: float, frame_s: float) -> NDArray[np.uint8]:
     stream = container.streams.video[0]
     # A keyframe found for a time may be decoded before it and shown after it: look for an earlier one.
-    container.seek(int((time_s - _REORDERED * 2 * tolerance_s) / stream.time_base), stream=stream)
-    shown = next((frame for frame in container.decode(stream) if frame.time > time_s - tolerance_s), None)
-    if shown is None or shown.time > time_s + tolerance_s:
+    container.seek(int((time_s - _REORDERED * frame_s) / stream.time_base), stream=stream)
+    shown = next((frame for frame in container.decode(stream) if frame.time > time_s - frame_s / 2), None)
+    if shown is None or shown.time > time_s + frame_s / 2:
         raise CalibrationError(f"{container.name} has no frame at {time_s:.3f} s, but the data has: {_AGAIN}")
     image: NDArray[np.uint8] = shown.to_ndarray(format="rgb24")
     return image

@@ -340,6 +340,7 @@ DAMAGE = {
     "another version": (edit_info(lambda i: i.update(codebase_version="v9.0")), "'v9.0', expected v2.0, v2.1, v3.0"),
     "no version": (edit_info(lambda i: i.pop("codebase_version")), r"meta is damaged \(KeyError\('codebase"),
     "no rate": (edit_info(lambda i: i.update(fps=None)), r"meta is damaged \(TypeError"),
+    "rate 0": (edit_info(lambda i: i.update(fps=0)), r"meta is damaged \(ZeroDivisionError"),
     "no json": (lambda root: (root / "meta/info.json").write_text("{"), r"meta is damaged \(JSONDecodeError"),
     "no cameras": (
         edit_info(lambda i: [i["features"].pop(f"observation.images.{c}") for c in CAMERAS]),

@@ -8,6 +8,7 @@ import ctypes
 import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -97,19 +98,23 @@ def _loads(library: str) -> bool:
 class OrtGraphs:
     """`prefill` once per observation, then `denoise` as often as wanted against the same cache."""
 
-    def __init__(self, bundle: Bundle, device: str = "auto", *, realtime: bool = False) -> None:
-        """realtime: leave a core to a control loop and do not spin while waiting.
+    def __init__(
+        self, bundle: Bundle, device: str = "auto", *, realtime: bool = False, profile: Path | None = None
+    ) -> None:
+        """realtime: leave a core to a control loop and do not spin while waiting. profile: a folder in which ONNX
+        Runtime keeps what it ran, until `end_profiling`.
 
         Raises BackendError when the device or a graph cannot be used.
         """
         onnxruntime.disable_telemetry_events()
         provider, self.reason = _provider(bundle, device)
+        self.provider = provider
         if provider != _PROVIDER["cpu"] and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
         self.device = "cpu" if provider == _PROVIDER["cpu"] else "cuda"
         manifest = bundle.manifest
-        self._prefix = self._session(bundle, manifest.prefix, provider, realtime)
-        self._expert = self._session(bundle, manifest.expert, provider, realtime)
+        self._prefix = self._session(bundle, manifest.prefix, provider, realtime, profile)
+        self._expert = self._session(bundle, manifest.expert, provider, realtime, profile)
         # One buffer per name: what both graphs call the same is the same memory.
         tensors = {t.name: t for g in (manifest.prefix, manifest.expert) for t in (*g.inputs, *g.outputs)}
         self._buffers = {name: self._buffer(t) for name, t in tensors.items()}
@@ -156,8 +161,14 @@ class OrtGraphs:
         """Copies of what the prefix wrote: prefix_mask and every key.i and value.i."""
         return {name: np.array(self._buffers[name].numpy()) for name in self._cache}
 
-    def _session(self, bundle: Bundle, graph: Graph, provider: str, realtime: bool) -> Any:
+    def end_profiling(self) -> tuple[Path, Path]:
+        """-> the profiles of prefix and expert, JSON."""
+        return Path(self._prefix.end_profiling()), Path(self._expert.end_profiling())
+
+    def _session(self, bundle: Bundle, graph: Graph, provider: str, realtime: bool, profile: Path | None) -> Any:
         options = onnxruntime.SessionOptions()
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile / graph.file)
         options.log_severity_level = 3
         cores = len(os.sched_getaffinity(0))
         options.intra_op_num_threads = max(1, cores - 1) if realtime else cores

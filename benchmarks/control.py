@@ -6,8 +6,6 @@ Runs the very loop that drives an arm, on the virtual one, which is a process of
 with loop and policy, as a real arm would not. The last line is JSON.
 """
 
-import json
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +15,7 @@ from ..runtime import SmolVLAError, command
 from ..runtime.chunks import Chunking
 from ..runtime.drive import drive
 from ..runtime.settings import SIM, Settings
-from .latency import machine
+from .machine import machine, report
 
 app = command.new_app()
 
@@ -45,7 +43,7 @@ def control(
     for result in results:
         error, counts = result["period_error_ms"], result["counts"]
         print(f"{result['fps']:g} Hz: period off by p50, p99, max = {error} ms; {counts}")
-    print(json.dumps({"command": " ".join(sys.argv), "machine": machine(), "runs": results}))
+    report("control", None, runs=results)
 
 
 def spread(values: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """LeRobot on one checkpoint, in a process and a Python of its own, so that it can be timed in turns with a bundle.
 
-    PYTHON -m smolvla_edge.benchmarks.lerobot_process CHECKPOINT float32|bfloat16
+    PYTHON -m smolvla_edge.benchmarks.lerobot_process CHECKPOINT float32|bfloat16 cpu|cuda [compile]
 
 One line on stdin is one chunk; its wall seconds are the line that comes back. That Python has lerobot 0.4.4 and this
 package with its [export] extra.
@@ -19,9 +19,12 @@ from ..export.errors import ExportError
 class LeRobotProcess:
     """The other end: starts the process, waits until it is ready, runs one chunk at a time."""
 
-    def __init__(self, python: str, checkpoint: str, dtype: str) -> None:
-        """dtype: float32, or bfloat16 as LeRobot holds a policy whose config says `load_vlm_weights`."""
-        command = [python, "-m", __name__, checkpoint, dtype]
+    def __init__(self, python: str, checkpoint: str, dtype: str, device: str = "cpu", compiled: bool = False) -> None:
+        """dtype: float32, or bfloat16 as LeRobot holds a policy whose config says `load_vlm_weights`.
+
+        compiled: with torch.compile, as its config's `compile_model` would.
+        """
+        command = [python, "-m", __name__, checkpoint, dtype, device, *(["compile"] if compiled else [])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answer()
 
@@ -72,7 +75,7 @@ def main() -> None:
     from ..export.reference import fixed_observations
     from ..export.writer import architecture_of
 
-    folder, dtype = sys.argv[1:]
+    folder, dtype, device, *compiled = sys.argv[1:]
     checkpoint = load_checkpoint(folder)
     observation = fixed_observations(checkpoint, architecture_of(checkpoint))[-1]
     names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
@@ -85,10 +88,15 @@ def main() -> None:
         policy, preprocess = load_policy(checkpoint, Path(scratch) / "vlm")
         if dtype == "bfloat16":
             policy = as_loaded(policy)
+        policy.to(device)
+        if compiled:
+            policy.model.sample_actions = torch.compile(policy.model.sample_actions)
         print("seconds 0", flush=True)
         for _ in sys.stdin:
             start = time.perf_counter()
-            policy.predict_action_chunk(preprocess(dict(batch)), noise=torch.from_numpy(observation.noise))
+            ready = preprocess(dict(batch))
+            ready = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in ready.items()}
+            policy.predict_action_chunk(ready, noise=torch.from_numpy(observation.noise).to(device)).cpu()
             print("seconds", time.perf_counter() - start, flush=True)
 
 

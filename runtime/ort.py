@@ -1,13 +1,19 @@
 """The two graphs in ONNX Runtime, joined by buffers with fixed addresses.
 
 The prefix writes the KV cache where the expert reads it; between denoise steps two action buffers swap roles. No
-step allocates, and nothing but a few scalars crosses between host and device.
+step allocates, and nothing but a few scalars crosses between host and device. On CUDA each binding is captured once
+as a CUDA graph, which reads and writes those same addresses whenever it is replayed.
 """
 
 import ctypes
 import importlib.metadata
 import os
+import queue
+import threading
+import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +32,7 @@ _PROVIDER = {
     "cuda": "CUDAExecutionProvider",
     "jetson": "TensorrtExecutionProvider",
 }
+_Calls = queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
 
 
 def choose_provider(
@@ -95,14 +102,31 @@ def _loads(library: str) -> bool:
     return True
 
 
+def _serve(calls: _Calls) -> None:
+    """Make the calls one by one until None, in one thread: ONNX Runtime keeps captured CUDA graphs per thread."""
+    while (item := calls.get()) is not None:
+        call, answer = item
+        try:
+            answer.set_result(call())
+        except Exception as e:  # raised again in the thread that waits
+            answer.set_exception(e)
+
+
 class OrtGraphs:
     """`prefill` once per observation, then `denoise` as often as wanted against the same cache."""
 
     def __init__(
-        self, bundle: Bundle, device: str = "auto", *, realtime: bool = False, profile: Path | None = None
+        self,
+        bundle: Bundle,
+        device: str = "auto",
+        *,
+        realtime: bool = False,
+        cuda_graphs: bool = True,
+        profile: Path | None = None,
     ) -> None:
-        """realtime: leave a core to a control loop and do not spin while waiting. profile: a folder in which ONNX
-        Runtime keeps what it ran, until `end_profiling`.
+        """realtime: leave a core to a control loop and do not spin while waiting. cuda_graphs: try them, on CUDA.
+        profile: a folder in which ONNX Runtime keeps what it ran, until `end_profiling`; without CUDA graphs then, of
+        which it sees nothing.
 
         Raises BackendError when the device or a graph cannot be used.
         """
@@ -112,6 +136,25 @@ class OrtGraphs:
         if provider != _PROVIDER["cpu"] and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
         self.device = "cpu" if provider == _PROVIDER["cpu"] else "cuda"
+        self._calls: _Calls | None = None
+        if cuda_graphs and profile is None and provider == _PROVIDER["cuda"]:
+            self._calls = calls = _Calls()
+            # A daemon: a device that hangs must not keep the process alive.
+            threading.Thread(target=_serve, args=(calls,), name="cuda", daemon=True).start()
+            weakref.finalize(self, calls.put, None)
+            try:
+                self._load(bundle, provider, realtime, None)
+                for call in (self._prefill, *self._steps):  # the first run of each captures it
+                    self._run(call)
+                self.reason += "; replayed as CUDA graphs"
+                return
+            except BackendError as e:
+                self.reason += f"; without CUDA graphs ({e})"
+                calls.put(None)  # the thread ends and lets go of the session
+                self._calls = None
+        self._load(bundle, provider, realtime, profile)
+
+    def _load(self, bundle: Bundle, provider: str, realtime: bool, profile: Path | None) -> None:
         manifest = bundle.manifest
         self._prefix = self._session(bundle, manifest.prefix, provider, realtime, profile)
         self._expert = self._session(bundle, manifest.expert, provider, realtime, profile)
@@ -119,16 +162,17 @@ class OrtGraphs:
         tensors = {t.name: t for g in (manifest.prefix, manifest.expert) for t in (*g.inputs, *g.outputs)}
         self._buffers = {name: self._buffer(t) for name, t in tensors.items()}
         self._cache = [t.name for t in manifest.prefix.outputs]
-        self._prefill = self._binding(self._prefix, manifest.prefix, {})
+        self._prefill = self._call(self._prefix, manifest.prefix, {}, 1)
         there = {"noisy_actions": "noisy_actions", "next_actions": "next_actions"}
         back = {"noisy_actions": "next_actions", "next_actions": "noisy_actions"}
-        self._steps = [self._binding(self._expert, manifest.expert, swap) for swap in (there, back)]
+        swaps = enumerate((there, back), 1)
+        self._steps = [self._call(self._expert, manifest.expert, swap, i) for i, swap in swaps]
 
     def prefill(self, feeds: dict[str, NDArray[np.generic]]) -> None:
         """Run the prefix graph on what Preprocessor.feeds made; fills the KV cache."""
         for name, array in feeds.items():
             self._buffers[name].update_inplace(np.ascontiguousarray(array))
-        self._run(self._prefix, self._prefill)
+        self._run(self._prefill)
 
     def denoise(
         self,
@@ -151,7 +195,7 @@ class OrtGraphs:
             self._buffers["dt"].update_inplace(step.dt)
             self._buffers["time_embedding"].update_inplace(step.embedding)
             self._buffers["guidance"].update_inplace(step.guidance)
-            self._run(self._expert, self._steps[i % 2])
+            self._run(self._steps[i % 2])
             if velocities is not None:
                 velocities.append(self._buffers["velocity"].numpy().copy())
         out = self._buffers["noisy_actions" if len(steps) % 2 == 0 else "next_actions"].numpy()
@@ -176,11 +220,15 @@ class OrtGraphs:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         else:  # two sessions take turns: the idle one must not spin against the busy one
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        providers = [provider] if provider == _PROVIDER["cpu"] else [provider, *self._fallback(provider)]
-        try:
-            session = onnxruntime.InferenceSession(bundle.path(graph.file), options, providers=providers)
+        # Without TF32, which rounds the operands of float32 products to 10 bits.
+        own = {_PROVIDER["cuda"]: {"use_tf32": "0", "enable_cuda_graph": "1" if self._calls else "0"}}
+        order = [_PROVIDER["jetson"], _PROVIDER["cuda"], _PROVIDER["cpu"]]
+        providers = [(p, own.get(p, {})) for p in order[order.index(provider) :]]
+        path = bundle.path(graph.file)
+        try:  # no fallback: it would leave out our options
+            session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
         except Exception as e:  # onnxruntime's own classes all derive from Exception only
-            raise BackendError(f"ONNX Runtime cannot load {bundle.path(graph.file)} on {provider}: {e}") from e
+            raise BackendError(f"ONNX Runtime cannot load {path} on {provider}: {e}") from e
         if session.get_providers()[0] != provider:
             raise BackendError(
                 f"{provider} did not start (got {', '.join(session.get_providers())}): its CUDA, cuDNN or TensorRT "
@@ -188,10 +236,6 @@ class OrtGraphs:
             )
         self._check_signature(session, graph, bundle)
         return session
-
-    @staticmethod
-    def _fallback(provider: str) -> list[str]:
-        return [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p != provider]
 
     @staticmethod
     def _check_signature(session: Any, graph: Graph, bundle: Bundle) -> None:
@@ -211,16 +255,23 @@ class OrtGraphs:
         zeros: NDArray[Any] = np.zeros(tensor.shape, _NUMPY[tensor.dtype])
         return onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
 
-    def _binding(self, session: Any, graph: Graph, renamed: dict[str, str]) -> Any:
-        binding = session.io_binding()
+    def _call(self, session: Any, graph: Graph, renamed: dict[str, str], graph_id: int) -> Callable[[], None]:
+        """A run of `session` on our buffers. graph_id: of its CUDA graph, another for each binding of a session."""
+        binding, options = session.io_binding(), onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph_id))
         for t in graph.inputs:
             binding.bind_ortvalue_input(t.name, self._buffers[renamed.get(t.name, t.name)])
         for t in graph.outputs:
             binding.bind_ortvalue_output(t.name, self._buffers[renamed.get(t.name, t.name)])
-        return binding
+        return partial(session.run_with_iobinding, binding, options)
 
-    def _run(self, session: Any, binding: Any) -> None:
+    def _run(self, call: Callable[[], None]) -> None:
         try:
-            session.run_with_iobinding(binding)
+            if self._calls is not None:
+                answer: Future[None] = Future()
+                self._calls.put((call, answer))
+                answer.result()
+            else:
+                call()
         except Exception as e:
             raise BackendError(f"ONNX Runtime failed to run a graph: {e}") from e

@@ -6,15 +6,18 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast, get_args
 
 import typer
 
-from ..quantize.errors import QuantizeError
+from ..quantize.errors import GateError, QuantizeError
+from ..quantize.gate import Gate, read_gate
 from ..runtime import SmolVLAError, command
-from .errors import ExportError, ParityError
+from ..runtime.bundle import Int8, Precision, Target
+from .errors import AuditError, ExportError, ParityError
 
 app = command.new_app()
-_NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "transformers", "huggingface_hub")
+_NEEDS = ("torch", "onnx", "onnxscript", "safetensors", "transformers", "huggingface_hub", "av", "pyarrow")
 
 
 @app.command()
@@ -22,7 +25,9 @@ def export(
     checkpoint: str | None = typer.Argument(
         None, help="Checkpoint folder, training folder or Hub id.", show_default="lerobot/smolvla_base"
     ),
-    precision: str = typer.Option("fp32", help="fp32 or fp16 (float16 weights and cache, float32 where it matters)."),
+    precision: str = typer.Option(
+        "fp32", help="fp32, fp16 (float16 weights and cache, float32 where it matters) or int8 (needs --calibration)."
+    ),
     target: str = typer.Option("portable", help="portable (runs anywhere) or cpu (faster there, and only there)."),
     output: Path = typer.Option(Path("bundle"), help="Folder of the new bundle."),
     revision: str | None = typer.Option(None, help="Hub branch, tag or commit.  [default: main]"),
@@ -30,6 +35,16 @@ def export(
         None, help="Folder with the VLM's config.json and tokenizer, where the checkpoint has none."
     ),
     demo: bool = typer.Option(False, "--demo", help="Full-size random weights instead of CHECKPOINT: runs offline."),
+    calibration: str | None = typer.Option(
+        None,
+        help="Observations for int8: a LeRobot dataset (folder or Hub id), a folder of `smolvla-run --record`, or "
+        "`synthetic`.",
+    ),
+    frames: int = typer.Option(16, min=2, help="Observations to calibrate int8 with; a quarter as many judge."),
+    gate: Path | None = typer.Option(None, help="gate.toml: how far int8 may be from float32."),
+    sensitivity: bool = typer.Option(
+        False, "--sensitivity", help="Only measure groups of layers in int8: no bundle."
+    ),
     check_lerobot: bool = typer.Option(
         False, "--check-lerobot", help="Compare with LeRobot itself too, where it is installed."
     ),
@@ -39,7 +54,7 @@ def export(
 ) -> None:
     """Export a LeRobot SmolVLA checkpoint to a bundle of two ONNX graphs, and prove that they compute the same.
 
-    Exit status: 0 done, 1 parity failed (no bundle is written), 2 something in the input is wrong.
+    Exit status: 0 done, 1 parity, gate or audit failed (no bundle is written), 2 something in the input is wrong.
     """
     start = time.monotonic()
 
@@ -49,12 +64,19 @@ def export(
     if demo and checkpoint is not None:
         raise ExportError(f"--demo makes a checkpoint of its own: leave out {checkpoint}, or --demo")
     checkpoint = checkpoint or "lerobot/smolvla_base"
-    if precision == "int8":
-        raise ExportError("--precision int8 is not there yet: use fp32 or fp16")
-    if precision not in ("fp32", "fp16"):
-        raise ExportError(f"--precision is {precision!r}, expected fp32 or fp16")
-    if target not in ("portable", "cpu"):
-        raise ExportError(f"--target is {target!r}, expected portable or cpu")
+    for name, given, known in (("precision", precision, get_args(Precision)), ("target", target, get_args(Target))):
+        if given not in known:
+            raise ExportError(f"--{name} is {given!r}, expected {', '.join(known[:-1])} or {known[-1]}")
+    made, runs_on = cast(Precision, precision), cast(Target, target)
+    int8 = precision == "int8"
+    if int8 and calibration is None:
+        raise ExportError(
+            "--precision int8 needs --calibration: the dataset that the policy was trained with, a folder of "
+            "smolvla-run --record, or `synthetic` for a trial"
+        )
+    if not int8 and (calibration or gate or sensitivity):
+        raise ExportError(f"--calibration, --gate and --sensitivity belong to int8, --precision is {precision}")
+    judged_by = read_gate(gate) if gate else Gate()
     if missing := [name for name in _NEEDS if find_spec(name) is None]:
         raise ExportError(
             f"exporting needs {', '.join(missing)}: install this package with its [export] extra (README)"
@@ -64,9 +86,11 @@ def export(
     say("loading torch")
     from .checkpoint import load_checkpoint
     from .demo import write_demo_checkpoint
-    from .writer import check_output, write_bundle
+    from .int8 import observations_for, plan_int8
+    from .writer import check_output, reference_of, write_bundle
 
-    check_output(output, force)
+    if not sensitivity:
+        check_output(output, force)
     with tempfile.TemporaryDirectory(prefix="smolvla-demo-") as temporary:
         if demo:
             write_demo_checkpoint(Path(temporary) / "checkpoint", say)
@@ -76,14 +100,22 @@ def export(
         )
         if demo:
             source = replace(source, name="demo")
+        data = None
+        if calibration:
+            data = observations_for(source, calibration, frames, say)
+        if data and sensitivity:
+            print(sensitivity_table(plan_int8(reference_of(source, runs_on), data, runs_on, judged_by, say).manifest))
+            return
         written = write_bundle(
             source,
             output,
-            "fp16" if precision == "fp16" else "fp32",
-            target="cpu" if target == "cpu" else "portable",
+            made,
+            target=runs_on,
             demo=demo,
             force=force,
             check_lerobot=check_lerobot,
+            calibration=data,
+            gate=judged_by,
             say=say,
         )
     m = written.manifest
@@ -94,6 +126,10 @@ def export(
     print(f"checkpoint  {m.source.checkpoint}" + (f" at {m.source.revision}" if m.source.revision else ""))
     print(f"cameras     {', '.join(c.name for c in m.cameras)}")
     print("parity      " + ", ".join(f"{stage} {value:.1e}" for stage, value in m.parity.items()))
+    if m.int8:
+        print(sensitivity_table(m.int8))
+        share = 2 * m.int8.multiply_adds / (m.prefix.flops + m.sampling.num_steps * m.expert.flops)
+        print(f"int8        {100 * share:.0f} % of the multiply-adds, calibrated with {m.int8.calibration.source}")
     if m.pinned:
         print(f"float32     {', '.join(m.pinned)} (too large for float16)")
     if not (m.state.normalization.active and m.action.normalization.active):
@@ -103,7 +139,18 @@ def export(
         )
 
 
+def sensitivity_table(int8: Int8) -> str:
+    """Each group of layers in INT8 alone, and whether it became INT8."""
+    rows = [f"{'group alone in int8':<20}{'saves':>9}{'action p99':>12}{'cache L2':>10}"]
+    for group, s in int8.sensitivity.items():
+        taken = "" if group in int8.groups else "   stays float"
+        rows.append(f"{group:<20}{s.saved_ms:>6.1f} ms{s.action_p99:>12.3f}{s.cache:>10.4f}{taken}")
+    return "\n".join([*rows, "(saves: computed for the target; action p99: of the worst joint, over its spread)"])
+
+
 def main() -> None:
     """Entry point of `smolvla-export`."""
     command.require_linux()
-    command.run(app, mistakes=(ExportError, QuantizeError, SmolVLAError), failures=(ParityError,))
+    command.run(
+        app, mistakes=(ExportError, QuantizeError, SmolVLAError), failures=(ParityError, AuditError, GateError)
+    )

@@ -4,6 +4,7 @@ ExportError            everything below; the command line prints it and exits 2
   CheckpointError      the checkpoint cannot be read, or holds something that cannot be exported faithfully
   GraphError           an exported graph breaks the contract (operators, dtypes, shapes)
   ParityError          the graphs do not compute what the checkpoint computes; the command line exits 1
+  AuditError           the graphs do not run in the precision they would be labelled; the command line exits 1
 """
 
 
@@ -21,3 +22,7 @@ class GraphError(ExportError):
 
 class ParityError(ExportError):
     """A stage of the exported graphs is over its tolerance."""
+
+
+class AuditError(ExportError):
+    """What ran contradicts the precision that the bundle would claim."""

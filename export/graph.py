@@ -22,7 +22,7 @@ IR_VERSION = 10  # ONNX Runtime 1.22 and TensorRT 10.3 read it
 # Slow or unreadable on TensorRT 10.3, or a sign that something was exported badly.
 FORBIDDEN = {"ScatterND", "ScatterElements", "IsNaN", "NonZero", "Loop", "If", "Scan", "SequenceConstruct"}
 # What the target `cpu` may hold beside standard operators.
-ORT_OPERATORS = {"MultiHeadAttention", "FastGelu", "RotaryEmbedding"}
+ORT_OPERATORS = {"MultiHeadAttention", "FastGelu", "RotaryEmbedding", "DynamicQuantizeMatMul"}
 _DTYPES: dict[int, bundle.Dtype] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
@@ -148,7 +148,7 @@ def _flops(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
     if node.op_type == "MultiHeadAttention":
         batch, n, width = shapes[node.input[0]]
         return 4 * batch * n * n * width
-    if node.op_type not in ("MatMul", "Gemm"):
+    if node.op_type not in ("MatMul", "Gemm", "DynamicQuantizeMatMul"):
         return 0
     a, out = shapes[node.input[0]], shapes[node.output[0]]
     transposed = any(x.name == "transA" and x.i for x in node.attribute)

@@ -25,15 +25,17 @@ ROPE_BASE = 10_000.0  # LeRobot's apply_rope; the VLM's own rope_theta is not us
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a view computes: dtypes, and whether ONNX Runtime's own operators may stand in its graph."""
+    """How a view computes: dtypes, and whether ONNX Runtime's own operators may stand in its graph. `table` is the
+    dtype in which the token embeddings are stored."""
 
     matmul: torch.dtype
     stream: torch.dtype
+    table: torch.dtype
     ort: bool = False
 
 
-FP32 = Recipe(torch.float32, torch.float32)
-FP16 = Recipe(torch.float16, torch.float32)
+FP32 = Recipe(torch.float32, torch.float32, torch.float32)
+FP16 = Recipe(torch.float16, torch.float32, torch.float16)
 
 
 def masked(dtype: torch.dtype) -> float:
@@ -69,15 +71,19 @@ def exported(recipe: Recipe) -> bool:
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`; the input is cast to the weight's dtype and so is the output."""
+    """`x @ weight.T + bias`, in the weight's dtype, or in `compute` where the sum is too long for it."""
 
-    def __init__(self, width_in: int, width_out: int, *, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, width_in: int, width_out: int, *, bias: bool, dtype: torch.dtype, compute: torch.dtype | None = None
+    ) -> None:
         super().__init__()
+        self.compute = compute
         self.weight = nn.Parameter(torch.empty(width_out, width_in, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(width_out, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        dtype = self.compute or self.weight.dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias)
 
 
 class LayerNorm(nn.Module):

@@ -75,7 +75,7 @@ class Prefix(nn.Module):
         self.arch, self.recipe = arch, recipe
         self.vision_model = VisionModel(arch, recipe)
         self.connector = Connector(arch, recipe)
-        self.embed_tokens = nn.Parameter(torch.empty(arch.vocab, arch.width, dtype=recipe.matmul))
+        self.embed_tokens = nn.Parameter(torch.empty(arch.vocab, arch.width, dtype=recipe.table))
         self.state_proj = Linear(arch.max_state_dim, arch.width, bias=True, dtype=recipe.stream)
         self.layers = nn.ModuleList(PrefixLayer(arch, recipe, last=i == arch.layers - 1) for i in range(arch.layers))
         self.cross = nn.ModuleDict(
@@ -95,7 +95,7 @@ class Prefix(nn.Module):
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, image tokens, W], before the sqrt(W) scale."""
         if exported(self.recipe):  # one camera at a time stays in a CPU's caches
-            return self.connector(torch.cat([self.vision_model(image) for image in torch.split(images, 1)]))
+            return torch.cat([self.connector(self.vision_model(image)) for image in torch.split(images, 1)])
         return self.connector(self.vision_model(images))
 
     def image_tokens(self, images: Tensor) -> Tensor:

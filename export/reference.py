@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
@@ -58,15 +57,8 @@ def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0
     if "mean" in stats and "std" in stats:
         state = np.array(stats["mean"], np.float32) + np.array(stats["std"], np.float32) * state
     noise = rng.standard_normal((1, arch.chunk_size, arch.max_action_dim), dtype=np.float32)
-    tokenizer = _tokenizer(checkpoint)
-    return [Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)]
-
-
-def _tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
     tokenizer = read_tokenizer(checkpoint.tokenizer)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return [Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)]
 
 
 class Reference:
@@ -74,17 +66,41 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint, arch: Architecture, prefix: Prefix, expert: Expert) -> None:
         self.checkpoint, self.arch, self.prefix, self.expert = checkpoint, arch, prefix, expert
-        self._tokenizer = _tokenizer(checkpoint)
+        self._tokenizer = read_tokenizer(checkpoint.tokenizer)
+
+    def run(self, observation: Observation) -> Stages:
+        images, state = self._images(observation.images), self._state(observation.state)
+        ids, mask, cache = self.prefill(observation)
+        velocity, x = self.denoise(observation.noise, mask, cache)
+        return Stages(
+            images=images.numpy(),
+            tokens=np.asarray(ids),
+            state=state.numpy(),
+            cache={name: t.numpy() for name, t in zip(cache_names(self.arch), cache, strict=True)},
+            valid=mask[0].numpy(),
+            velocity=velocity,
+            actions=x,
+            chunk=self.robot_units(x),
+        )
 
     @torch.no_grad()
-    def run(self, observation: Observation) -> Stages:
+    def prefill(self, observation: Observation) -> tuple[list[int], Tensor, list[Tensor]]:
+        """-> valid token ids, which of the cache's rows are ever read [1, P], the cache."""
         arch = self.arch
-        images, state = self._images(observation.images), self._state(observation.state)
         ids = self._tokenizer.encode(observation.task.rstrip("\n") + "\n").ids
         tokens = F.pad(torch.tensor([ids], dtype=torch.int32), (0, arch.token_length - len(ids)))
-        mask, *cache = self.prefix(images, tokens, torch.arange(arch.token_length)[None] < len(ids), state)
+        token_mask = torch.arange(arch.token_length)[None] < len(ids)
+        images, state = self._images(observation.images), self._state(observation.state)
+        mask, *cache = self.prefix(images, tokens, token_mask, state)
+        return ids, mask, cache
+
+    @torch.no_grad()
+    def denoise(
+        self, noise: NDArray[np.float32], mask: Tensor, cache: list[Tensor]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """-> each step's velocity [steps, 1, chunk, max_action_dim] and the normalised actions."""
         steps = self.checkpoint.config.num_steps
-        x, velocities = torch.from_numpy(observation.noise), []
+        x, velocities = torch.from_numpy(noise), []
         nothing = torch.zeros_like(x)
         for i in range(steps):
             time = torch.tensor([1.0 - i / steps])
@@ -93,16 +109,17 @@ class Reference:
                 nothing[:, :, :1], torch.zeros(1), mask, *cache,
             )  # fmt: skip
             velocities.append(velocity.numpy())
-        return Stages(
-            images=images.numpy(),
-            tokens=np.asarray(ids),
-            state=state.numpy(),
-            cache={name: t.numpy() for name, t in zip(cache_names(arch), cache, strict=True)},
-            valid=mask[0].numpy(),
-            velocity=np.stack(velocities),
-            actions=x.numpy(),
-            chunk=self._robot_units(x[0, :, : self.checkpoint.config.action_dim]).numpy(),
-        )
+        return np.stack(velocities), x.numpy()
+
+    def robot_units(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normalised actions [1, chunk, max_action_dim] -> [chunk, dof] (LeRobot's UnnormalizerProcessorStep)."""
+        x, n = torch.from_numpy(actions[0, :, : self.checkpoint.config.action_dim]), self.checkpoint.processors.action
+        if n.active and n.mode == "MEAN_STD":
+            x = x * torch.tensor(n.statistics["std"]) + torch.tensor(n.statistics["mean"])
+        elif n.active:
+            low, span = _low_and_span(n)
+            x = (x + 1) / 2 * span + low
+        return x.numpy()
 
     def _images(self, images: Mapping[str, NDArray[np.uint8]]) -> Tensor:
         """LeRobot's prepare_images: bilinear, padded left and top with 0, then to [-1, 1]."""
@@ -125,16 +142,6 @@ class Reference:
             low, span = _low_and_span(n)
             x = 2 * (x - low) / span - 1
         return F.pad(x[None], (0, self.arch.max_state_dim - x.shape[0]))
-
-    def _robot_units(self, x: Tensor) -> Tensor:
-        """LeRobot's UnnormalizerProcessorStep."""
-        n = self.checkpoint.processors.action
-        if n.active and n.mode == "MEAN_STD":
-            return x * torch.tensor(n.statistics["std"]) + torch.tensor(n.statistics["mean"])
-        if n.active:
-            low, span = _low_and_span(n)
-            return (x + 1) / 2 * span + low
-        return x
 
     def _time_embedding(self, time: Tensor) -> Tensor:
         """LeRobot's create_sinusoidal_pos_embedding, in float64."""

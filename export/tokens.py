@@ -12,10 +12,14 @@ FAKE_IMAGE, GLOBAL_IMAGE = "<fake_token_around_image>", "<global-img>"  # SmolVL
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """As the file has it, but neither cutting nor padding. Raises CheckpointError."""
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises plain Exception
         raise CheckpointError(f"{path} is not a tokenizer: {e}") from e
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def pad_id(path: Path, tokenizer: tokenizers.Tokenizer, fallback: int | None) -> int:

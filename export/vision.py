@@ -109,12 +109,12 @@ class Connector(nn.Module):
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
         self.recipe, self.factor = recipe, arch.pixel_shuffle
-        shape = (arch.width, arch.vision_width * arch.pixel_shuffle**2)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=recipe.matmul))
+        wide = arch.vision_width * arch.pixel_shuffle**2
+        self.proj = Linear(wide, arch.width, bias=False, dtype=recipe.matmul, compute=recipe.stream)
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, w = x.shape
         k, side = self.factor, int(n**0.5)
         x = x.reshape(b, side // k, k, side // k, k * w).transpose(2, 3)
-        x = x.reshape(b, (side // k) ** 2, k * k * w)
-        return F.linear(x, self.weight.to(self.recipe.stream))
+        out: Tensor = self.proj(x.reshape(b, (side // k) ** 2, k * k * w))
+        return out

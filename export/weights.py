@@ -26,7 +26,7 @@ _PREFIX_KEYS = (  # view name -> LeRobot key, first match wins
     (r"^vision_model\.position_embedding$", VLM + "vision_model.embeddings.position_embedding.weight"),
     (r"^vision_model\.layers\.", VLM + "vision_model.encoder.layers."),
     (r"^vision_model\.", VLM + "vision_model."),
-    (r"^connector\.", VLM + "connector.modality_projection.proj."),
+    (r"^connector\.", VLM + "connector.modality_projection."),
     (r"^embed_tokens$", VLM + "text_model.embed_tokens.weight"),
     (r"^state_proj\.", "model.state_proj."),
     (rf"^layers\.(\d+)\.{_ATTENTION}\.", VLM + r"text_model.layers.\1.self_attn.\2."),

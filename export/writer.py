@@ -11,21 +11,25 @@ from pathlib import Path
 
 import torch
 
+from ..quantize.calibration import CalibrationSet
+from ..quantize.errors import GateError
+from ..quantize.gate import Gate
 from ..quantize.ranges import policy_ranges, stages_to_pin
 from ..runtime import Bundle, Policy, bundle
+from ..runtime.audit import audit, contradictions
 from ..runtime.bundle import MANIFEST, manifest_json, sha256_of
 from ..runtime.selfcheck import run_selfcheck
 from . import graph, lerobot_check, parity, tokens
 from .architecture import Architecture
 from .checkpoint import Checkpoint
-from .errors import ExportError
+from .errors import AuditError, ExportError
 from .expert import Expert
+from .int8 import Int8, plan_int8
 from .layers import FP16, FP32, stages
 from .prefix import Prefix
 from .reference import Observation, Reference, fixed_observations
 from .weights import build_views
 
-RECIPES = {"fp32": FP32, "fp16": FP16}
 _PACKAGES = ("smolvla-edge", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers")
 
 
@@ -50,6 +54,12 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     )
 
 
+def reference_of(checkpoint: Checkpoint, target: bundle.Target) -> Reference:
+    """The checkpoint's float32 views, such as they are exported for `target`; in torch they compute the same."""
+    arch = architecture_of(checkpoint)
+    return Reference(checkpoint, arch, *build_views(arch, checkpoint.tensors, replace(FP32, ort=target == "cpu")))
+
+
 def write_bundle(
     checkpoint: Checkpoint,
     output: Path,
@@ -59,43 +69,62 @@ def write_bundle(
     demo: bool = False,
     force: bool = False,
     check_lerobot: bool = False,
+    calibration: CalibrationSet | None = None,
+    gate: Gate | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Written:
     """Export `checkpoint` to the folder `output`.
 
-    Nothing appears at `output` unless parity holds, with LeRobot too where `check_lerobot` asks for it. Raises
-    ExportError; ParityError when the graphs differ.
+    calibration, gate: of INT8, which needs the first; without the second, the default gate. Nothing appears at
+    `output` unless parity holds (INT8: the gate), with LeRobot too where `check_lerobot` asks for it, and unless the
+    audit agrees with the label. Raises ExportError, ParityError or GateError when the graphs differ too much.
     """
     check_output(output, force)
-    if target == "cpu" and not hasattr(torch.onnx, "ops"):
-        raise ExportError(f"--target cpu needs torch 2.8 or newer, found {torch.__version__}: use --target portable")
+    for name, asked in (("--target cpu", target == "cpu"), ("--precision int8", precision == "int8")):
+        if asked and not hasattr(torch.onnx, "ops"):
+            raise ExportError(
+                f"{name} needs torch 2.8 or newer, found {torch.__version__}: update it, or leave it out"
+            )
+    if check_lerobot and precision == "int8":
+        raise ExportError("--check-lerobot is for fp32 and fp16: INT8 is judged against float32, by the gate")
     if check_lerobot:
         lerobot_check.require_lerobot()
-    arch = architecture_of(checkpoint)
     say("building the views")
-    exact = replace(FP32, ort=target == "cpu")  # in torch the same as FP32
-    reference = Reference(checkpoint, arch, *build_views(arch, checkpoint.tensors, exact))
+    reference = reference_of(checkpoint, target)
+    arch, exact = reference.arch, reference.prefix.recipe
     observations = fixed_observations(checkpoint, arch)
     say("running the checkpoint in torch float32 (the reference)")
     expected = [reference.run(o) for o in observations]
-    recipe = replace(RECIPES[precision], ort=exact.ort)
+    plan = None
+    if precision == "int8":
+        if calibration is None:
+            raise ExportError("INT8 needs calibration data: a LeRobot dataset, a recording, or `synthetic`")
+        plan = plan_int8(reference, calibration, target, gate or Gate(), say)
+        if not plan.manifest.groups:
+            raise GateError(
+                "no group of layers can be INT8 within the gate (--sensitivity shows each): use fp16, or a "
+                "looser gate with --gate FILE"
+            )
 
     with _staging(output, force) as folder:
         shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
         parity.write_selfcheck(folder / "selfcheck.npz", observations, expected)
         pinned: set[str] = set()
         while True:
-            views = reference.prefix, reference.expert
-            if recipe != exact:
+            if plan is not None:
+                views, recipe = plan.views(pinned), plan.recipe
+            elif precision == "fp16":
+                recipe = replace(FP16, ort=target == "cpu")
                 views = build_views(arch, checkpoint.tensors, recipe, pinned)
+            else:
+                views, recipe = (reference.prefix, reference.expert), exact
             examples = graph.prefix_example(arch), graph.expert_example(arch, recipe)
-            for name, view, example in zip(("prefix.onnx", "expert.onnx"), views, examples, strict=True):
-                say(f"exporting {name}")
-                graph.export_graph(view, example, folder / name, target)
+            for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
+                say(f"exporting {name}.onnx")
+                graph.export_graph(view, example, folder / f"{name}.onnx", target)
             say("hashing")
-            manifest = _describe(checkpoint, arch, folder, precision, target, demo, pinned)
-            (folder / MANIFEST).write_text(manifest_json(manifest))
-            policy = Policy.load(folder, device="cpu")
+            manifest = _describe(checkpoint, arch, folder, precision, target, demo, pinned, plan)
+            policy = _load(folder, manifest)
             if recipe.matmul != torch.float16:
                 break
             say("measuring float16 ranges")
@@ -105,22 +134,47 @@ def write_bundle(
                 break
             say(f"keeping in float32, too large for float16: {', '.join(sorted(more))}")
             pinned |= more
-            shutil.rmtree(policy.bundle.cache_folder, ignore_errors=True)
+            _forget(policy)
         del views, reference
         say("proving parity through the runtime")
         measured = parity.measure(policy, observations, expected)
         parity.require(measured, precision)
+        if plan is not None:
+            manifest = replace(manifest, int8=plan.judged(policy, say))
+            own = parity.own(policy, observations, expected)
+            parity.write_selfcheck(folder / "selfcheck.npz", observations, own)
+            manifest = replace(manifest, files=manifest.files | _files(folder / "selfcheck.npz"))
+            _forget(policy)
+            policy = _load(folder, manifest)
         stored = run_selfcheck(policy)
         parity.require({f"self-check {stage}": value for stage, value in stored.items()}, precision)
         if check_lerobot:
             say("comparing with LeRobot")
             measured["lerobot"] = lerobot_check.measure(checkpoint, policy, observations)
             parity.require(measured, precision)
-        manifest = replace(manifest, parity=measured)
-        (folder / MANIFEST).write_text(manifest_json(manifest))
-        shutil.rmtree(policy.bundle.cache_folder, ignore_errors=True)  # of the manifest without its numbers
+        say("auditing")
+        if wrong := contradictions(audit(policy.bundle), precision):
+            raise AuditError(
+                f"the graphs are not what they would be labelled: {'; '.join(wrong)}. No bundle was written"
+            )
+        _forget(policy)  # of the manifest without its numbers
+        (folder / MANIFEST).write_text(manifest_json(replace(manifest, parity=measured)))
         del policy
     return Written(output, Bundle.open(output).manifest)
+
+
+def _load(folder: Path, manifest: bundle.Manifest) -> Policy:
+    (folder / MANIFEST).write_text(manifest_json(manifest))
+    return Policy.load(folder, device="cpu")
+
+
+def _forget(policy: Policy) -> None:
+    """Remove what was kept about a bundle that never was."""
+    shutil.rmtree(policy.bundle.cache_folder, ignore_errors=True)
+
+
+def _files(*paths: Path) -> dict[str, bundle.File]:
+    return {path.name: bundle.File(sha256_of(path), path.stat().st_size) for path in paths}
 
 
 def _float16_ranges(
@@ -204,12 +258,12 @@ def _describe(
     target: bundle.Target,
     demo: bool,
     pinned: set[str],
+    plan: Int8 | None,
 ) -> bundle.Manifest:
     """The manifest, but for the parity numbers."""
     config, around = checkpoint.config, checkpoint.processors
     prefix, expert = (graph.describe_graph(folder / f"{name}.onnx") for name in ("prefix", "expert"))
-    paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
-    files = {path.name: bundle.File(sha256_of(path), path.stat().st_size) for path in paths}
+    files = _files(*(path for path in sorted(folder.iterdir()) if path.name != MANIFEST))
     tokenizer = tokens.read_tokenizer(checkpoint.tokenizer)
     pad = tokens.pad_id(checkpoint.tokenizer, tokenizer, getattr(checkpoint.vlm.text_config, "pad_token_id", None))
     return bundle.Manifest(
@@ -237,6 +291,7 @@ def _describe(
         target=target,
         parity={},
         pinned=tuple(sorted(pinned)),
+        int8=None if plan is None else plan.manifest,
         float16_largest=None,
         built_with=_versions(),
     )

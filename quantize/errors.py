@@ -3,6 +3,7 @@
 QuantizeError          everything below; the command line prints it and exits 2
   RangeError           a float16 tensor comes too close to the largest float16
   CalibrationError     the calibration data is missing, damaged, or does not fit the policy
+  GateError            a policy of lower precision is too far from float32; the command line exits 1
 """
 
 
@@ -16,3 +17,7 @@ class RangeError(QuantizeError):
 
 class CalibrationError(QuantizeError):
     """No observations can be read from what was given."""
+
+
+class GateError(QuantizeError):
+    """The gate cannot be met."""

@@ -25,14 +25,13 @@ from .normalization import Normalization
 from .strict import decode, encode
 
 FORMAT = "smolvla-edge-bundle"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SELFCHECK_LIMIT = 10_000_000  # bytes
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 Target = Literal["portable", "cpu"]  # cpu: holds operators that only ONNX Runtime's CPU provider is known to run
-_CACHE_DTYPE = {"fp32": "float32", "fp16": "float16"}
 Dtype = Literal["float32", "float16", "int32", "bool"]
 
 
@@ -116,6 +115,41 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The observations that chose scales and smoothing, and that the gate was judged on."""
+
+    source: str  # as the user named it
+    kind: Literal["dataset", "recording", "synthetic"]
+    sha256: str  # of what was used of it
+    bytes: int
+    frames: int
+    episodes: int
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One group of layers in INT8 alone."""
+
+    saved_ms: float  # a chunk, computed for the target's machine
+    action_p99: float  # of the worst joint's error, over its standard deviation across seeds
+    cache: float  # relative L2 of the worst tensor
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How an INT8 bundle came to be, and what it claims."""
+
+    groups: tuple[str, ...]  # of layers that are INT8, in the order they were taken
+    weights: int  # that are INT8
+    multiply_adds: int  # of a chunk that they are part of
+    sensitivity: dict[str, Sensitivity]
+    calibration: Calibration
+    gate: dict[str, float]  # what gate.toml said, or its defaults
+    gate_is_default: bool
+    found: dict[str, float]  # what the gate found; gripper_flips is missing where no joint is known to be one
+
+
+@dataclass(frozen=True)
 class Manifest:
     format: str
     version: int
@@ -137,6 +171,7 @@ class Manifest:
     target: Target
     parity: dict[str, float]  # stage -> worst error against the checkpoint, over max(1, max abs reference)
     pinned: tuple[str, ...]  # stages of a float16 bundle that compute in float32, found by the range pass
+    int8: Int8 | None
     float16_largest: float | None  # largest magnitude of a float16 tensor on the fixed observations (limit 65504)
     built_with: dict[str, str]
 
@@ -260,6 +295,8 @@ def _export_command(fields: dict[str, Any], folder: Path, target: str) -> str:
     source = source if isinstance(source, dict) else {}
     checkpoint = "--demo" if source.get("demo") else source.get("checkpoint", "CHECKPOINT")
     command = f"smolvla-export {checkpoint} --precision {fields.get('precision', 'fp32')} --target {target}"
+    if fields.get("precision") == "int8":
+        command += " --calibration SOURCE"
     return f"{command} --output {folder} --force"
 
 
@@ -309,8 +346,12 @@ def _contradictions(m: Manifest) -> list[str]:
         f"the expert takes {name} not as the prefix leaves it" for name in written if read.get(name) != written[name]
     ]
     kinds = {t.dtype for t in m.prefix.outputs if t.name != "prefix_mask"}
-    if kinds != {_CACHE_DTYPE[m.precision]}:
+    if kinds != {"float32" if m.precision == "fp32" or (m.precision, m.target) == ("int8", "cpu") else "float16"}:
         found.append(f"precision is {m.precision}, but the cache is {', '.join(sorted(kinds))}")
+    if m.int8 is not None and min(m.int8.weights, m.int8.multiply_adds, len(m.int8.groups)) < 1:
+        found.append("int8 claims no weights, multiply-adds or groups")
+    if (m.precision == "int8") != (m.int8 is not None):
+        found.append(f"precision is {m.precision}, but int8 is {'missing' if m.int8 is None else 'given'}")
     return found
 
 

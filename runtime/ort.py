@@ -8,6 +8,7 @@ as a CUDA graph, which reads and writes those same addresses whenever it is repl
 import ctypes
 import importlib.metadata
 import os
+import platform
 import queue
 import threading
 import weakref
@@ -68,6 +69,11 @@ def _provider(bundle: Bundle, device: str) -> tuple[str, str]:
             f"bundle {bundle.folder} has the target cpu, whose operators {provider} does not have: use --device cpu, "
             f"or export it again with {bundle.export_command('portable')}"
         )
+    if provider == cpu and bundle.manifest.precision == "int8" and _saturates():
+        raise BackendError(
+            f"bundle {bundle.folder} is INT8, and this CPU has no VNNI: it adds 8-bit products in 16 bits, which "
+            "overflow. Export it again with --precision fp32"
+        )
     hint = ". On a CPU a bundle with --target cpu is faster" if target != "cpu" and provider == cpu else ""
     return provider, reason + hint
 
@@ -92,6 +98,13 @@ def _lacks(device: str, available: Sequence[str], loads: Callable[[str], bool]) 
     if device == "jetson" and not any(loads(f"libnvinfer.so.{version}") for version in (10, 11)):
         missing.append("TensorRT (libnvinfer.so.10)")
     return ", ".join(missing)
+
+
+def _saturates() -> bool:
+    """Whether this CPU adds pairs of unsigned times signed 8-bit products in 16 bits, where they do not fit: x86
+    without VNNI."""
+    flags = Path("/proc/cpuinfo").read_text().split() if platform.machine() == "x86_64" else ["avx_vnni"]
+    return not {"avx512_vnni", "avx_vnni"} & set(flags)
 
 
 def _loads(library: str) -> bool:

@@ -43,8 +43,12 @@ def export_case(tmp_path_factory):
 
         key = name, precision, target
         if key not in made:
+            from smolvla_edge.export.int8 import observations_for
+
             output = tmp_path_factory.mktemp("bundles") / "-".join(key)
-            write_bundle(load_checkpoint(str(DATA / name / "checkpoint")), output, precision, target=target)
+            checkpoint = load_checkpoint(str(DATA / name / "checkpoint"))
+            data = observations_for(checkpoint, "synthetic", 8, str) if precision == "int8" else None
+            write_bundle(checkpoint, output, precision, target=target, calibration=data)
             made[key] = output
         return made[key]
 

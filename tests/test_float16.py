@@ -24,7 +24,7 @@ from smolvla_edge.quantize.errors import RangeError
 from smolvla_edge.quantize.ranges import FLOAT16_MAX, HEADROOM, float16_ranges, require_headroom
 from smolvla_edge.runtime.selfcheck import TOLERANCE
 
-NAIVE = Recipe(torch.float16, torch.float16)
+NAIVE = Recipe(torch.float16, torch.float16, torch.float16)
 MLP = "model.vlm_with_expert.vlm.model.text_model.layers.{}.mlp."
 
 

@@ -127,6 +127,11 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
         held_out=max(2, frames // 4),
         say=say,
     )
+    if len(data.calibration) < 2:
+        raise CalibrationError(
+            f"{source} leaves {len(data.calibration)} frame to calibrate with, expected at least 2 (one sets "
+            "the scales, another tries them): record more"
+        )
     for task in {sample.task for sample in (*data.calibration, *data.held_out)}:
         if (n := len(tokenizer.encode(task.rstrip("\n") + "\n").ids)) > length:
             raise CalibrationError(f"{source}: the instruction {task!r} has {n} tokens, the policy takes {length}")

@@ -68,7 +68,7 @@ class Int8Linear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """INT8 product and bias: [..., in] -> [..., out]."""
-        raise NotImplementedError
+        raise NotImplementedError  # Dynamic and Static differ in this alone
 
 
 class Dynamic(Int8Linear):

@@ -19,7 +19,7 @@ from smolvla_edge.export.errors import ExportError
 from smolvla_edge.export.reference import fixed_observations
 from smolvla_edge.export.sites import sites
 from smolvla_edge.quantize import smoothing
-from smolvla_edge.quantize.errors import GateError
+from smolvla_edge.quantize.errors import CalibrationError, GateError
 from smolvla_edge.quantize.gate import Errors, Gate
 from smolvla_edge.quantize.linear import Dynamic, Quantized, Static
 from smolvla_edge.quantize.plan import MACHINES, Cost, choose, order
@@ -260,6 +260,14 @@ def test_a_graph_over_the_gate_is_no_bundle(monkeypatch, tmp_path):
     with pytest.raises(GateError, match=r"joint 0 0\.200 \(at most 0\.100\)"):
         writer.write_bundle(checkpoint, tmp_path / "bundle", "int8", target="cpu", calibration=data)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_frame_to_calibrate_with_is_too_few(monkeypatch):
+    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
+    whole = int8.read_calibration
+    monkeypatch.setattr(int8, "read_calibration", lambda *a, **k: whole(*a, **k | {"frames": 1}))
+    with pytest.raises(CalibrationError, match="leaves 1 frame to calibrate with, expected at least 2"):
+        int8.observations_for(checkpoint, "synthetic", 2, str)
 
 
 def test_every_gripper_is_judged():

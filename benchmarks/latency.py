@@ -99,7 +99,7 @@ def _policies(source: Checkpoint, bundles: list[str], device: str) -> dict[str, 
         if policy.manifest.source.weights_sha256 != source.weights_sha256:
             raise ExportError(f"{name} was exported from other weights than {source.name}: name its own checkpoint")
         if policy.graphs.device == "cuda" and device != "jetson":
-            plain = OrtGraphs(policy.bundle, device, cuda_graphs=False)
+            plain = OrtGraphs(policy.bundle, "ort-cuda", cuda_graphs=False)
             policies[f"{name} without CUDA graphs"] = Policy(policy.bundle, plain, policy.rtc, None)
     return policies
 

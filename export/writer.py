@@ -18,9 +18,11 @@ from ..quantize.ranges import policy_ranges, stages_to_pin
 from ..runtime import Bundle, Policy, bundle
 from ..runtime.audit import audit, contradictions
 from ..runtime.bundle import MANIFEST, manifest_json, sha256_of
+from ..runtime.preprocessing import CAMERA_GRAPH
 from ..runtime.selfcheck import run_selfcheck
 from . import graph, lerobot_check, parity, tokens
 from .architecture import Architecture
+from .camera import write_camera_graph
 from .checkpoint import Checkpoint
 from .errors import AuditError, ExportError
 from .expert import Expert
@@ -122,6 +124,8 @@ def write_bundle(
             for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
                 say(f"exporting {name}.onnx")
                 graph.export_graph(view, example, folder / f"{name}.onnx", target)
+            if target == "portable":
+                write_camera_graph(folder / CAMERA_GRAPH, arch.image_size)
             say("hashing")
             manifest = _describe(checkpoint, arch, folder, precision, target, demo, pinned, plan)
             policy = _load(folder, manifest)

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from . import command
+from .backend import PROVIDER, choose_for
 from .bundle import Bundle, Manifest
 from .errors import CheckFailed, SmolVLAError
 from .ort import OrtGraphs
@@ -26,7 +27,7 @@ from .selfcheck import run_selfcheck
 from .stored import stored_weights
 
 FLOPS_TOLERANCE = 0.02
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CPU, CUDA, TENSORRT = (PROVIDER[name] for name in ("ort-cpu", "ort-cuda", "ort-tensorrt"))
 Shape = Sequence[int]
 _ACTIVATIONS_FIRST = ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul")
 _MAYBE_TRANSPOSED = ("Gemm", "FusedGemm", "FusedMatMul", "QGemm")
@@ -99,7 +100,8 @@ def audit(bundle: Bundle, device: str = "cpu") -> Audit:
     rows: list[Row] = []
     chunk_ms = 0.0
     with tempfile.TemporaryDirectory(prefix="smolvla-audit-") as folder:
-        sessions = OrtGraphs(bundle, device, profile=Path(folder))
+        backend = next(b for b in choose_for(bundle, device).backends if b in PROVIDER)
+        sessions = OrtGraphs(bundle, backend, profile=Path(folder))
         run_selfcheck(Policy(bundle, sessions, RealTimeChunking(), None))
         for name, profile in zip(graphs, sessions.end_profiling(), strict=True):
             more, ms = last_runs(name, json.loads(profile.read_text()), runs[name])

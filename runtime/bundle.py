@@ -5,6 +5,7 @@
     expert.onnx(.data)   one denoise step
     tokenizer.json       the tokenizers library's format
     selfcheck.npz        inputs and expected outputs (runtime/selfcheck.py)
+    camera.onnx          raw frames -> images, on the device; of the target portable only
 
 Any change of the fields raises VERSION. A newer bundle asks for a newer runtime, an older one for a new export.
 """
@@ -212,13 +213,8 @@ class Bundle:
 
     @property
     def cache_folder(self) -> Path:
-        """Where anything derived from this bundle is kept: `$XDG_CACHE_HOME/smolvla-edge/<manifest hash>`."""
-        base = os.environ.get("XDG_CACHE_HOME")
-        try:
-            folder = Path(base) if base else Path.home() / ".cache"
-        except RuntimeError:  # a container's user may have no home at all
-            folder = Path(tempfile.gettempdir()) / f"smolvla-edge-{os.getuid()}"
-        return folder / "smolvla-edge" / self.digest
+        """Where anything derived from this bundle is kept."""
+        return cache_home() / self.digest
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -260,6 +256,16 @@ class Bundle:
             Path(f.name).replace(self.cache_folder / "verified.json")
         except OSError:
             return
+
+
+def cache_home() -> Path:
+    """`$XDG_CACHE_HOME/smolvla-edge`, or its default."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:  # a container's user may have no home at all
+        folder = Path(tempfile.gettempdir()) / f"smolvla-edge-{os.getuid()}"
+    return folder / "smolvla-edge"
 
 
 def parse_manifest(raw: object, path: Path) -> Manifest:

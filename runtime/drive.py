@@ -59,7 +59,7 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
     plan = check(chosen)
     manifest = plan.bundle.manifest
     print(f"loading {chosen.bundle} ({manifest.precision})", flush=True)
-    policy = Policy.load(plan.bundle, chosen.device, realtime=True, seed=chosen.seed)
+    policy = Policy.load(plan.bundle, chosen.device, backend=chosen.backend, realtime=True, seed=chosen.seed)
     print(policy.graphs.reason)
     policy.preprocessor.tokenizer.encode(plan.task)  # a task that does not fit is known before anything opens
     inference = InferenceThread(policy, plan.task, chosen.steps)

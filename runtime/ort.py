@@ -5,10 +5,7 @@ step allocates, and nothing but a few scalars crosses between host and device. O
 as a CUDA graph, which reads and writes those same addresses whenever it is replayed.
 """
 
-import ctypes
-import importlib.metadata
 import os
-import platform
 import queue
 import threading
 import weakref
@@ -16,103 +13,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .bundle import Bundle, Graph, Tensor
+from .backend import PROVIDER, Backend
+from .bundle import Bundle, Graph, Tensor, cache_home
+from .engine_cache import private_folder
 from .errors import BackendError
+from .preprocessing import CAMERA_GRAPH, Feeds, resampling
 from .sampling import Step
 
-Device = Literal["auto", "cpu", "cuda", "jetson"]
 _NUMPY = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "bool": np.bool_}
-_PROVIDER = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "jetson": "TensorrtExecutionProvider",
-}
+_CPU, _CUDA, _TENSORRT = (PROVIDER[name] for name in ("ort-cpu", "ort-cuda", "ort-tensorrt"))
 _Calls = queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
-
-
-def choose_provider(
-    device: str, available: Sequence[str] | None = None, loads: Callable[[str], bool] | None = None
-) -> tuple[str, str]:
-    """-> (execution provider, the reason in words). Raises BackendError when `device` cannot be had.
-
-    available: ONNX Runtime's providers, loads: whether a shared library can be loaded; this machine's when None.
-    """
-    available = onnxruntime.get_available_providers() if available is None else available
-    loads = _loads if loads is None else loads
-    if device not in ("auto", *_PROVIDER):
-        raise BackendError(f"unknown device {device!r}, expected auto, cpu, cuda or jetson")
-    lacks = {name: _lacks(name, available, loads) for name in _PROVIDER}
-    if device == "auto":
-        if lacks["cuda"]:
-            return _PROVIDER["cpu"], f"device auto: CPU, because CUDA needs {lacks['cuda']}"
-        return _PROVIDER["cuda"], "device auto: CUDA, because its provider and the NVIDIA driver are there"
-    if not lacks[device]:
-        return _PROVIDER[device], f"device {device}: as asked"
-    use = "cpu" if device == "cuda" or lacks["cuda"] else "cuda"
-    raise BackendError(f"device {device} needs {lacks[device]}. On this machine use --device {use}")
-
-
-def _provider(bundle: Bundle, device: str) -> tuple[str, str]:
-    """`choose_provider` for a bundle: one of the target cpu runs nowhere else, a portable one anywhere."""
-    cpu, target = _PROVIDER["cpu"], bundle.manifest.target
-    if target == "cpu" and device == "auto":
-        return cpu, f"device auto: CPU, which is the bundle's target. For a GPU: {bundle.export_command('portable')}"
-    provider, reason = choose_provider(device)
-    if target == "cpu" and provider != cpu:
-        raise BackendError(
-            f"bundle {bundle.folder} has the target cpu, whose operators {provider} does not have: use --device cpu, "
-            f"or export it again with {bundle.export_command('portable')}"
-        )
-    if provider == cpu and bundle.manifest.precision == "int8" and _saturates():
-        raise BackendError(
-            f"bundle {bundle.folder} is INT8, and this CPU has no VNNI: it adds 8-bit products in 16 bits, which "
-            "overflow. Export it again with --precision fp32"
-        )
-    hint = ". On a CPU a bundle with --target cpu is faster" if target != "cpu" and provider == cpu else ""
-    return provider, reason + hint
-
-
-def _lacks(device: str, available: Sequence[str], loads: Callable[[str], bool]) -> str:
-    """What is missing for `device`, in words; empty when nothing is."""
-    if device == "cpu":
-        return ""
-    missing = []
-    if _PROVIDER[device] not in available:
-        package = (
-            "an onnxruntime-gpu built with TensorRT, as for JetPack"
-            if device == "jetson"
-            else "onnxruntime-gpu in place of onnxruntime"
-        )
-        missing.append(f"ONNX Runtime's {_PROVIDER[device]} ({package})")
-        installed = {str(d.metadata["Name"]).lower().replace("_", "-") for d in importlib.metadata.distributions()}
-        if {"onnxruntime", "onnxruntime-gpu"} <= installed:
-            missing.append("only one of onnxruntime and onnxruntime-gpu (remove both, then install onnxruntime-gpu)")
-    if not loads("libcuda.so.1"):
-        missing.append("the NVIDIA driver (libcuda.so.1)")
-    if device == "jetson" and not any(loads(f"libnvinfer.so.{version}") for version in (10, 11)):
-        missing.append("TensorRT (libnvinfer.so.10)")
-    return ", ".join(missing)
-
-
-def _saturates() -> bool:
-    """Whether this CPU adds pairs of unsigned times signed 8-bit products in 16 bits, where they do not fit: x86
-    without VNNI."""
-    flags = Path("/proc/cpuinfo").read_text().split() if platform.machine() == "x86_64" else ["avx_vnni"]
-    return not {"avx512_vnni", "avx_vnni"} & set(flags)
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def _serve(calls: _Calls) -> None:
@@ -125,13 +41,28 @@ def _serve(calls: _Calls) -> None:
             answer.set_exception(e)
 
 
+def _tensorrt_options(bundle: Bundle) -> dict[str, str]:
+    """ONNX Runtime's TensorRT provider builds weakly typed networks of older versions: it must be told of the types
+    that are there. Its engines are kept apart from ours."""
+    folder = str(private_folder(cache_home() / "engines-ort"))
+    narrow = bundle.manifest.precision
+    return {
+        "trt_fp16_enable": str(int(narrow != "fp32")),
+        "trt_int8_enable": str(int(narrow == "int8")),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": folder,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": folder,
+    }
+
+
 class OrtGraphs:
     """`prefill` once per observation, then `denoise` as often as wanted against the same cache."""
 
     def __init__(
         self,
         bundle: Bundle,
-        device: str = "auto",
+        backend: Backend = "ort-cpu",
         *,
         realtime: bool = False,
         cuda_graphs: bool = True,
@@ -141,36 +72,44 @@ class OrtGraphs:
         profile: a folder in which ONNX Runtime keeps what it ran, until `end_profiling`; without CUDA graphs then, of
         which it sees nothing.
 
-        Raises BackendError when the device or a graph cannot be used.
+        Raises BackendError when the backend or a graph cannot be used.
         """
         onnxruntime.disable_telemetry_events()
-        provider, self.reason = _provider(bundle, device)
-        self.provider = provider
-        if provider != _PROVIDER["cpu"] and hasattr(onnxruntime, "preload_dlls"):
+        self.provider = provider = PROVIDER[backend]
+        self.reason = f"ONNX Runtime {onnxruntime.__version__}"
+        if provider != _CPU and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
-        self.device = "cpu" if provider == _PROVIDER["cpu"] else "cuda"
+        self.device = "cpu" if provider == _CPU else "cuda"
+        self.takes_frames = self.device == "cuda" and CAMERA_GRAPH in bundle.manifest.files
         self._calls: _Calls | None = None
-        if cuda_graphs and profile is None and provider == _PROVIDER["cuda"]:
+        if cuda_graphs and profile is None and provider == _CUDA:
             self._calls = calls = _Calls()
             # A daemon: a device that hangs must not keep the process alive.
             threading.Thread(target=_serve, args=(calls,), name="cuda", daemon=True).start()
             weakref.finalize(self, calls.put, None)
             try:
-                self._load(bundle, provider, realtime, None)
+                self._load(bundle, realtime, None)
                 for call in (self._prefill, *self._steps):  # the first run of each captures it
                     self._run(call)
-                self.reason += "; replayed as CUDA graphs"
+                self.reason += ", replayed as CUDA graphs"
                 return
             except BackendError as e:
-                self.reason += f"; without CUDA graphs ({e})"
+                self.reason += f", without CUDA graphs ({e})"
                 calls.put(None)  # the thread ends and lets go of the session
                 self._calls = None
-        self._load(bundle, provider, realtime, profile)
+        self._load(bundle, realtime, profile)
 
-    def _load(self, bundle: Bundle, provider: str, realtime: bool, profile: Path | None) -> None:
+    def _load(self, bundle: Bundle, realtime: bool, profile: Path | None) -> None:
         manifest = bundle.manifest
-        self._prefix = self._session(bundle, manifest.prefix, provider, realtime, profile)
-        self._expert = self._session(bundle, manifest.expert, provider, realtime, profile)
+        captured = self._calls is not None
+        self._prefix, self._expert = (
+            self._session(bundle, g.file, realtime, profile, captured) for g in (manifest.prefix, manifest.expert)
+        )
+        if self.takes_frames:
+            self._camera = self._session(bundle, CAMERA_GRAPH, realtime, None, False)
+        self._cameras = [c.name for c in manifest.cameras]
+        self._check_signature(self._prefix, manifest.prefix, bundle)
+        self._check_signature(self._expert, manifest.expert, bundle)
         # One buffer per name: what both graphs call the same is the same memory.
         tensors = {t.name: t for g in (manifest.prefix, manifest.expert) for t in (*g.inputs, *g.outputs)}
         self._buffers = {name: self._buffer(t) for name, t in tensors.items()}
@@ -181,11 +120,25 @@ class OrtGraphs:
         swaps = enumerate((there, back), 1)
         self._steps = [self._call(self._expert, manifest.expert, swap, i) for i, swap in swaps]
 
-    def prefill(self, feeds: dict[str, NDArray[np.generic]]) -> None:
-        """Run the prefix graph on what Preprocessor.feeds made; fills the KV cache."""
+    def prefill(self, feeds: Feeds) -> None:
+        """Run the prefix graph on what Preprocessor.feeds made, `images` or raw frames; fills the KV cache."""
+        for i, name in enumerate(self._cameras):
+            if (frame := feeds.get(f"frame.{name}")) is not None:
+                self._run(partial(self._place, i, frame))
         for name, array in feeds.items():
-            self._buffers[name].update_inplace(np.ascontiguousarray(array))
+            if name in self._buffers:
+                self._buffers[name].update_inplace(np.ascontiguousarray(array))
         self._run(self._prefill)
+
+    def _place(self, index: int, frame: NDArray[np.generic]) -> None:
+        """The frame of camera `index`, resized on the device into its slice of `images`."""
+        images, binding = self._buffers["images"], self._camera.io_binding()
+        shape = (1, *images.shape()[1:])
+        for name, array in {"frame": frame, **resampling(*frame.shape[:2], shape[-1])}.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        slot = images.data_ptr() + index * 4 * int(np.prod(shape))
+        binding.bind_output("image", images.device_name(), 0, np.float32, shape, slot)
+        self._camera.run_with_iobinding(binding)
 
     def denoise(
         self,
@@ -222,10 +175,11 @@ class OrtGraphs:
         """-> the profiles of prefix and expert, JSON."""
         return Path(self._prefix.end_profiling()), Path(self._expert.end_profiling())
 
-    def _session(self, bundle: Bundle, graph: Graph, provider: str, realtime: bool, profile: Path | None) -> Any:
+    def _session(self, bundle: Bundle, file: str, realtime: bool, profile: Path | None, captured: bool) -> Any:
+        provider = self.provider
         options = onnxruntime.SessionOptions()
         if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile / graph.file)
+            options.enable_profiling, options.profile_file_prefix = True, str(profile / file)
         options.log_severity_level = 3
         cores = len(os.sched_getaffinity(0))
         options.intra_op_num_threads = max(1, cores - 1) if realtime else cores
@@ -234,10 +188,12 @@ class OrtGraphs:
         else:  # two sessions take turns: the idle one must not spin against the busy one
             options.add_session_config_entry("session.force_spinning_stop", "1")
         # Without TF32, which rounds the operands of float32 products to 10 bits.
-        own = {_PROVIDER["cuda"]: {"use_tf32": "0", "enable_cuda_graph": "1" if self._calls else "0"}}
-        order = [_PROVIDER["jetson"], _PROVIDER["cuda"], _PROVIDER["cpu"]]
+        own = {_CUDA: {"use_tf32": "0", "enable_cuda_graph": "1" if captured else "0"}}
+        if provider == _TENSORRT:
+            own[_TENSORRT] = _tensorrt_options(bundle)
+        order = [_TENSORRT, _CUDA, _CPU]
         providers = [(p, own.get(p, {})) for p in order[order.index(provider) :]]
-        path = bundle.path(graph.file)
+        path = bundle.path(file)
         try:  # no fallback: it would leave out our options
             session = onnxruntime.InferenceSession(path, options, providers=providers, enable_fallback=0)
         except Exception as e:  # onnxruntime's own classes all derive from Exception only
@@ -247,7 +203,6 @@ class OrtGraphs:
                 f"{provider} did not start (got {', '.join(session.get_providers())}): its CUDA, cuDNN or TensorRT "
                 "libraries do not load, see above. Install them, or use --device cpu"
             )
-        self._check_signature(session, graph, bundle)
         return session
 
     @staticmethod

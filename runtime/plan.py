@@ -9,9 +9,9 @@ from ..devices.limits import Limits
 from ..devices.port import find_port
 from ..devices.units import Units
 from . import settings
+from .backend import choose
 from .bundle import Bundle, Manifest
 from .errors import BackendError, BundleError, SettingsError
-from .ort import choose_provider
 from .preflight import units_evidence
 from .settings import Settings
 
@@ -39,7 +39,7 @@ def check(chosen: Settings) -> Plan:
     problems: list[str] = []
     bundle = units = limits = calibration = None
     try:
-        choose_provider(chosen.device)
+        choose(chosen.device, chosen.backend)
     except BackendError as e:
         problems.append(str(e))
     print(f"checking {chosen.bundle}", flush=True)  # the first time, every file is hashed

@@ -8,18 +8,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .backend import Backend, choose_for
 from .bundle import Bundle, Manifest
-from .errors import InputError
+from .errors import BackendError, CheckFailed, InputError
 from .ort import OrtGraphs
 from .preprocessing import Feeds, Preprocessor
 from .sampling import RealTimeChunking, Step, schedule
+from .selfcheck import require, run_selfcheck
+from .trt import TrtGraphs
 
 Array = NDArray[np.float32]
+Graphs = OrtGraphs | TrtGraphs
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of the last chunk by stage, milliseconds."""
+    """Wall time of the last chunk by stage, milliseconds. On TensorRT the prefix runs with the denoise steps, in one
+    CUDA graph, and `prefix_ms` is the upload alone."""
 
     preprocess_ms: float
     prefix_ms: float
@@ -29,7 +34,7 @@ class Timing:
 class Policy:
     """A bundle, loaded on one device. Not thread-safe: one thread predicts at a time."""
 
-    def __init__(self, bundle: Bundle, graphs: OrtGraphs, rtc: RealTimeChunking, seed: int | None) -> None:
+    def __init__(self, bundle: Bundle, graphs: Graphs, rtc: RealTimeChunking, seed: int | None) -> None:
         self.bundle, self.graphs, self.rtc = bundle, graphs, rtc
         self.preprocessor = Preprocessor(bundle)
         self.timing = Timing(0.0, 0.0, 0.0)
@@ -41,19 +46,50 @@ class Policy:
         bundle: str | Path | Bundle,
         device: str = "auto",
         *,
+        backend: str | None = None,
         realtime: bool = False,
         rtc: RealTimeChunking | None = None,
         seed: int | None = None,
     ) -> "Policy":
         """Open and check a bundle (unless it is open already) and load its graphs.
 
-        device: auto | cpu | cuda | jetson. realtime: leave a core to a control loop. rtc: settings of real-time
-        chunking, used when `predict_chunk` is given a previous chunk. seed: of the noise, random when None.
+        device: auto | cpu | cuda | jetson. backend: one alone (runtime/backend.py). realtime: leave a core to a
+        control loop. rtc: settings of real-time chunking, used when `predict_chunk` is given a previous chunk. seed:
+        of the noise, random when None.
 
-        Raises BundleError for the folder, BackendError for the device.
+        The first backend of the device that loads and computes the bundle's self-check is taken; `graphs.reason`
+        says why, and what was wrong with those before it. A CPU is not checked: the export was proved on one.
+        Raises BundleError for the folder, BackendError for the device, CheckFailed when the last computes wrongly.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(opened, OrtGraphs(opened, device, realtime=realtime), rtc or RealTimeChunking(), seed)
+        choice = choose_for(opened, device, backend)
+        skipped: list[str] = []
+        for name in choice.backends:
+            try:
+                graphs = _graphs(opened, name, realtime)
+                policy = cls(opened, graphs, rtc or RealTimeChunking(), seed)
+                if name != "ort-cpu":
+                    policy._prove()
+            except (BackendError, CheckFailed) as e:
+                if name == choice.backends[-1]:
+                    raise type(e)("; ".join([*skipped, f"{name}: {e}" if skipped else str(e)])) from e
+                skipped.append(f"{name}: {e}")
+                continue
+            why = choice.reason if not skipped else f"{name}, because {'; '.join(skipped)}"
+            graphs.reason = f"{why} ({graphs.reason})"
+            return policy
+        raise AssertionError("a choice names at least one backend")
+
+    def _prove(self) -> None:
+        """Run the bundle's self-check, once for each TensorRT engine. Raises CheckFailed."""
+        graphs = self.graphs
+        if isinstance(graphs, TrtGraphs) and graphs.proof() is not None:
+            return
+        errors = run_selfcheck(self)
+        require(self, errors)
+        if isinstance(graphs, TrtGraphs):
+            graphs.prove(errors)
+        graphs.reason += f", self-check passed with actions within {errors['actions']:.1e}"
 
     @property
     def manifest(self) -> Manifest:
@@ -81,7 +117,7 @@ class Policy:
         start = time.perf_counter()
         steps = self.manifest.sampling.num_steps if steps is None else steps
         noise, prev, weights = self._sampling_inputs(noise, steps, prev_chunk, delay)
-        feeds = self.preprocessor.feeds(images, state, task)
+        feeds = self.preprocessor.feeds(images, state, task, raw=self.graphs.takes_frames)
         ready = time.perf_counter()
         self.graphs.prefill(feeds)
         filled = time.perf_counter()
@@ -154,6 +190,12 @@ class Policy:
             prev[0, :tail, :dof] = self.manifest.action.normalization.normalize_inverse(prev_chunk)
             weights[0, :, 0] = self.rtc.prefix_weights(delay, tail, chunk)
         return self.draw_noise() if noise is None else noise, prev, weights
+
+
+def _graphs(bundle: Bundle, backend: Backend, realtime: bool) -> Graphs:
+    if backend == "tensorrt":
+        return TrtGraphs(bundle, realtime=realtime)
+    return OrtGraphs(bundle, backend, realtime=realtime)
 
 
 def _array_problems(name: str, array: object, shape: tuple[int, ...]) -> list[str]:

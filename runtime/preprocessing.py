@@ -1,6 +1,8 @@
 """An observation -> the prefix graph's feeds. One visible ordered list: check, resize, normalise, tokenise."""
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,6 +12,7 @@ from .bundle import Bundle
 from .errors import InputError
 from .tokenizer import Tokenizer
 
+CAMERA_GRAPH = "camera.onnx"  # frames to images, on the device; portable bundles have it
 Feeds = dict[str, NDArray[np.generic]]
 
 
@@ -20,8 +23,11 @@ class Preprocessor:
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer(bundle.path("tokenizer.json"), self.manifest.tokens)
 
-    def feeds(self, images: Mapping[str, NDArray[np.uint8]], state: NDArray[np.floating], task: str) -> Feeds:
+    def feeds(
+        self, images: Mapping[str, NDArray[np.uint8]], state: NDArray[np.floating], task: str, *, raw: bool = False
+    ) -> Feeds:
         """images: camera name -> uint8 [H, W, 3] RGB; state: float [dof] in robot units; task: the instruction.
+        raw: leave resizing to the device, and give `frame.<camera>` as they are in place of `images`.
 
         Raises InputError that lists everything wrong with the observation.
         """
@@ -32,8 +38,11 @@ class Preprocessor:
         tokens, mask = self.tokenizer.encode(task)
         padded = np.zeros((1, m.state.padded), np.float32)
         padded[0, : m.state.dim] = m.state.normalization.normalize(np.asarray(state, np.float32))
+        feeds: Feeds = {"tokens": tokens, "token_mask": mask, "state": padded}
+        if raw:
+            return feeds | {f"frame.{camera.name}": images[camera.name] for camera in m.cameras}
         stack = [resize_with_pad(images[camera.name], m.image_size) for camera in m.cameras]
-        return {"images": np.stack(stack), "tokens": tokens, "token_mask": mask, "state": padded}
+        return feeds | {"images": np.stack(stack)}
 
     def _camera_problems(self, images: Mapping[str, NDArray[np.uint8]]) -> list[str]:
         wanted = [c.name for c in self.manifest.cameras]
@@ -77,3 +86,30 @@ def resize_with_pad(image: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
     out = np.full((3, size, size), -1, np.float32)
     out[:, size - height :, size - width :] = pixels.transpose(2, 0, 1) * np.float32(2) - np.float32(1)
     return out
+
+
+@lru_cache(maxsize=8)
+def resampling(height: int, width: int, size: int) -> dict[str, NDArray[Any]]:
+    """What camera.onnx takes beside a frame of [height, width, 3], so that it computes `resize_with_pad`.
+
+    rows, columns int32 [2, size]: the two source rows or columns of each one written. row_weights float32
+    [2, size, 1, 1], column_weights [1, 2, size, 1]: their shares, 0 where it is padding.
+    """
+    rows, row_weights = _bilinear(height, _resized(height, width, size)[0], size)
+    columns, column_weights = _bilinear(width, _resized(height, width, size)[1], size)
+    return {
+        "rows": rows,
+        "row_weights": row_weights[:, :, None, None],
+        "columns": columns,
+        "column_weights": column_weights[None, :, :, None],
+    }
+
+
+def _bilinear(source: int, target: int, size: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Neighbours and weights, [2, size], of the last `target` of `size` places; pixel centres are at halves."""
+    at = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
+    first = np.minimum(at.astype(np.int32), source - 1)
+    indices, weights = np.zeros((2, size), np.int32), np.zeros((2, size), np.float32)
+    indices[:, size - target :] = first, np.minimum(first + 1, source - 1)
+    weights[:, size - target :] = 1 - (at - first), at - first
+    return indices, weights

@@ -6,14 +6,15 @@ INT8 bundle holds its own answers instead: how far they are from the checkpoint'
 """
 
 import zipfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Manifest
-from .errors import BundleError
-from .policy import Policy
+from .errors import BundleError, CheckFailed
+
+if TYPE_CHECKING:
+    from .policy import Policy
 
 FILE = "selfcheck.npz"
 # Largest error that is still this policy, by precision; actions are normalised, of order 1.
@@ -28,27 +29,45 @@ def error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.abs(got.astype(np.float64) - reference).max() / max(1.0, np.abs(reference).max()))
 
 
-def run_selfcheck(policy: Policy) -> dict[str, float]:
-    """-> worst error over the instructions of 'cache', 'actions', 'chunk'. Raises BundleError for a damaged file."""
+def run_selfcheck(policy: "Policy") -> dict[str, float]:
+    """-> stage -> worst error over the instructions, in the order of computation: every tensor of the cache, the
+    normalised `actions`, the `chunk` in robot units. Raises BundleError for a damaged file."""
     path, m = policy.bundle.path(FILE), policy.manifest
+    kv = [t.name for t in m.prefix.outputs if t.name != "prefix_mask"]
     try:
         with np.load(path, allow_pickle=False) as file:
             data = dict(file)
         images = {c.name: data[f"image.{c.name}"] for c in m.cameras}
-        worst = {"cache": 0.0, "actions": 0.0, "chunk": 0.0}
+        worst = dict.fromkeys((*kv, "actions", "chunk"), 0.0)
         for i, task in enumerate(data["task"]):
             policy.prefill(images, data["state"], str(task))
             cache = policy.graphs.cache()
-            for name in _kv_names(m):
-                got = cache[name].ravel()[data[f"where.{i}"]]
-                worst["cache"] = max(worst["cache"], error(got, data[f"{name}.{i}"]))
             actions = policy.denoise(data["noise"])
-            worst["actions"] = max(worst["actions"], error(actions, data[f"actions.{i}"]))
-            worst["chunk"] = max(worst["chunk"], error(policy.robot_units(actions), data[f"chunk.{i}"]))
+            got = {name: cache[name].ravel()[data[f"where.{i}"]] for name in kv}
+            got |= {"actions": actions, "chunk": policy.robot_units(actions)}
+            for stage in worst:
+                worst[stage] = max(worst[stage], error(got[stage], data[f"{stage}.{i}"]))
     except (OSError, KeyError, IndexError, zipfile.BadZipFile) as e:
         raise BundleError(f"{path} is damaged ({e!r}): export the checkpoint again") from e
     return worst
 
 
-def _kv_names(manifest: Manifest) -> list[str]:
-    return [t.name for t in manifest.prefix.outputs if t.name != "prefix_mask"]
+def summary(errors: dict[str, float]) -> dict[str, float]:
+    """run_selfcheck's errors with the tensors of the cache as one: the worst."""
+    ends = {stage: errors[stage] for stage in ("actions", "chunk")}
+    return {"cache": max(e for stage, e in errors.items() if stage not in ends)} | ends
+
+
+def require(policy: "Policy", errors: dict[str, float]) -> None:
+    """Raises CheckFailed that names the first stage to leave what the checkpoint computes."""
+    precision = policy.manifest.precision
+    limit = TOLERANCE[precision]
+    over = {stage: value for stage, value in errors.items() if not value <= limit}
+    if over:
+        stage, value = next(iter(over.items()))
+        wider = " Try a bundle of --precision fp32, or" if precision != "fp32" else " Try"
+        raise CheckFailed(
+            f"self-check failed: {stage} is the first to differ from its checkpoint, by {value:.2e} (at most "
+            f"{limit:.0e}), {len(over)} of {len(errors)} stages do; actions by {errors['actions']:.2e}.{wider} "
+            "another --backend"
+        )

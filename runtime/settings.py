@@ -31,6 +31,7 @@ class Settings:
 
     bundle: str = "bundle"
     device: str = "auto"
+    backend: str | None = None
     port: str | None = None
     units: str | None = None
     calibration: str | None = None

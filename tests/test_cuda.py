@@ -12,6 +12,8 @@ import onnxruntime
 import pytest
 
 from smolvla_edge.runtime import Bundle, Policy
+from smolvla_edge.runtime.bundle import cache_home
+from smolvla_edge.runtime.errors import CheckFailed
 from smolvla_edge.runtime.ort import OrtGraphs
 
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -39,10 +41,10 @@ class StandIn:
     def get_providers(self):
         return [name for name, _ in self.providers]
 
-    def run_with_iobinding(self, binding, options):
+    def run_with_iobinding(self, binding, options=None):
         if self.captures and self.refuse == "run":
             raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
-        graph_id = options.get_run_config_entry("gpu_graph_id")
+        graph_id = options.get_run_config_entry("gpu_graph_id") if options else ""
         self.runs.append((graph_id, id(binding), threading.current_thread().name))
         self._real.run_with_iobinding(binding)
 
@@ -58,7 +60,7 @@ def cuda(export_case, monkeypatch):
     monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", lambda array, device, index: on_cpu(array))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
     monkeypatch.setattr(onnxruntime, "InferenceSession", StandIn)
-    monkeypatch.setattr("smolvla_edge.runtime.ort._loads", lambda _: True)
+    monkeypatch.setattr("smolvla_edge.runtime.backend._loads", lambda _: True)
     monkeypatch.setattr(StandIn, "made", [])
     return StandIn
 
@@ -72,24 +74,28 @@ def chunk_of(policy, tasks=(TASK,)):
 
 def test_each_binding_is_a_cuda_graph_of_its_own_and_all_run_in_one_thread(cuda, export_case):
     policy = Policy.load(export_case("tiny", "fp32"), device="cuda")
-    assert policy.graphs.reason == "device cuda: as asked; replayed as CUDA graphs"
-    prefix, expert = cuda.made
+    assert policy.graphs.reason.startswith("device cuda: ort-cuda, as asked (ONNX Runtime ")
+    assert ", replayed as CUDA graphs, self-check passed with actions within " in policy.graphs.reason
+    prefix, expert, camera = cuda.made
+    for session, captured in ((prefix, "1"), (expert, "1"), (camera, "0")):
+        assert session.providers == [(CUDA, {"use_tf32": "0", "enable_cuda_graph": captured}), (CPU, {})]
     for session in cuda.made:
-        assert session.providers == [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"}), (CPU, {})]
+        session.runs.clear()  # loading captures and proves
     chunks = []
     other = threading.Thread(target=lambda: chunks.extend(chunk_of(policy)))
     other.start()
     other.join()
     chunks += chunk_of(policy)
-    assert [run[0] for run in prefix.runs] == ["1"] * 3
-    assert [run[0] for run in expert.runs] == ["1", "2"] + ["1", "2", "1"] * 2
+    assert [run[0] for run in prefix.runs] == ["1"] * 2
+    assert [run[0] for run in expert.runs] == ["1", "2", "1"] * 2
+    assert len(camera.runs) == 2 * len(policy.manifest.cameras)
     assert len({run[:2] for run in expert.runs}) == 2, (
         "a graph is only ever replayed with the binding it was captured on"
     )
-    assert {run[2] for run in (*prefix.runs, *expert.runs)} == {"cuda"}
+    assert {run[2] for run in (*camera.runs, *prefix.runs, *expert.runs)} == {"cuda"}
     plain = chunk_of(Policy.load(export_case("tiny", "fp32"), device="cpu"))
-    assert np.array_equal(chunks[0], plain[0])
-    assert np.array_equal(chunks[1], plain[0])
+    assert np.array_equal(chunks[0], chunks[1])
+    assert np.abs(chunks[0] - plain[0]).max() < 1e-3  # frames are resized on the device
 
 
 @pytest.mark.parametrize(
@@ -98,9 +104,10 @@ def test_each_binding_is_a_cuda_graph_of_its_own_and_all_run_in_one_thread(cuda,
 def test_where_capture_fails_it_runs_without_and_says_why(cuda, export_case, monkeypatch, where, why):
     monkeypatch.setattr(cuda, "refuse", where)
     policy = Policy.load(export_case("tiny", "fp32"), device="cuda")
-    assert policy.graphs.reason.startswith("device cuda: as asked; without CUDA graphs (ONNX Runtime ")
+    assert ", without CUDA graphs (ONNX Runtime " in policy.graphs.reason
     assert why in policy.graphs.reason
-    prefix, expert = cuda.made[-2:]
+    prefix, expert, _ = cuda.made[-3:]
+    prefix.runs.clear()
     assert prefix.providers == expert.providers == [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "0"}), (CPU, {})]
     chunk_of(policy)
     assert [run[2] for run in prefix.runs] == ["MainThread"]
@@ -108,15 +115,31 @@ def test_where_capture_fails_it_runs_without_and_says_why(cuda, export_case, mon
 
 
 def test_cuda_graphs_can_be_switched_off(cuda, export_case):
-    graphs = OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "cuda", cuda_graphs=False)
-    assert graphs.reason == "device cuda: as asked"
-    assert [s.providers[0][1]["enable_cuda_graph"] for s in cuda.made] == ["0", "0"]
+    graphs = OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "ort-cuda", cuda_graphs=False)
+    assert "CUDA graphs" not in graphs.reason
+    assert [s.providers[0][1]["enable_cuda_graph"] for s in cuda.made] == ["0", "0", "0"]
 
 
 def test_tensorrt_has_its_own_path_and_what_it_leaves_to_cuda_is_float32_too(cuda, export_case):
-    OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "jetson")
-    asked = [(TENSORRT, {}), (CUDA, {"use_tf32": "0", "enable_cuda_graph": "0"}), (CPU, {})]
-    assert [s.providers for s in cuda.made] == [asked, asked]
+    OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "ort-tensorrt")
+    for session in cuda.made:
+        (first, options), *rest = session.providers
+        assert rest == [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "0"}), (CPU, {})]
+        assert first == TENSORRT
+        assert options["trt_fp16_enable"] == options["trt_int8_enable"] == "0"
+        assert options["trt_engine_cache_path"] == str(cache_home() / "engines-ort")
+
+
+def test_a_backend_that_computes_something_else_is_refused(cuda, export_case, monkeypatch):
+    def wrong(self, binding, options):
+        self._real.run_with_iobinding(binding)
+        if len(binding.get_outputs()) > 2:  # the prefix
+            key = binding.get_outputs()[2].numpy()
+            key += 1
+
+    monkeypatch.setattr(cuda, "run_with_iobinding", wrong)
+    with pytest.raises(CheckFailed, match=r"self-check failed: (key|value).\d is the first to differ"):
+        Policy.load(export_case("tiny", "fp32"), device="cuda")
 
 
 def test_the_thread_ends_with_the_policy(cuda, export_case):

@@ -70,16 +70,18 @@ def test_the_torch_views_are_compiled_where_asked(export_case, monkeypatch):
 def test_on_cuda_each_bundle_runs_with_cuda_graphs_and_without(export_case, monkeypatch):
     """A stand-in for ONNX Runtime on a GPU: graphs on the CPU that say they are not."""
 
-    def load(self, bundle, device="auto", *, realtime=False, cuda_graphs=True):
-        given.append((device, cuda_graphs))
+    def load(self, bundle, backend, *, realtime=False, cuda_graphs=True):
+        given.append((backend, cuda_graphs))
         self.device, self.reason = "cuda", ""
 
     given = []
     folder = str(export_case("tiny", "fp32"))
     monkeypatch.setattr(OrtGraphs, "__init__", load)
+    monkeypatch.setattr(Policy, "_prove", lambda self: None)
+    monkeypatch.setattr("smolvla_edge.runtime.backend.lacks", lambda *_: "")
     policies = _policies(load_checkpoint(CHECKPOINT), [folder], "cuda")
     assert list(policies) == [folder, f"{folder} without CUDA graphs"]
-    assert given == [("cuda", True), ("cuda", False)]
+    assert given == [("ort-cuda", True), ("ort-cuda", False)]
 
 
 def test_the_machine_line_names_vector_units_and_the_card(tmp_path, monkeypatch):

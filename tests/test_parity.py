@@ -14,7 +14,7 @@ from smolvla_edge.export.reference import Reference, fixed_observations
 from smolvla_edge.export.weights import build_views
 from smolvla_edge.export.writer import architecture_of
 from smolvla_edge.runtime import Policy
-from smolvla_edge.runtime.selfcheck import TOLERANCE, error, run_selfcheck
+from smolvla_edge.runtime.selfcheck import TOLERANCE, error, run_selfcheck, summary
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def test_a_stale_cache_fails_the_check(policy, references):
     prefill, calls = policy.graphs.prefill, []
     policy.graphs.prefill = lambda feeds: calls or (calls.append(1), prefill(feeds))
     assert "cache" in failing_stages(policy, references)
-    assert not run_selfcheck(policy)["cache"] <= TOLERANCE["fp32"]
+    assert not summary(run_selfcheck(policy))["cache"] <= TOLERANCE["fp32"]
 
 
 def test_swapped_cameras_fail_the_check(policy, references):
     m = policy.manifest
     policy.preprocessor.manifest = replace(m, cameras=m.cameras[::-1])
     assert {"images", "cache", "actions"} <= failing_stages(policy, references)
-    assert not run_selfcheck(policy)["cache"] <= TOLERANCE["fp32"]
+    assert not summary(run_selfcheck(policy))["cache"] <= TOLERANCE["fp32"]
 
 
 def test_an_unnormalised_state_fails_the_check(policy, references):
@@ -73,7 +73,7 @@ def test_an_unnormalised_state_fails_the_check(policy, references):
     identity = replace(m.state.normalization, mode="IDENTITY")
     policy.preprocessor.manifest = replace(m, state=replace(m.state, normalization=identity))
     assert {"state", "cache", "actions"} <= failing_stages(policy, references)
-    assert not run_selfcheck(policy)["cache"] <= TOLERANCE["fp32"]
+    assert not summary(run_selfcheck(policy))["cache"] <= TOLERANCE["fp32"]
 
 
 def test_actions_scaled_back_wrongly_fail_the_check(policy, references):

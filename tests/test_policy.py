@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import DATA
 from goldens import Golden
 
 from smolvla_edge.runtime import BackendError, InputError, Policy, RealTimeChunking
-from smolvla_edge.runtime.ort import choose_provider
+from smolvla_edge.runtime.backend import Choice, choose
 
 
 @pytest.fixture(scope="module")
@@ -100,45 +101,74 @@ def test_all_problems_of_an_observation_are_named_at_once(policy, observation):
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 
-def test_jetson_without_tensorrt_says_what_is_missing_and_what_to_use():
-    with pytest.raises(BackendError, match=r"TensorRT.*libcuda.*libnvinfer.*[Oo]n this machine use --device cpu"):
-        choose_provider("jetson", [CPU], lambda _: False)
-    with pytest.raises(BackendError, match=r"needs TensorRT \(libnvinfer.so.10\). On this machine use --device cuda"):
-        choose_provider("jetson", [TENSORRT, CUDA, CPU], lambda name: name == "libcuda.so.1")
+def everything(_):
+    return True
+
+
+def test_jetson_without_tensorrt_says_what_each_backend_needs_and_what_to_use():
+    with pytest.raises(BackendError, match=r"tensorrt needs .*module tensorrt .*libnvinfer.*; ort-tensorrt needs .*; "
+                       r"ort-cuda needs .*libcuda.*On this machine use --device cpu"):  # fmt: skip
+        choose("jetson", available=[CPU], loads=lambda _: False)
+    with pytest.raises(BackendError, match=r"backend ort-tensorrt cannot be had: .*libnvinfer.*use --device cuda"):
+        choose(backend="ort-tensorrt", available=[TENSORRT, CUDA, CPU], loads=lambda name: name == "libcuda.so.1")
+
+
+def test_a_device_is_the_first_backend_that_can_run_and_says_why_the_others_cannot():
+    choice = choose("jetson", available=[TENSORRT, CUDA, CPU], loads=everything)
+    assert choice.backends == ("ort-tensorrt", "ort-cuda")
+    assert choice.reason.startswith(
+        "device jetson: ort-tensorrt, because tensorrt needs the Python module tensorrt ("
+    )
+    assert choose("cuda", available=[CUDA, CPU], loads=everything) == Choice(
+        ("ort-cuda",), "device cuda: ort-cuda, as asked"
+    )
+    assert choose("cuda", "ort-tensorrt", available=[TENSORRT, CPU], loads=everything).backends == ("ort-tensorrt",)
 
 
 def test_cuda_without_a_driver_is_refused_before_anything_is_loaded():
     with pytest.raises(BackendError, match=r"needs the NVIDIA driver .* use --device cpu"):
-        choose_provider("cuda", [CUDA, CPU], lambda _: False)
+        choose("cuda", available=[CUDA, CPU], loads=lambda _: False)
 
 
 def test_automatic_choices_give_their_reason():
-    provider, reason = choose_provider("auto", [CPU], lambda _: True)
-    assert (provider, reason[:46]) == (CPU, "device auto: CPU, because CUDA needs ONNX Runt")
-    provider, reason = choose_provider("auto", [CUDA, CPU], lambda _: False)
-    assert provider == CPU
-    assert "libcuda.so.1" in reason
-    assert choose_provider("auto", [CUDA, CPU], lambda _: True)[0] == CUDA
-    assert choose_provider("jetson", [TENSORRT, CUDA, CPU], lambda _: True) == (TENSORRT, "device jetson: as asked")
-    with pytest.raises(BackendError, match="unknown device 'tpu'"):
-        choose_provider("tpu", [], lambda _: True)
+    choice = choose(available=[CPU], loads=everything)
+    assert choice.backends == ("ort-cpu",)
+    assert choice.reason.startswith(
+        "device auto: ort-cpu, because ort-cuda needs ONNX Runtime's CUDAExecutionProvider"
+    )
+    assert "libcuda.so.1" in choose(available=[CUDA, CPU], loads=lambda _: False).reason
+    assert choose(available=[CUDA, CPU], loads=everything).reason == "device auto: ort-cuda, it is there"
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "message"),
+    [
+        ("tpu", None, "unknown device 'tpu', expected auto, cpu, cuda, jetson"),
+        ("auto", "onnx", "unknown backend 'onnx', expected tensorrt, ort-tensorrt, ort-cuda, ort-cpu"),
+        ("cpu", "ort-cuda", "backend ort-cuda does not run on the device cpu"),
+    ],
+)
+def test_unknown_devices_and_backends_are_refused(device, backend, message):
+    with pytest.raises(BackendError, match=message):
+        choose(device, backend)
 
 
 def test_a_bundle_for_the_cpu_stays_there_and_names_the_command_for_a_gpu(export_case, monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr("smolvla_edge.runtime.ort._loads", lambda _: True)
+    monkeypatch.setattr("smolvla_edge.runtime.backend._loads", everything)
     folder = export_case("tiny", "fp32", "cpu")
     command = f"smolvla-export {DATA}/tiny/checkpoint --precision fp32 --target portable --output {folder} --force"
-    with pytest.raises(BackendError, match=f"target cpu.*{CUDA} does not have.*{command}"):
+    with pytest.raises(BackendError, match=f"target cpu.*ort-cuda does not have.*{command}"):
         Policy.load(folder, device="cuda")
     reason = Policy.load(folder).graphs.reason
-    assert reason == f"device auto: CPU, which is the bundle's target. For a GPU: {command}"
+    assert reason.startswith(f"device auto: ort-cpu, which is the bundle's target. For a GPU: {command}")
 
 
 def test_a_portable_bundle_on_a_cpu_hints_at_the_faster_target(policy, export_case):
-    assert policy.graphs.reason == "device cpu: as asked. On a CPU a bundle with --target cpu is faster"
+    hint = ". On a CPU a bundle with --target cpu is faster"
+    assert policy.graphs.reason == f"device cpu: ort-cpu, as asked{hint} (ONNX Runtime {onnxruntime.__version__})"
     same = Policy.load(export_case("tiny", "fp32", "cpu"), device="cpu")
-    assert same.graphs.reason == "device cpu: as asked"
+    assert same.graphs.reason == f"device cpu: ort-cpu, as asked (ONNX Runtime {onnxruntime.__version__})"
 
 
 @pytest.mark.parametrize(

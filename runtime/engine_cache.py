@@ -1,0 +1,171 @@
+"""TensorRT engines of this machine, each built once: `$XDG_CACHE_HOME/smolvla-edge/engines/<key>/`.
+
+    engine.plan  what TensorRT made
+    engine.json  Record: what it was made of, where, and whether it was proved
+
+An engine is code. It is never taken from a bundle, only from a folder that this user alone may write to. Its key is
+the hash of everything that decides what it computes, so another graph, TensorRT, GPU or precision is another engine.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from .bundle import Bundle, cache_home, sha256_of
+from .cuda import Stream
+from .engine import Engine, Shapes, build, load_tensorrt
+from .errors import BackendError
+from .strict import decode, encode
+
+PLAN, RECORD = "engine.plan", "engine.json"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an engine is made of."""
+
+    graph: str  # file name in the bundle
+    graph_sha256: str  # of the graph and its weights
+    precision: str
+    shapes: dict[str, tuple[int, ...]]  # of inputs that the graph leaves open
+    tensorrt: str
+    gpu: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Record:
+    """engine.json."""
+
+    key: Key
+    bundle: str  # the folder it was built from, for people
+    plan_sha256: str
+    layers: dict[str, int]  # dtype -> layers, by TensorRT's inspector
+    proved: dict[str, dict[str, float]]  # digest of a bundle -> its self-check with this engine
+
+
+class EngineCache:
+    """Engines of one bundle on one GPU."""
+
+    def __init__(self, bundle: Bundle, stream: Stream, say: Callable[[str], None]) -> None:
+        """say: is told about builds, which take minutes. Raises BackendError when the cache is not ours alone."""
+        self.bundle, self.stream, self.say = bundle, stream, say
+        self.folder = private_folder(cache_home() / "engines")
+        self.tensorrt, self.gpu = str(load_tensorrt().__version__), stream.gpu()
+        self.records: dict[str, Record] = {}
+
+    def engine(self, graph: str, shapes: Shapes | None = None) -> Engine:
+        """The engine of the bundle's file `graph`, built if there is none that fits or the one there is damaged.
+
+        Raises BackendError when it cannot be built, or not be loaded right after."""
+        key = self._key(graph, dict(shapes or {}))
+        folder = self.folder / key.digest
+        record = _read(folder, key)
+        if record is None:
+            if folder.exists():
+                self.say(f"the engine of {graph} is damaged: building it again")
+                shutil.rmtree(folder)
+            record = self._build(key, folder)
+        try:
+            engine = Engine((folder / PLAN).read_bytes(), self.stream)
+        except BackendError:
+            shutil.rmtree(folder, ignore_errors=True)  # the next start builds it again
+            raise
+        if not record.layers:
+            record = replace(record, layers=engine.precisions())
+            _write(folder, record)
+        if not shapes:  # whoever gives shapes proves the engine with them
+            self.records[graph] = record
+        return engine
+
+    def proof(self) -> dict[str, float] | None:
+        """The self-check that this bundle passed with the engines loaded so far; None where one was not proved."""
+        proofs = [record.proved.get(self.bundle.digest) for record in self.records.values()]
+        return proofs[0] if proofs and all(proofs) else None
+
+    def prove(self, errors: dict[str, float]) -> None:
+        """Keep a self-check that was passed with the engines loaded so far."""
+        for graph, record in self.records.items():
+            proved = replace(record, proved=record.proved | {self.bundle.digest: errors})
+            self.records[graph] = proved
+            _write(self.folder / record.key.digest, proved)
+
+    def _key(self, graph: str, shapes: dict[str, tuple[int, ...]]) -> Key:
+        m = self.bundle.manifest
+        parts = [m.files[name].sha256 for name in (graph, f"{graph}.data") if name in m.files]
+        return Key(graph, "-".join(parts), m.precision, shapes, self.tensorrt, self.gpu)
+
+    def _build(self, key: Key, folder: Path) -> Record:
+        self.say(f"building the TensorRT engine of {key.graph}, once; large ones take minutes")
+        timing = self.folder / f"timing-{hashlib.sha256((key.tensorrt + key.gpu).encode()).hexdigest()[:16]}.cache"
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=self.folder) as scratch:
+            new = Path(scratch) / "engine"
+            new.mkdir(mode=0o700)
+            try:
+                build(self.bundle.path(key.graph), new / PLAN, timing, key.shapes, self.say)
+                record = Record(key, str(self.bundle.folder), sha256_of(new / PLAN), {}, {})
+                _write(new, record)
+                new.rename(folder)
+            except OSError as e:  # a full disk
+                raise BackendError(f"the engine of {key.graph} cannot be kept in {self.folder}: {e}") from e
+        return record
+
+
+def records() -> list[Record | str]:
+    """Every engine of this user, or what is wrong with it, in words; looks and never changes."""
+    found: list[Record | str] = []
+    for file in sorted((cache_home() / "engines").glob(f"*/{RECORD}")):
+        try:
+            record = _decode(file)
+            whole = sha256_of(file.with_name(PLAN)) == record.plan_sha256
+            found.append(record if whole else f"{file.parent} is damaged: it will be built again")
+        except (OSError, ValueError) as e:
+            found.append(f"{file.parent} cannot be read ({e}): it will be built again")
+    return found
+
+
+def private_folder(folder: Path) -> Path:
+    """Make `folder`, or check that nobody but this user may write to it. Raises BackendError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = folder.lstat()
+    except OSError as e:
+        raise BackendError(f"engines cannot be kept in {folder}: {e}. Set XDG_CACHE_HOME to another folder") from e
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
+        raise BackendError(
+            f"{folder} is not a folder of this user alone, and an engine from it would be somebody's code: remove "
+            "it, or set XDG_CACHE_HOME to another folder"
+        )
+    return folder
+
+
+def _read(folder: Path, key: Key) -> Record | None:
+    """The record of an engine that is what it says it is; None of any other."""
+    try:
+        record = _decode(folder / RECORD)
+        return record if record.key == key and sha256_of(folder / PLAN) == record.plan_sha256 else None
+    except (OSError, ValueError):
+        return None
+
+
+def _decode(file: Path) -> Record:
+    problems: list[str] = []
+    record = decode(Record, json.loads(file.read_text()), problems)
+    if record is None or problems:
+        raise ValueError("; ".join(problems))
+    return record
+
+
+def _write(folder: Path, record: Record) -> None:
+    fresh = folder / f"{RECORD}.new"
+    fresh.write_text(json.dumps(encode(record), indent=1, sort_keys=True))
+    fresh.replace(folder / RECORD)

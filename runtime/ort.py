@@ -58,7 +58,7 @@ def choose_provider(
     raise BackendError(f"device {device} needs {lacks[device]}. On this machine use --device {use}")
 
 
-def _provider(bundle: Bundle, device: str) -> tuple[str, str]:
+def provider_for(bundle: Bundle, device: str) -> tuple[str, str]:
     """`choose_provider` for a bundle: one of the target cpu runs nowhere else, a portable one anywhere."""
     cpu, target = _PROVIDER["cpu"], bundle.manifest.target
     if target == "cpu" and device == "auto":
@@ -144,7 +144,7 @@ class OrtGraphs:
         Raises BackendError when the device or a graph cannot be used.
         """
         onnxruntime.disable_telemetry_events()
-        provider, self.reason = _provider(bundle, device)
+        provider, self.reason = provider_for(bundle, device)
         self.provider = provider
         if provider != _PROVIDER["cpu"] and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed

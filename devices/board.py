@@ -70,7 +70,7 @@ def read_board(root: Path = Path("/")) -> Board:
     parts = _text(tree / "compatible").replace("\0", " ")
     numbers = re.findall(r"p\d{4}-\d{4}", parts)  # of the carrier board, then of the module
     release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
-    driver = re.search(r"Module\D*([\d.]+)", _text(root / "proc/driver/nvidia/version"))
+    driver = re.search(r"\s(\d+\.[\d.]+)\s", _text(root / "proc/driver/nvidia/version"))
     cuda = re.search(r'"cuda"\s*:\s*{[^}]*"version"\s*:\s*"([^"]+)', _text(root / "usr/local/cuda/version.json"))
     modes = _text(root / "etc/nvpmodel.conf")
     # What nvpmodel was last told, else what it starts with.

@@ -20,6 +20,7 @@ from .inspection import inspect
 from .port import ADAPTERS, lasting_path
 from .sts3215 import ENCODER_MAX, Register
 
+Status = Literal["ok", "warning", "stop", "unknown"]
 FPS = 30.0  # what cameras are opened with
 
 
@@ -28,7 +29,7 @@ class Finding:
     """status: stop keeps a run from starting or going well, unknown was not judged. do: what helps, maybe empty."""
 
     area: str
-    status: Literal["ok", "warning", "stop", "unknown"]
+    status: Status
     text: str
     do: str = ""
 
@@ -56,8 +57,7 @@ def _power(board: Board) -> Finding:
         return Finding("power", "unknown", "nvpmodel's files do not tell the power mode", "sudo nvpmodel -q")
     modes = board.power_modes
     text = f"mode {board.power_mode} of {', '.join(f'{i} {name}' for i, name in modes.items()) or 'unknown ones'}"
-    # Where a board has MAXN_SUPER as well as MAXN, that is the faster one; numbers are in no order.
-    best = max((i for i in modes if modes[i].startswith("MAXN")), key=lambda i: len(modes[i]), default=None)
+    best = next((i for i, name in modes.items() if name.startswith("MAXN")), None)  # numbers are in no order
     if best in (None, board.power_mode):
         return Finding("power", "ok", text)
     return Finding("power", "warning", f"{text}: not the fastest", f"sudo nvpmodel -m {best}")

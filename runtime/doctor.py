@@ -19,7 +19,7 @@ import typer
 from ..devices.board import Board, read_board
 from ..devices.calibration import JOINT_NAMES, Calibration, load_calibration
 from ..devices.camera_modes import Node, read_nodes
-from ..devices.checkup import Finding, cameras, machine, ports, servos
+from ..devices.checkup import Finding, Status, cameras, machine, ports, servos
 from ..devices.errors import DeviceError
 from ..devices.gpu import Gpu, read_gpu
 from ..devices.port import find_port
@@ -110,7 +110,7 @@ def _bundle(chosen: Settings) -> tuple[Bundle | None, list[Finding]]:
     text = f"{chosen.bundle}: {m.precision} for {m.target}, cameras {', '.join(c.name for c in m.cameras)}"
     found = [Finding("bundle", "ok", text)]
     if not chosen.simulated:
-        status: Any = "stop" if chosen.port else "warning"
+        status: Status = "stop" if chosen.port else "warning"
         reasons = settings.refusals(m, JOINT_NAMES)
         found += [Finding("bundle", status, f"must not move a real arm: {r}", "--port sim") for r in reasons]
     return bundle, found
@@ -136,7 +136,7 @@ def _memory(board: Board, manifest: Manifest | None, builds: bool, built: bool) 
         low = board.available_bytes + board.swap_bytes < needed
         text = f"building TensorRT engines needs about {_gb(needed)}, swap counted: an estimate"
         swap = "sudo fallocate -l 8G /swap && sudo chmod 600 /swap && sudo mkswap /swap && sudo swapon /swap"
-        status: Any = "ok" if not low else "warning" if built else "stop"
+        status: Status = "ok" if not low else "warning" if built else "stop"
         yield Finding("memory", status, text, f"{frees}; or add swap: {swap}" if low else "")
 
 
@@ -146,7 +146,7 @@ def _gb(count: float) -> str:
 
 def _software(bundle: Bundle | None, device: str, board: Board, gpu: Gpu) -> Iterator[Finding]:
     """GPU, CUDA, TensorRT, ONNX Runtime, and what each device lacks."""
-    names = {"driver": board.driver, "which runs CUDA": gpu.cuda, "toolkit": board.cuda, "TensorRT": gpu.tensorrt}
+    names = {"driver": board.driver, "its CUDA": gpu.cuda, "CUDA toolkit": board.cuda, "TensorRT": gpu.tensorrt}
     versions = ", ".join(f"{name} {value or 'none'}" for name, value in names.items())
     yield Finding(
         "gpu", "ok" if gpu.name or not board.jetson else "warning", f"{gpu.name or 'no NVIDIA GPU'}, {versions}"

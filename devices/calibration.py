@@ -145,6 +145,12 @@ def calibration_path(robot_id: str, environ: Mapping[str, str] = os.environ) -> 
     return _saved(robot_id, environ) or _places(robot_id, environ)[ROBOT_NAMES.index("so_follower")]
 
 
+def saved_calibrations(environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Every calibration file of such an arm in LeRobot's folder."""
+    folder = _calibration_folder(environ) / "robots"
+    return [path for robot in ROBOT_NAMES for path in sorted((folder / robot).glob("*.json"))]
+
+
 def _places(robot_id: str, environ: Mapping[str, str]) -> list[Path]:
     return [_calibration_folder(environ) / "robots" / robot / f"{robot_id}.json" for robot in ROBOT_NAMES]
 

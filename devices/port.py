@@ -34,7 +34,7 @@ def find_port() -> tuple[str, str]:
             f"Serial ports here: {_listing(ports)}. Give one with --port."
             + ("" if found else " If it disappears right after it was plugged in, remove the package brltty.")
         )
-    path = _lasting_path(found[0])
+    path = lasting_path(found[0])
     return path, f"port {path}: the only servo adapter here, a {ADAPTERS[found[0].vid, found[0].pid]}."
 
 
@@ -111,14 +111,14 @@ def _open_problem(port: str, baudrate: int, error: BaseException) -> str:
     return f"cannot open {port} at {baudrate} baud: {error}. Expected the serial port of the servo board."
 
 
-def _lasting_path(port: Any) -> str:
-    """The link that keeps its name when devices are renumbered, else the device."""
+def lasting_path(port: Any) -> str:
+    """Of one that pyserial lists: the link that keeps its name when devices are renumbered, else the device."""
     links = (str(link) for link in sorted(BY_ID.glob("*")) if link.resolve() == Path(port.device).resolve())
     return next(links, str(port.device))
 
 
 def _listing(ports: Iterable[Any]) -> str:
-    return ", ".join(sorted(f"{_lasting_path(port)} ({port.description})" for port in ports)) or "none"
+    return ", ".join(sorted(f"{lasting_path(port)} ({port.description})" for port in ports)) or "none"
 
 
 def _holders(port: str) -> list[str]:

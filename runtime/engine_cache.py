@@ -120,16 +120,16 @@ class EngineCache:
         return record
 
 
-def records() -> list[Record | str]:
-    """Every engine of this user, or what is wrong with it, in words; looks and never changes."""
-    found: list[Record | str] = []
+def engine_records() -> list[tuple[Path, Record | str]]:
+    """Folder and record of every engine of this user, or what is wrong with it, in words; changes nothing."""
+    found: list[tuple[Path, Record | str]] = []
     for file in sorted((cache_home() / "engines").glob(f"*/{RECORD}")):
         try:
             record = _decode(file)
             whole = sha256_of(file.with_name(PLAN)) == record.plan_sha256
-            found.append(record if whole else f"{file.parent} is damaged: it will be built again")
+            found.append((file.parent, record if whole else "is damaged: its hash differs"))
         except (OSError, ValueError) as e:
-            found.append(f"{file.parent} cannot be read ({e}): it will be built again")
+            found.append((file.parent, f"cannot be read: {e}"))
     return found
 
 

@@ -133,7 +133,7 @@ def test_engines_are_built_once_and_again_for_another_tensorrt_or_gpu(board, bun
     assert [built(), built()] == [2, 0]
     board()
     assert built() == 0
-    records = engine_cache.records()
+    records = [record for _, record in engine_cache.engine_records()]
     assert len(records) == 6
     assert {r.key.gpu.split(",")[0] for r in records} == {"Stand-in", "Another"}
     assert stat.S_IMODE((cache_home() / "engines").stat().st_mode) == 0o700
@@ -146,7 +146,7 @@ def test_a_damaged_engine_is_built_again(board, bundle, capsys, file):
     capsys.readouterr()
     for path in (cache_home() / "engines").glob(f"*/{file}"):
         path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
-    assert sum("damaged" in str(r) or "cannot be read" in str(r) for r in engine_cache.records()) == 2
+    assert sum("damaged" in str(r) or "cannot be read" in str(r) for _, r in engine_cache.engine_records()) == 2
     load(bundle)
     assert capsys.readouterr().out.count("is damaged: building it again") == 2
     load(bundle)
@@ -221,7 +221,7 @@ def test_an_engine_that_computes_something_else_is_refused_before_the_arm_is_tou
 def test_a_proof_is_kept_with_the_engines_and_asked_for_once(board, bundle):
     assert "self-check passed with actions within" in load(bundle).graphs.reason
     assert "self-check" not in load(bundle).graphs.reason
-    proofs = [record.proved[bundle.digest] for record in engine_cache.records()]
+    proofs = [record.proved[bundle.digest] for _, record in engine_cache.engine_records()]
     assert len(proofs) == 2
     assert {"key.0", "actions", "chunk"} < set(proofs[0])
     for path in (cache_home() / "engines").glob("*/engine.json"):
@@ -291,6 +291,6 @@ def test_a_label_is_held_against_the_layers(precision, layers, wrong):
 def test_a_bundle_in_the_engines_record_is_for_people_only(board, bundle):
     """Engines belong to graphs: a copy of the bundle elsewhere uses them."""
     load(bundle)
-    record = next(r for r in engine_cache.records())
+    record = engine_cache.engine_records()[0][1]
     assert record.bundle == str(bundle.folder)
     assert replace(record.key, graph_sha256="0").digest != record.key.digest

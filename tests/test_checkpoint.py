@@ -188,7 +188,7 @@ def test_an_unknown_normalisation_mode_is_refused(tiny_checkpoint):
         pre["steps"][5]["config"]["norm_map"]["STATE"] = "MAGIC"
 
     edit_json(tiny_checkpoint / "policy_preprocessor.json", change)
-    with pytest.raises(CheckpointError, match="unknown normalisation mode 'MAGIC'"):
+    with pytest.raises(CheckpointError, match="observation.state.mode is 'MAGIC', expected one of"):
         load_checkpoint(str(tiny_checkpoint))
 
 

@@ -103,9 +103,11 @@ def _read_steps(folder: Path, side: str, known: Mapping[str, bool], problems: li
 
 def _tokenizer_problems(folder: Path, config: PolicyConfig, options: Mapping[str, Any]) -> list[str]:
     found = []
-    name = str(options.get("tokenizer_name") or config.vlm)
-    if name != config.vlm and not (folder / name / "tokenizer.json").is_file():
-        found.append(f"the preprocessor's tokenizer is {name}, the policy's VLM is {config.vlm}: they must be one")
+    name = str(options.get("tokenizer_name") or config.vlm_model_name)
+    if name != config.vlm_model_name and not (folder / name / "tokenizer.json").is_file():
+        found.append(
+            f"the preprocessor's tokenizer is {name}, the policy's VLM is {config.vlm_model_name}: they must be one"
+        )
     if options.get("padding_side", "right") != "right":
         found.append("the tokenizer pads on the left, only right padding is supported")
     if options.get("task_key", "task") != "task":
@@ -115,7 +117,7 @@ def _tokenizer_problems(folder: Path, config: PolicyConfig, options: Mapping[str
 
 def _normalization(key: str, dim: int, step: Step, config: PolicyConfig, problems: list[str]) -> Normalization | None:
     options, tensors = step
-    modes = options.get("norm_map") or config.normalization
+    modes = options.get("norm_map") or config.normalization_mapping or {}
     if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
         problems.append(f"images are normalised by {modes['VISUAL']}, only IDENTITY is supported")
     keys = options.get("normalize_observation_keys")

@@ -282,9 +282,7 @@ def _describe(
         state=bundle.Vector(config.state_dim, config.max_state_dim, around.state),
         action=bundle.Vector(config.action_dim, config.max_action_dim, around.action),
         joints=checkpoint.joints,
-        sampling=bundle.Sampling(
-            config.chunk_size, config.n_action_steps, config.num_steps, config.min_period, config.max_period
-        ),
+        sampling=config.sampling,
         units=None,  # no LeRobot file records them
         fps=checkpoint.fps,
         precision=precision,

@@ -159,17 +159,17 @@ def test_a_vlm_folder_can_be_given(tiny_checkpoint, tmp_path):
         ({"resize_imgs_with_padding": [256, 256]}, "vision tower's positions are for 128"),
         ({"n_obs_steps": 2}, "n_obs_steps is 2"),
         ({"use_peft": True}, "merge the adapters"),
-        ({"chunk_size": 10}, "n_action_steps 50 is over chunk_size 10"),
-        ({"max_state_dim": 4}, "state has 6 dimensions"),
+        ({"chunk_size": 10}, "n_action_steps is 50, expected 1 to chunk_size 10"),
+        ({"max_state_dim": 4}, r"observation.state is \(6,\), expected one dimension of 1 to 4"),
         ({"input_features": {}}, "no camera"),
-        ({"input_features": [1]}, "expected a table of features"),
+        ({"input_features": [1]}, r"input_features is \[1\], expected a table"),
         ({"min_period": "x"}, "min_period is 'x', expected float"),
-        ({"max_period": 0}, "expected 0 < min < max"),
+        ({"max_period": 0}, "expected 0 < min_period < max_period"),
         ({"empty_cameras": -1}, "empty_cameras is -1"),
-        ({"num_vlm_layers": None}, "expected whole numbers"),
+        ({"num_vlm_layers": None}, "num_vlm_layers is None, expected int"),
         ({"add_image_special_tokens": "no"}, "add_image_special_tokens is 'no', expected bool"),
-        ({"vlm_model_name": None}, "vlm is None"),
-        ({"output_features": {"action": {"type": "ACTION", "shape": [6, 3]}}}, r"action_dim is \[6, 3\]"),
+        ({"vlm_model_name": None}, "vlm_model_name is None"),
+        ({"output_features": {"action": {"type": "ACTION", "shape": [6, 3]}}}, r"action is \(6, 3\)"),
     ],
 )
 def test_configs_that_cannot_be_exported_faithfully_are_refused(tiny_checkpoint, change, message):
@@ -188,7 +188,7 @@ def test_an_unknown_normalisation_mode_is_refused(tiny_checkpoint):
         pre["steps"][5]["config"]["norm_map"]["STATE"] = "MAGIC"
 
     edit_json(tiny_checkpoint / "policy_preprocessor.json", change)
-    with pytest.raises(CheckpointError, match="observation.state.mode is 'MAGIC', expected one of"):
+    with pytest.raises(CheckpointError, match="mode is 'MAGIC', expected one of"):
         load_checkpoint(str(tiny_checkpoint))
 
 

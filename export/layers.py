@@ -43,6 +43,11 @@ def masked(dtype: torch.dtype) -> float:
     return max(-1e9, torch.finfo(dtype).min / 4)
 
 
+def both(prefix: nn.Module, expert: nn.Module) -> nn.ModuleDict:
+    """The two views as one module, so that a path names a module of either."""
+    return nn.ModuleDict({"prefix": prefix, "expert": expert})
+
+
 def pin(view: nn.Module, stages: Iterable[str]) -> None:
     """Let the modules at these paths of `view` compute as the residual stream does. KeyError for what is no stage."""
     modules = dict(view.named_modules())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .architecture import Architecture
 from .errors import CheckpointError
 from .expert import Expert
-from .layers import Recipe, pin
+from .layers import Recipe, both, pin
 from .prefix import Prefix
 
 VLM = "model.vlm_with_expert.vlm.model."
@@ -90,8 +90,7 @@ def build_views(
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"the weights do not fit the configs:\n  {shown}{more}")
     prefix, expert = Prefix(arch, recipe), Expert(arch, recipe)
-    for name, view in (("prefix.", prefix), ("expert.", expert)):
-        pin(view, (stage.removeprefix(name) for stage in pinned if stage.startswith(name)))
+    pin(both(prefix, expert), pinned)
     with torch.no_grad():
         for view in (prefix, expert):
             for name, parameter in view.named_parameters():

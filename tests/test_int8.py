@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from smolvla_edge.export import int8, writer
 from smolvla_edge.export.checkpoint import load_checkpoint
 from smolvla_edge.export.errors import ExportError
+from smolvla_edge.export.layers import both
 from smolvla_edge.export.reference import fixed_observations
 from smolvla_edge.export.sites import sites
 from smolvla_edge.quantize import smoothing
@@ -110,28 +111,28 @@ def test_smoothing_changes_nothing_in_float(smoothed):
 
 
 def test_every_site_is_a_linear_of_its_view_and_none_is_named_twice(smoothed):
-    for view in (smoothed[0].prefix, smoothed[0].expert):
-        names = [name for site in sites(view) for name in site.linears]
-        assert len(set(names)) == len(names)
-        floats = {n for n, m in view.named_modules() if type(m).__name__ == "Linear"} - set(names)
-        assert {n.split(".")[0] for n in floats} <= {
-            "state_proj", "cross", "action_in_proj", "time_mlp_actions", "time_mlp_time", "action_time_mlp_out",
-            "action_out_proj",
-        }  # fmt: skip
+    views = smoothed[0].prefix, smoothed[0].expert
+    names = [name for site in sites(*views) for name in site.linears]
+    assert len(set(names)) == len(names)
+    floats = {n for n, m in both(*views).named_modules() if type(m).__name__ == "Linear"} - set(names)
+    assert {n.split(".")[1] for n in floats} == {
+        "state_proj", "cross", "action_in_proj", "time_mlp_actions", "time_mlp_time", "action_time_mlp_out",
+        "action_out_proj",
+    }  # fmt: skip
 
 
 def prefix_error(smoothed, layers):
     before, after, _, _ = smoothed
     o = fixed_observations(before.checkpoint, before.arch)[1]
     _, mask, exact = before.prefill(o)
-    with int8._swapped(after.prefix, layers):
+    with int8._swapped(both(after.prefix, after.expert), layers):
         _, _, got = after.prefill(o)
     pairs = [(g[:, :, mask[0]], e[:, :, mask[0]]) for g, e in zip(got, exact, strict=True)]
     return max(float((g - e).norm() / e.norm()) for g, e in pairs)
 
 
 def test_a_massive_channel_is_multiplied_in_float(smoothed, monkeypatch):
-    path = "vision_model.layers.1.mlp.fc2"  # of weight 80, planted
+    path = "prefix.vision_model.layers.1.mlp.fc2"  # of weight 80, planted
     layer = smoothed[2]["vision early"][path]
     assert layer.outliers.tolist() == [11]
     assert prefix_error(smoothed, {path: layer}) < 0.01

@@ -149,7 +149,7 @@ def plan_int8(
     tried = min(tried, len(data.calibration) - 1)
     trial_on = _hold_out(reference, data.calibration[:tried], spread_seeds)  # others than calibrate and than judge
     views = build_views(arch, checkpoint.tensors, FP32)  # of their own, to be smoothed in place
-    smoothed = Reference(checkpoint, arch, *views)
+    smoothed = Reference(checkpoint, *views)
     layers, costs = _quantized(smoothed, data.calibration[tried:], target, say)
     trial = _Trial(smoothed, layers, trial_on, seeds)
     measured = {}

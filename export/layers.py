@@ -91,19 +91,6 @@ class Linear(nn.Module):
         return F.linear(x.to(dtype), self.weight.to(dtype), self.bias)
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, in the stream's dtype."""
-
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(width, dtype=dtype))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in the stream's dtype; in this form ONNX Runtime and TensorRT fuse it."""
 

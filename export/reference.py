@@ -60,8 +60,8 @@ def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0
 class Reference:
     """The float32 views and the checkpoint's processors, run in torch."""
 
-    def __init__(self, checkpoint: Checkpoint, arch: Architecture, prefix: Prefix, expert: Expert) -> None:
-        self.checkpoint, self.arch, self.prefix, self.expert = checkpoint, arch, prefix, expert
+    def __init__(self, checkpoint: Checkpoint, prefix: Prefix, expert: Expert) -> None:
+        self.checkpoint, self.arch, self.prefix, self.expert = checkpoint, prefix.arch, prefix, expert
         self._tokenizer = read_tokenizer(checkpoint.tokenizer)
 
     def run(self, observation: Observation) -> Stages:

@@ -49,8 +49,8 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
 
 def reference_of(checkpoint: Checkpoint, target: bundle.Target) -> Reference:
     """The checkpoint's float32 views, such as they are exported for `target`; in torch they compute the same."""
-    arch = architecture_of(checkpoint)
-    return Reference(checkpoint, arch, *build_views(arch, checkpoint.tensors, replace(FP32, ort=target == "cpu")))
+    recipe = replace(FP32, ort=target == "cpu")
+    return Reference(checkpoint, *build_views(architecture_of(checkpoint), checkpoint.tensors, recipe))
 
 
 def write_bundle(
@@ -118,12 +118,11 @@ def write_bundle(
             pinned |= more
         del views, make
         say("proving parity through the runtime")
-        measured = parity.measure(policy, observations, expected)
+        measured, own = parity.measure(policy, observations, expected)
         parity.require(measured, precision)
         if plan is not None:
             manifest = replace(manifest, int8=plan.judged(policy, say))
-            expected = parity.own(policy, observations, expected)
-        parity.write_selfcheck(folder / FILE, observations, expected)
+        parity.write_selfcheck(folder / FILE, observations, expected if plan is None else own)
         parity.require({f"self-check {stage}": value for stage, value in run_selfcheck(policy).items()}, precision)
         if check_lerobot:
             say("comparing with LeRobot")

@@ -100,6 +100,11 @@ class Architecture:
         return self.patches // self.pixel_shuffle**2
 
     @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Of a chunk inside the graphs."""
+        return 1, self.chunk_size, self.max_action_dim
+
+    @property
     def prefix_tokens(self) -> int:
         """Rows of the prefix: images, special tokens, language, state."""
         special = len(self.image_special_tokens) * (self.cameras + self.empty_cameras)

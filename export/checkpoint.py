@@ -60,7 +60,10 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {e}. Copy the checkpoint again") from e
     tensors = {key.replace(_COMPILED, ""): t for key, t in tensors.items()}
-    places = _vlm_places(folder, config.vlm, vlm)
+    wanted = config.vlm_model_name
+    places = _vlm_places(folder, wanted, vlm)
+    sizes = next((p for p in places if "text_config" in _optional_json(p / "config.json")), None)
+    tokenizer = next((p for p in places if (p / TOKENIZER).is_file()), None)
     processors = read_processors(folder, config, tensors)
     joints, fps = _dataset_facts(folder, config.action_dim)
     return Checkpoint(
@@ -70,8 +73,8 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
         weights_sha256=sha256_of(folder / WEIGHTS),
         config=config,
         tensors={k: t for k, t in tensors.items() if torch.is_floating_point(t)},
-        vlm=_find_vlm_config(places, config.vlm),
-        tokenizer=_find_tokenizer(places, config.vlm),
+        vlm=read_vlm_config(sizes or KNOWN_VLMS.get(wanted) or _vlm_from_hub("config.json", places, wanted)),
+        tokenizer=(tokenizer or _vlm_from_hub(TOKENIZER, places, wanted)) / TOKENIZER,
         processors=processors,
         joints=joints,
         fps=fps,
@@ -91,6 +94,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
 def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -100,11 +107,14 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
         if not (folder / "config.json").exists():  # a training run's folder, or one of its steps
             folder = next((p for p in inside if p.is_dir()), folder)
         return folder, None
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if folder.exists() or not _is_hub_id(name):
         raise CheckpointError(f"{name} is neither a folder nor a Hub id such as lerobot/smolvla_base")
-    wanted = ["*.json", "*.safetensors", "tokenizer/*"]
-    path = hub_folder(name, wanted, revision)
+    path = hub_folder(name, ["*.json", "*.safetensors", "tokenizer/*"], revision)
     return path, path.name
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> Path:
@@ -138,31 +148,13 @@ def _vlm_places(folder: Path, vlm_name: str, given: Path | None) -> list[Path]:
     return [p for p in (relative, folder / "tokenizer", folder, given) if p is not None and p.is_dir()]
 
 
-def _find_vlm_config(places: list[Path], vlm_name: str) -> Any:
-    for place in places:
-        config = place / "config.json"
-        if config.is_file() and "text_config" in read_json(config):
-            return read_vlm_config(place)
-    if vlm_name in KNOWN_VLMS:
-        return read_vlm_config(KNOWN_VLMS[vlm_name])
-    return read_vlm_config(_vlm_from_hub(vlm_name, ["config.json"], "config.json", places))
-
-
-def _find_tokenizer(places: list[Path], vlm_name: str) -> Path:
-    for place in places:
-        if (place / TOKENIZER).is_file():
-            return place / TOKENIZER
-    hub = _vlm_from_hub(vlm_name, ["tokenizer*.json", "special_tokens_map.json"], TOKENIZER, places)
-    return hub / TOKENIZER
-
-
-def _vlm_from_hub(vlm_name: str, patterns: list[str], wanted: str, places: list[Path]) -> Path:
+def _vlm_from_hub(wanted: str, places: list[Path], vlm_name: str) -> Path:
     """The VLM's Hub snapshot, with `wanted` in it; CheckpointError names the folders that were looked at before."""
     looked = f"no {wanted} of the VLM in {', '.join(map(str, places)) or 'the checkpoint'}"
-    if vlm_name.count("/") != 1 or vlm_name.startswith((".", "/", "~")):
+    if not _is_hub_id(vlm_name):
         raise CheckpointError(f"{looked}, and {vlm_name} is no Hub id: give --vlm FOLDER with the VLM's files")
     try:
-        hub = hub_folder(vlm_name, patterns)
+        hub = hub_folder(vlm_name, ["config.json", "tokenizer*.json", "special_tokens_map.json"])
     except CheckpointError as e:
         raise CheckpointError(f"{looked}, and {e}, or give --vlm FOLDER with the VLM's files") from e
     if not (hub / wanted).is_file():
@@ -172,29 +164,22 @@ def _vlm_from_hub(vlm_name: str, patterns: list[str], wanted: str, places: list[
 
 def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, float | None]:
     """Joint names and frame rate from the training set's metadata, where this machine still has it."""
-    path = folder / "train_config.json"
-    if not path.is_file():
-        return None, None
-    dataset = read_json(path).get("dataset")
+    dataset = _optional_json(folder / "train_config.json").get("dataset")
     if not isinstance(dataset, dict):
         return None, None
     # os.path, because Path.expanduser raises where there is no home, and that is no error here
     home = os.environ.get("HF_LEROBOT_HOME") or os.path.expanduser("~/.cache/huggingface/lerobot")  # noqa: PTH111
-    for root in (dataset.get("root"), f"{home}/{dataset.get('repo_id')}"):
-        info = Path(str(root)) / "meta/info.json"
-        if root is None or not info.is_file():
-            continue
-        meta = read_json(info)
-        features = meta.get("features")
-        action = features.get("action") if isinstance(features, dict) else None
-        names = action.get("names") if isinstance(action, dict) else None
+    root, repo, info = str(dataset.get("root") or home), str(dataset.get("repo_id")), "meta/info.json"
+    meta = _optional_json(Path(root, info)) or _optional_json(Path(home, repo, info))
+    try:
+        names = meta["features"]["action"]["names"]
         if isinstance(names, dict):  # older datasets: {"motors": [...]}
-            names = next(iter(names.values()), None)
-        fps = meta.get("fps")
-        return (
-            tuple(str(n).removesuffix(".pos") for n in names)
-            if isinstance(names, list) and len(names) == dof
-            else None,
-            float(fps) if isinstance(fps, int | float) and 0 < fps <= 200 else None,
-        )
-    return None, None
+            names = next(iter(names.values()))
+        joints = tuple(str(name).removesuffix(".pos") for name in names)
+    except (LookupError, TypeError, StopIteration):
+        joints = ()
+    fps = meta.get("fps")
+    return (
+        joints if len(joints) == dof else None,
+        float(fps) if isinstance(fps, int | float) and 0 < fps <= 200 else None,
+    )

@@ -63,18 +63,16 @@ def export(
 
     if demo and checkpoint is not None:
         raise ExportError(f"--demo makes a checkpoint of its own: leave out {checkpoint}, or --demo")
-    checkpoint = checkpoint or "lerobot/smolvla_base"
     for name, given, known in (("precision", precision, get_args(Precision)), ("target", target, get_args(Target))):
         if given not in known:
             raise ExportError(f"--{name} is {given!r}, expected {', '.join(known[:-1])} or {known[-1]}")
     made, runs_on = cast(Precision, precision), cast(Target, target)
-    int8 = precision == "int8"
-    if int8 and calibration is None:
+    if made == "int8" and calibration is None:
         raise ExportError(
             "--precision int8 needs --calibration: the dataset that the policy was trained with, a folder of "
             "smolvla-run --record, or `synthetic` for a trial"
         )
-    if not int8 and (calibration or gate or sensitivity):
+    if made != "int8" and (calibration or gate or sensitivity):
         raise ExportError(f"--calibration, --gate and --sensitivity belong to int8, --precision is {precision}")
     judged_by = read_gate(gate) if gate else Gate()
     if missing := [name for name in _NEEDS if find_spec(name) is None]:
@@ -92,22 +90,18 @@ def export(
     if not sensitivity:
         check_output(output, force)
     with tempfile.TemporaryDirectory(prefix="smolvla-demo-") as temporary:
+        source = checkpoint or "lerobot/smolvla_base"
         if demo:
-            write_demo_checkpoint(Path(temporary) / "checkpoint", say)
-        say(f"reading {'the demo checkpoint' if demo else checkpoint}")
-        source = load_checkpoint(
-            str(Path(temporary) / "checkpoint") if demo else checkpoint, revision=revision, vlm=vlm
-        )
-        if demo:
-            source = replace(source, name="demo")
-        data = None
-        if calibration:
-            data = observations_for(source, calibration, frames, say)
+            write_demo_checkpoint(Path(source := f"{temporary}/checkpoint"), say)
+        say(f"reading {'the demo checkpoint' if demo else source}")
+        read = load_checkpoint(source, revision=revision, vlm=vlm)
+        read = replace(read, name="demo") if demo else read
+        data = observations_for(read, calibration, frames, say) if calibration else None
         if data and sensitivity:
-            print(sensitivity_table(plan_int8(reference_of(source, runs_on), data, runs_on, judged_by, say).manifest))
+            print(sensitivity_table(plan_int8(reference_of(read, runs_on), data, runs_on, judged_by, say).manifest))
             return
         written = write_bundle(
-            source,
+            read,
             output,
             made,
             target=runs_on,
@@ -118,9 +112,8 @@ def export(
             gate=judged_by,
             say=say,
         )
-    m = written.manifest
-    size = sum(f.bytes for f in m.files.values())
     say("done")
+    m, size = written.manifest, sum(f.bytes for f in written.manifest.files.values())
     kind = f"{m.precision}, target {m.target}"
     print(f"bundle      {written.folder}  ({kind}, {size / 1e6:.0f} MB, cache {m.cache_bytes / 1e6:.1f} MB)")
     print(f"checkpoint  {m.source.checkpoint}" + (f" at {m.source.revision}" if m.source.revision else ""))

@@ -4,6 +4,7 @@ The weights are the same on every machine. A policy made of them moves the arm a
 """
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,36 +29,35 @@ _STATISTICS = {
     "mean": [0.0, -40.0, 55.0, 60.0, 0.0, 20.0],
     "std": [25.0, 20.0, 20.0, 15.0, 30.0, 12.0],
 }
+# Of random weights that are not scaled by their fan-in.
+_SCALES = {"bias": 0.02, "embed_tokens": 0.03, "position_embedding": 0.2}
 _CAMERAS = ("front", "wrist")
 _TOKENIZER_FILES = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"]
 
 
 def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
     """Write a LeRobot checkpoint folder: config, weights (bfloat16), processors, tokenizer."""
-    features = {"observation.state": {"type": "STATE", "shape": [6]}}
-    features |= {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, 480, 640]} for c in _CAMERAS}
-    modes = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+    cameras = {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, 480, 640]} for c in _CAMERAS}
     config = {
         "type": "smolvla",
-        "input_features": features,
+        "input_features": {"observation.state": {"type": "STATE", "shape": [6]}, **cameras},
         "output_features": {"action": {"type": "ACTION", "shape": [6]}},
-        "normalization_mapping": modes,
+        "normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
         "vlm_model_name": "./vlm",
-        "resize_imgs_with_padding": [512, 512],
     }
     vlm = folder / "vlm"
     vlm.mkdir(parents=True)
     _write_json(vlm / "config.json", {"model_type": "smolvlm", **KNOWN_VLMS[DEFAULT_VLM]})
     _write_json(folder / "config.json", config)
     _write_tokenizer(vlm, say)
-    for kind, side in (("pre", "normalizer"), ("post", "unnormalizer")):
-        state = f"policy_{kind}processor_{side}_processor.safetensors"
-        scaling = {"registry_name": f"{side}_processor", "config": {"norm_map": modes}, "state_file": state}
-        text = [{"registry_name": n} for n in ("smolvla_new_line_processor", "tokenizer_processor")]
-        steps = [*text, scaling] if kind == "pre" else [scaling]
-        _write_json(folder / f"policy_{kind}processor.json", {"steps": steps})
-        keys = ("observation.state", "action")
-        save_file({f"{k}.{n}": torch.tensor(v) for k in keys for n, v in _STATISTICS.items()}, folder / state)
+    text = [{"registry_name": "smolvla_new_line_processor"}, {"registry_name": "tokenizer_processor"}]
+    statistics = {
+        f"{k}.{n}": torch.tensor(v) for k in ("observation.state", "action") for n, v in _STATISTICS.items()
+    }
+    save_file(statistics, folder / "statistics.safetensors")
+    for side, first, name in (("pre", text, "normalizer_processor"), ("post", [], "unnormalizer_processor")):
+        step = {"registry_name": name, "state_file": "statistics.safetensors"}
+        _write_json(folder / f"policy_{side}processor.json", {"steps": [*first, step]})
     say("drawing 403 million random weights")
     parsed = PolicyConfig.from_json(config)
     arch = Architecture.from_configs(
@@ -67,7 +67,7 @@ def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: N
 
 
 def _random_weights(arch: Architecture) -> dict[str, Tensor]:
-    """Every tensor the views read, drawn from a generator seeded by its own name and scaled by its fan-in."""
+    """Every tensor the views read, drawn from a generator seeded by its own name."""
     with torch.device("meta"):
         views = Prefix(arch, FP32), Expert(arch, FP32)
     weights = {}
@@ -78,16 +78,12 @@ def _random_weights(arch: Architecture) -> dict[str, Tensor]:
                 shape = (arch.expert_width, 2 * arch.expert_width)
             x = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
             if "norm" in key:
-                x = 0.1 * x + (1 if key.endswith("weight") else 0)
-            elif key.endswith("bias"):
-                x *= 0.02
-            elif "embed_tokens" in key:
-                x *= 0.03
-            elif "position_embedding" in key:
-                x *= 0.2
+                x = 0.1 * x + key.endswith("weight")
+            elif named := [scale for part, scale in _SCALES.items() if part in key]:
+                x *= named[0]
             else:
-                gain = 0.5 if any(n in key for n in ("o_proj", "out_proj.", "down_proj", "fc2")) else 1.0
-                x *= gain * np.prod(shape[1:]) ** -0.5
+                halved = any(part in key for part in ("o_proj", "out_proj.", "down_proj", "fc2"))
+                x *= (0.5 if halved else 1.0) * np.prod(shape[1:]) ** -0.5
             weights[key] = torch.from_numpy(x).bfloat16()
     return weights
 
@@ -98,28 +94,14 @@ def _write_tokenizer(folder: Path, say: Callable[[str], None]) -> None:
         source = hub_folder(DEFAULT_VLM, _TOKENIZER_FILES)
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
-                (folder / name).write_bytes((source / name).read_bytes())
+                shutil.copyfile(source / name, folder / name)
         return
     except CheckpointError:
         say(f"the tokenizer of {DEFAULT_VLM} cannot be had here: using a small one trained on the spot")
+    text = ["Pick up the red cube and place it on the plate.", "Push the button on the left side.", "Fold the towel."]
     special = ["<unk>", "<s>", "<pad>", "<image>", "<fake_token_around_image>", "<global-img>"]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    text = [
-        "Pick up the red cube and place it on the plate.",
-        "Push the button on the left side.",
-        "Fold the towel.",
-    ]
-    tokenizer.train_from_iterator(
-        text,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=special,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(text, vocab_size=400, min_frequency=1, show_progress=False, special_tokens=special)
     tokenizer.save(str(folder / TOKENIZER))
     _write_json(folder / "special_tokens_map.json", {"pad_token": "<pad>"})
 

@@ -5,12 +5,12 @@ together (quantize/plan.py), all in torch, by modules that round as the backend 
 through the runtime is judged afterwards (`HeldOut.judge`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,26 +30,26 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .expert import Expert
 from .graph import cache_names
-from .layers import FP16, FP32, Linear, Recipe, pin
+from .layers import FP16, FP32, Linear, Recipe, both, pin
 from .prefix import Prefix
-from .reference import Observation, Reference
-from .sites import EXPERT_GROUPS, PREFIX_GROUPS, sites
+from .reference import Reference
+from .sites import PREFIX_GROUPS, sites
 from .tokens import instructions, read_tokenizer
 from .weights import build_views
 
 Array = NDArray[np.float32]
 Views = tuple[Prefix, Expert]
-Layers = dict[str, Int8Linear]  # by module path
+Layers = dict[str, Int8Linear]  # by module path, which begins with prefix. or expert.
 RECIPES: dict[bundle.Target, Recipe] = {"cpu": replace(FP32, table=torch.float16, ort=True), "portable": FP16}
-_TRIED = 2, 2, 4  # observations and seeds that measure the groups, and seeds that tell their spread
+_TRIED = 2, 2, 16  # observations and seeds that measure the groups, and seeds that tell their spread
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Observations that calibration has not seen, and what float32 answers to them."""
 
-    observations: list[Observation]
-    noises: list[list[Array]]  # for each observation, one for each seed
+    samples: tuple[Sample, ...]
+    noises: list[list[Array]]  # for each sample, one for each seed
     expected: Answers
     grippers: list[int]
     middle: Array  # of each joint, robot units [dof]
@@ -60,15 +60,14 @@ class HeldOut:
     def judge(self, policy: Policy) -> Errors:
         """What a bundle's own graphs answer."""
 
-        def ask(i: int) -> Asked:
-            o = self.observations[i]
-            policy.prefill(o.images, o.state, o.task)
+        def ask(sample: Sample) -> Asked:
+            policy.prefill(sample.images, sample.state, sample.task)
             cache = policy.graphs.cache()
             valid = cache.pop("prefix_mask")[0]
             kept = {name: t[:, :, valid] for name, t in cache.items()}
             return kept, lambda noise: policy.robot_units(policy.denoise(noise))
 
-        return self.compare(gates.answers(ask, self.noises))
+        return self.compare(gates.answers(map(ask, self.samples), self.noises))
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,8 @@ class Int8:
 
     recipe: Recipe
     smoothed: Views  # float32
-    layers: tuple[Layers, Layers]  # those of the plan, by view
+    groups: dict[str, Layers]  # those of the plan, in the order they were taken
+    costs: dict[str, list[Cost]]
     manifest: bundle.Int8  # but for what the gate finds
     gate: Gate
     held_out: HeldOut
@@ -87,28 +87,31 @@ class Int8:
         """pinned: stages that stay in the stream's dtype, as for `build_views`."""
         arch = self.smoothed[0].arch
         made = Prefix(arch, self.recipe), Expert(arch, self.recipe)
-        for name, view, source, layers in zip(("prefix.", "expert."), made, self.smoothed, self.layers, strict=True):
-            pin(view, (stage.removeprefix(name) for stage in pinned if stage.startswith(name)))
-            view.load_state_dict(source.state_dict())
-            for path, layer in layers.items():
-                linear = cast(Linear, view.get_submodule(path))
-                view.set_submodule(path, deepcopy(layer).to(linear.compute or linear.weight.dtype))
-            floats = {n: t for n, t in view.state_dict().items() if t.is_floating_point()}
-            if wrong := [n for n, t in floats.items() if not torch.isfinite(t).all()]:
-                raise CheckpointError(f"beyond float16: {', '.join(wrong[:5])}. Use --precision fp32")
-            view.requires_grad_(False).eval()
+        views = both(*made)
+        pin(views, pinned)
+        views.load_state_dict(both(*self.smoothed).state_dict())
+        for path, layer in _together(self.groups.values()).items():
+            linear = cast(Linear, views.get_submodule(path))
+            views.set_submodule(path, deepcopy(layer).to(linear.compute or linear.weight.dtype))
+        floats = {n: t for n, t in views.state_dict().items() if t.is_floating_point()}
+        if wrong := [n for n, t in floats.items() if not torch.isfinite(t).all()]:
+            raise CheckpointError(f"beyond float16: {', '.join(wrong[:5])}. Use --precision fp32")
+        views.requires_grad_(False).eval()
         return made
+
+    def fewer(self) -> "Int8":
+        """Without the group that was taken last, for when the gate turns out not to be met."""
+        groups = dict(list(self.groups.items())[:-1])
+        return replace(self, groups=groups, manifest=replace(self.manifest, **_claims(groups, self.costs)))
 
     def judged(self, policy: Policy, say: Callable[[str], None]) -> bundle.Int8:
         """The manifest with what the gate found of a bundle's own graphs. Raises GateError where it is not met."""
-        say(f"judging {len(self.held_out.observations)} held-out observations by the gate")
+        say(f"judging {len(self.held_out.samples)} held-out observations by the gate")
         errors = self.held_out.judge(policy)
         say("\n" + errors.table(self.joints))
         gates.require(errors, self.gate, self.joints)
-        found = {"action_p99": errors.action, "cache": errors.worst_cache}
-        if errors.flips is not None:
-            found["gripper_flips"] = errors.flips
-        return replace(self.manifest, found=found)
+        flips = {} if errors.flips is None else {"gripper_flips": errors.flips}
+        return replace(self.manifest, found={"action_p99": errors.action, "cache": errors.worst_cache, **flips})
 
 
 def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Callable[[str], None]) -> CalibrationSet:
@@ -116,13 +119,12 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
     CalibrationError, also for instructions that do not fit."""
     around = checkpoint.processors
     tokenizer, length = read_tokenizer(checkpoint.tokenizer), around.token_length
-    stats = {name: np.array(values, np.float32) for name, values in around.state.statistics.items()}
     data = read_calibration(
         source,
         around.camera_names,
         checkpoint.config.state_dim,
         instructions(tokenizer, length),
-        statistics=(stats["mean"], stats["std"]) if {"mean", "std"} <= set(stats) else None,
+        statistics=around.state.statistics,
         frames=frames,
         held_out=max(2, frames // 4),
         say=say,
@@ -153,40 +155,46 @@ def plan_int8(
     tried = min(tried, len(data.calibration) - 1)
     trial_on = _hold_out(reference, data.calibration[:tried], spread_seeds)  # others than calibrate and than judge
     views = build_views(arch, checkpoint.tensors, FP32)  # of their own, to be smoothed in place
-    smoothed = Reference(checkpoint, arch, *views)
+    smoothed = Reference(checkpoint, *views)
     layers, costs = _quantized(smoothed, data.calibration[tried:], target, say)
-
-    groups = [g for g in (*PREFIX_GROUPS, *EXPERT_GROUPS) if g in layers]
     trial = _Trial(smoothed, layers, trial_on, seeds)
     measured = {}
-    for group in groups:
+    for group in layers:
         seconds = sum(c.saved_s(MACHINES[target]) for c in costs[group])
         measured[group] = seconds, trial.errors([group])
         say(f"{group} alone: saves {1e3 * seconds:.0f} ms, {measured[group][1].summary()}")
     say("taking groups, most time saved for their error first")
-    taken = choose(order(measured, gate), trial.errors, gate)
-    say(f"INT8: {', '.join(taken) or 'nothing'}" + "".join(f"; not {g}" for g in groups if g not in taken))
+    taken = {g: layers[g] for g in choose(order(measured, gate), trial.errors, gate)}
+    say(f"INT8: {', '.join(taken) or 'nothing'}" + "".join(f"; not {g}" for g in layers if g not in taken))
     record = bundle.Int8(
-        groups=tuple(taken),
-        weights=sum(c.weights for g in taken for c in costs[g]),
-        multiply_adds=sum(c.multiply_adds for g in taken for c in costs[g]),
+        **_claims(taken, costs),
         sensitivity={g: bundle.Sensitivity(1e3 * s, e.action, e.worst_cache) for g, (s, e) in measured.items()},
-        calibration=bundle.Calibration(data.source, data.kind, data.sha256, data.bytes, data.frames, data.episodes),
+        calibration=data.record,
         gate=asdict(gate),
         gate_is_default=gate == Gate(),
         found={},
     )
     joints = checkpoint.joints or tuple(f"joint {i}" for i in range(checkpoint.config.action_dim))
-    return Int8(RECIPES[target], views, trial.by_view(taken), record, gate, held_out, joints)
+    return Int8(RECIPES[target], views, taken, costs, record, gate, held_out, joints)
+
+
+def _claims(groups: dict[str, Layers], costs: dict[str, list[Cost]]) -> dict[str, Any]:
+    """What the manifest says of these groups."""
+    taken = [cost for group in groups for cost in costs[group]]
+    counts = {"weights": sum(c.weights for c in taken), "multiply_adds": sum(c.multiply_adds for c in taken)}
+    return {"groups": tuple(groups), **counts}
+
+
+def _together(groups: Iterable[Layers]) -> Layers:
+    return {path: layer for layers in groups for path, layer in layers.items()}
 
 
 def _hold_out(reference: Reference, samples: tuple[Sample, ...], seeds: int) -> HeldOut:
-    observations = _observations(samples, reference, seed=1)
-    rng, shape = np.random.default_rng(2), observations[0].noise.shape
-    noises = [[rng.standard_normal(shape, dtype=np.float32) for _ in range(seeds)] for _ in observations]
-    expected = gates.answers(partial(_ask, reference, observations), noises)
+    rng, shape = np.random.default_rng(2), reference.arch.noise_shape
+    noises = [[rng.standard_normal(shape, dtype=np.float32) for _ in range(seeds)] for _ in samples]
+    expected = _answers(reference, (reference.prefill(s)[1:] for s in samples), noises)
     middle = reference.robot_units(np.zeros(shape, np.float32))[0]
-    return HeldOut(observations, noises, expected, grippers_of(reference.checkpoint), middle)
+    return HeldOut(samples, noises, expected, grippers_of(reference.checkpoint), middle)
 
 
 def grippers_of(checkpoint: Checkpoint) -> list[int]:
@@ -197,22 +205,16 @@ def grippers_of(checkpoint: Checkpoint) -> list[int]:
     return [dim - 1] if dim == 6 else []
 
 
-def _observations(samples: tuple[Sample, ...], reference: Reference, seed: int) -> list[Observation]:
-    rng, arch = np.random.default_rng(seed), reference.arch
-    shape = (1, arch.chunk_size, arch.max_action_dim)
-    return [
-        Observation(dict(s.images), s.state, s.task, rng.standard_normal(shape, dtype=np.float32)) for s in samples
-    ]
+def _answers(
+    reference: Reference, prefills: Iterable[tuple[Tensor, list[Tensor]]], noises: list[list[Array]]
+) -> Answers:
+    """prefills: of each observation, the rows of the cache that are read, and the cache."""
 
+    def ask(mask: Tensor, cache: list[Tensor]) -> Asked:
+        valid = {n: t[:, :, mask[0]].numpy() for n, t in zip(cache_names(reference.arch), cache, strict=True)}
+        return valid, lambda noise: reference.robot_units(reference.denoise(noise, mask, cache)[1])
 
-def _ask(reference: Reference, observations: list[Observation], i: int) -> Asked:
-    _, mask, cache = reference.prefill(observations[i])
-    return _answering(reference, mask, cache)
-
-
-def _answering(reference: Reference, mask: Tensor, cache: list[Tensor]) -> Asked:
-    valid = {n: t[:, :, mask[0]].numpy() for n, t in zip(cache_names(reference.arch), cache, strict=True)}
-    return valid, lambda noise: reference.robot_units(reference.denoise(noise, mask, cache)[1])
+    return gates.answers((ask(*prefill) for prefill in prefills), noises)
 
 
 def _quantized(
@@ -220,69 +222,57 @@ def _quantized(
 ) -> tuple[dict[str, Layers], dict[str, list[Cost]]]:
     """Smooth the views in place; -> the INT8 layers and the costs of every group."""
 
-    def run(observations: list[Observation]) -> None:
-        for n, o in enumerate(observations, 1):
-            _, mask, cache = smoothed.prefill(o)
-            smoothed.denoise(o.noise, mask, cache)
+    def run(samples: tuple[Sample, ...]) -> None:
+        rng = np.random.default_rng(0)
+        for n, sample in enumerate(samples, 1):
+            _, mask, cache = smoothed.prefill(sample)
+            smoothed.denoise(rng.standard_normal(smoothed.arch.noise_shape, dtype=np.float32), mask, cache)
             if n % 8 == 0:
-                say(f"  {n} of {len(observations)} observations")
+                say(f"  {n} of {len(samples)} observations")
 
-    observations = _observations(samples, smoothed, seed=0)
-    views = {smoothed.prefix: sites(smoothed.prefix), smoothed.expert: sites(smoothed.expert)}
-    say(f"calibrating on {len(observations)} observations")
+    views, static = both(smoothed.prefix, smoothed.expert), target == "portable"
+    found = sites(smoothed.prefix, smoothed.expert)
+    layers: dict[str, Layers] = {}
+    costs: dict[str, list[Cost]] = {}
+    say(f"calibrating on {len(samples)} observations")
     with torch.no_grad():
-        watched = watch_moments(views, partial(run, observations))
+        seen = watch_moments(views, found, partial(run, samples))
         say("choosing the smoothing")
-        watch_errors(watched, partial(run, observations[:1]), static=target == "portable")
-        layers: dict[str, Layers] = {}
-        costs: dict[str, list[Cost]] = {}
-        for view, seen in watched.items():
-            made = smooth(view, seen, Static if target == "portable" else Dynamic)
-            runs = 1 if view is smoothed.prefix else smoothed.checkpoint.config.num_steps
-            for site, w in seen.items():
-                layers.setdefault(site.group, {}).update({path: made[path] for path in site.linears})
-                costs.setdefault(site.group, []).extend(
-                    Cost(w.rows, made[path].weight.numel(), runs) for path in site.linears
-                )
+        watch_errors(views, seen, partial(run, samples[:1]), static=static)
+        made = smooth(views, seen, Static if static else Dynamic)
+    for site, watched in seen.items():
+        runs = 1 if site.group in PREFIX_GROUPS else smoothed.checkpoint.config.num_steps
+        for path in site.linears:
+            layers.setdefault(site.group, {})[path] = made[path]
+            costs.setdefault(site.group, []).append(Cost(watched.rows, made[path].weight.numel(), runs))
     return layers, costs
 
 
 class _Trial:
     """Groups of INT8 layers put into the float views for a while."""
 
-    def __init__(self, smoothed: Reference, layers: Mapping[str, Layers], held_out: HeldOut, seeds: int) -> None:
-        self._reference, self._layers, self._held_out, self._seeds = smoothed, layers, held_out, seeds
+    def __init__(self, smoothed: Reference, groups: dict[str, Layers], held_out: HeldOut, seeds: int) -> None:
+        self._reference, self._groups, self._held_out, self._seeds = smoothed, groups, held_out, seeds
         self._prefills: dict[frozenset[str], list[tuple[Tensor, list[Tensor]]]] = {}  # those of prefix groups
-
-    def by_view(self, groups: list[str]) -> tuple[Layers, Layers]:
-        prefix, expert = (
-            {path: layer for g in groups if g in own for path, layer in self._layers[g].items()}
-            for own in (PREFIX_GROUPS, EXPERT_GROUPS)
-        )
-        return prefix, expert
 
     def errors(self, groups: list[str]) -> Errors:
         """How far the views with these groups in INT8 are from float32, on few observations and seeds."""
-        prefix, expert = self.by_view(groups)
-        key = frozenset(groups) & frozenset(PREFIX_GROUPS)
-        if key not in self._prefills:
-            with _swapped(self._reference.prefix, prefix):
-                self._prefills[key] = [self._reference.prefill(o)[1:] for o in self._held_out.observations]
-
-        def ask(i: int) -> Asked:
-            return _answering(self._reference, *self._prefills[key][i])
-
-        with _swapped(self._reference.expert, expert):
-            return self._held_out.compare(gates.answers(ask, [s[: self._seeds] for s in self._held_out.noises]))
+        reference, held_out, key = self._reference, self._held_out, frozenset(groups) & PREFIX_GROUPS
+        with _swapped(both(reference.prefix, reference.expert), _together(self._groups[g] for g in groups)):
+            if key not in self._prefills:
+                self._prefills[key] = [reference.prefill(s)[1:] for s in held_out.samples]
+            noises = [n[: self._seeds] for n in held_out.noises]
+            return held_out.compare(_answers(reference, self._prefills[key], noises))
 
 
 @contextmanager
-def _swapped(view: nn.Module, layers: Layers) -> Iterator[None]:
-    before = {path: view.get_submodule(path) for path in layers}
+def _swapped(views: nn.Module, layers: Layers) -> Iterator[None]:
+    """While open, `layers` stand in the place of what they are made of."""
+    before = {path: views.get_submodule(path) for path in layers}
     for path, layer in layers.items():
-        view.set_submodule(path, layer)
+        views.set_submodule(path, layer)
     try:
         yield
     finally:
         for path, module in before.items():
-            view.set_submodule(path, module)
+            views.set_submodule(path, module)

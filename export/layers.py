@@ -43,6 +43,11 @@ def masked(dtype: torch.dtype) -> float:
     return max(-1e9, torch.finfo(dtype).min / 4)
 
 
+def both(prefix: nn.Module, expert: nn.Module) -> nn.ModuleDict:
+    """The two views as one module, so that a path names a module of either."""
+    return nn.ModuleDict({"prefix": prefix, "expert": expert})
+
+
 def pin(view: nn.Module, stages: Iterable[str]) -> None:
     """Let the modules at these paths of `view` compute as the residual stream does. KeyError for what is no stage."""
     modules = dict(view.named_modules())
@@ -84,19 +89,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute or self.weight.dtype
         return F.linear(x.to(dtype), self.weight.to(dtype), self.bias)
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis, in the stream's dtype."""
-
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(width, dtype=dtype))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):

@@ -2,12 +2,13 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,17 +72,15 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
         config.vlm_model_name = str(vlm)
         with _processor_stub(checkpoint):
             policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).float().eval()
-        overrides: dict[str, Any] = {
-            "device_processor": {"device": "cpu"},
-            "rename_observations_processor": {"rename_map": {}},
-            "tokenizer_processor": {"tokenizer_name": str(vlm)},
-        }
-        has_files = Path(checkpoint.folder, "policy_preprocessor.json").is_file()
-        preprocess, _ = make_pre_post_processors(
-            config,
-            pretrained_path=str(checkpoint.folder) if has_files else None,
-            preprocessor_overrides=overrides if has_files else {},
-        )
+        given: dict[str, Any] = {}
+        if (checkpoint.folder / "policy_preprocessor.json").is_file():
+            given["pretrained_path"] = str(checkpoint.folder)
+            given["preprocessor_overrides"] = {
+                "device_processor": {"device": "cpu"},
+                "rename_observations_processor": {"rename_map": {}},
+                "tokenizer_processor": {"tokenizer_name": str(vlm)},
+            }
+        preprocess, _ = make_pre_post_processors(config, **given)
     except Exception as e:  # LeRobot, transformers and the Hub raise anything
         raise ExportError(f"LeRobot cannot load {checkpoint.folder}: {type(e).__name__}: {e}") from e
     return policy, preprocess
@@ -96,37 +95,23 @@ def _write_vlm(checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
 
 
-@contextmanager
-def _processor_stub(checkpoint: Checkpoint) -> Iterator[None]:
+def _processor_stub(checkpoint: Checkpoint) -> AbstractContextManager[object]:
     """Of the VLM's processor LeRobot uses two token ids; loading it whole needs torchvision and more files."""
     from transformers import AutoProcessor
 
+    fake, whole = 0, 0  # LeRobot makes tensors of them all the same
     if checkpoint.config.add_image_special_tokens:
         fake, whole, _ = image_special_tokens(read_tokenizer(checkpoint.tokenizer))
-        ids = SimpleNamespace(fake_image_token_id=fake, global_image_token_id=whole)
-    else:  # LeRobot makes tensors of them all the same
-        ids = SimpleNamespace(fake_image_token_id=0, global_image_token_id=0)
-    original = AutoProcessor.from_pretrained
-    AutoProcessor.from_pretrained = classmethod(lambda *_, **__: SimpleNamespace(tokenizer=ids))
-    try:
-        yield
-    finally:
-        AutoProcessor.from_pretrained = original
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(fake_image_token_id=fake, global_image_token_id=whole))
+    return patch.object(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
 
 
-@contextmanager
-def _vision_positions() -> Iterator[None]:
+def _vision_positions() -> AbstractContextManager[object]:
     """Position ids 0..N-1, as trained: transformers 4.55 to 4.57 shift them by one row and column in float32
     (huggingface/transformers#41190)."""
     from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
-    original = SmolVLMVisionEmbeddings.forward
-
     def forward(self: Any, pixel_values: Any, patch_attention_mask: Any = None) -> Any:
         return self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + self.position_embedding.weight
 
-    SmolVLMVisionEmbeddings.forward = forward
-    try:
-        yield
-    finally:
-        SmolVLMVisionEmbeddings.forward = original
+    return patch.object(SmolVLMVisionEmbeddings, "forward", forward)

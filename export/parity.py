@@ -17,13 +17,17 @@ _QUANTIZED = ("cache", "velocity", "actions", "chunk")
 _SAMPLES = 64  # cache entries per tensor and instruction in the self-check
 
 
-def measure(policy: Policy, observations: Sequence[Observation], expected: Sequence[Stages]) -> dict[str, float]:
-    """Worst error of each stage over all observations.
+def measure(
+    policy: Policy, observations: Sequence[Observation], expected: Sequence[Stages]
+) -> tuple[dict[str, float], list[Stages]]:
+    """-> worst error of each stage over all observations; and `expected` with what the policy answers in its place,
+    which is what an INT8 bundle must answer elsewhere too.
 
     Errors are max abs over max(1, max abs reference); 'actions' is the plain max abs on normalised actions. The
     cache is compared where it is ever read: at valid positions.
     """
     worst: dict[str, float] = {}
+    answers = []
 
     def record(stage: str, value: float) -> None:
         worst[stage] = max(worst.get(stage, 0.0), value)
@@ -35,17 +39,19 @@ def measure(policy: Policy, observations: Sequence[Observation], expected: Seque
         record("tokens", 0.0 if np.array_equal(tokens, want.tokens) else float("inf"))
         record("state", error(feeds["state"], want.state))
         cache = policy.graphs.cache()
-        same_rows = np.array_equal(cache["prefix_mask"][0], want.valid)
-        record("cache", 0.0 if same_rows else float("inf"))
+        record("cache", 0.0 if np.array_equal(cache["prefix_mask"][0], want.valid) else float("inf"))
+        kept = {name: cache[name].astype(np.float32) for name in want.cache}
         for name, reference in want.cache.items():
-            record("cache", error(cache[name][:, :, want.valid], reference[:, :, want.valid]))
+            record("cache", error(kept[name][:, :, want.valid], reference[:, :, want.valid]))
         velocities: list[NDArray[np.float32]] = []
         actions = policy.denoise(observation.noise, velocities=velocities)
+        chunk = policy.robot_units(actions)
         record("velocity", error(np.stack(velocities), want.velocity))
         difference = np.abs(actions - want.actions).max()
         record("actions", float(difference) if np.isfinite(difference) else float("inf"))
-        record("chunk", error(policy.robot_units(actions), want.chunk))
-    return worst
+        record("chunk", error(chunk, want.chunk))
+        answers.append(replace(want, cache=kept, actions=actions, chunk=chunk))
+    return worst, answers
 
 
 def require(measured: dict[str, float], precision: str) -> None:
@@ -59,18 +65,6 @@ def require(measured: dict[str, float], precision: str) -> None:
             f"the graphs do not compute what the checkpoint computes: {', '.join(over)} (tolerance {limit:.0e} "
             f"for {precision}); the first stage named is where they part. No bundle was written"
         )
-
-
-def own(policy: Policy, observations: Sequence[Observation], expected: Sequence[Stages]) -> list[Stages]:
-    """`expected` with what the policy answers in its place: what an INT8 bundle must answer elsewhere too."""
-    answers = []
-    for observation, stages in zip(observations, expected, strict=True):
-        policy.prefill(observation.images, observation.state, observation.task)
-        cache = policy.graphs.cache()
-        actions = policy.denoise(observation.noise)
-        kept = {name: cache[name].astype(np.float32) for name in stages.cache}
-        answers.append(replace(stages, cache=kept, actions=actions, chunk=policy.robot_units(actions)))
-    return answers
 
 
 def write_selfcheck(path: Path, observations: Sequence[Observation], expected: Sequence[Stages]) -> None:

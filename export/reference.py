@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..quantize.sample import draw_image
+from ..quantize.sample import Sample, draw_image
 from ..runtime.normalization import Normalization
 from .architecture import Architecture
 from .checkpoint import Checkpoint
@@ -24,13 +24,10 @@ from .tokens import instructions, read_tokenizer
 
 
 @dataclass(frozen=True)
-class Observation:
-    """One fixed input of the parity check, in the robot's terms."""
+class Observation(Sample):
+    """One fixed input of the parity check."""
 
-    images: dict[str, NDArray[np.uint8]]
-    state: NDArray[np.float32]
-    task: str
-    noise: NDArray[np.float32]
+    noise: NDArray[np.float32]  # [1, chunk, max_action_dim]
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,10 @@ def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0
     rng = np.random.default_rng(seed)
     names = checkpoint.processors.camera_names
     images = {name: draw_image(rng, 240 + 24 * i, 320) for i, name in enumerate(names)}
-    state = rng.standard_normal(checkpoint.config.state_dim).astype(np.float32)
     stats = checkpoint.processors.state.statistics
-    if "mean" in stats and "std" in stats:
-        state = np.array(stats["mean"], np.float32) + np.array(stats["std"], np.float32) * state
-    noise = rng.standard_normal((1, arch.chunk_size, arch.max_action_dim), dtype=np.float32)
+    mean, std = np.array(stats.get("mean", 0), np.float32), np.array(stats.get("std", 1), np.float32)
+    state = mean + std * rng.standard_normal(checkpoint.config.state_dim).astype(np.float32)
+    noise = rng.standard_normal(arch.noise_shape, dtype=np.float32)
     tokenizer = read_tokenizer(checkpoint.tokenizer)
     return [Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)]
 
@@ -64,8 +60,8 @@ def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0
 class Reference:
     """The float32 views and the checkpoint's processors, run in torch."""
 
-    def __init__(self, checkpoint: Checkpoint, arch: Architecture, prefix: Prefix, expert: Expert) -> None:
-        self.checkpoint, self.arch, self.prefix, self.expert = checkpoint, arch, prefix, expert
+    def __init__(self, checkpoint: Checkpoint, prefix: Prefix, expert: Expert) -> None:
+        self.checkpoint, self.arch, self.prefix, self.expert = checkpoint, prefix.arch, prefix, expert
         self._tokenizer = read_tokenizer(checkpoint.tokenizer)
 
     def run(self, observation: Observation) -> Stages:
@@ -84,7 +80,7 @@ class Reference:
         )
 
     @torch.no_grad()
-    def prefill(self, observation: Observation) -> tuple[list[int], Tensor, list[Tensor]]:
+    def prefill(self, observation: Sample) -> tuple[list[int], Tensor, list[Tensor]]:
         """-> valid token ids, which of the cache's rows are ever read [1, P], the cache."""
         arch = self.arch
         ids = self._tokenizer.encode(observation.task.rstrip("\n") + "\n").ids

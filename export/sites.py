@@ -7,32 +7,25 @@ cross layers' k_proj and v_proj (small, and their output is the cache), the patc
 from torch import nn
 
 from ..quantize.smoothing import Site
-from .expert import Expert, ExpertLayer
-from .prefix import Prefix, PrefixLayer
+from .expert import Expert
+from .prefix import Prefix
 
-PREFIX_GROUPS = (
-    "vision early",
-    "vision late",
-    "connector",
-    "language q/k/v",
-    "language early",
-    "language late",
+PREFIX_GROUPS = frozenset(
+    ("vision early", "vision late", "connector", "language q/k/v", "language early", "language late")
 )
-EXPERT_GROUPS = ("expert attention", "expert MLP")
 
 
-def sites(view: Prefix | Expert) -> list[Site]:
-    """Every site of a view, in the order in which it runs."""
-    if isinstance(view, Expert):
-        return [site for i, layer in enumerate(view.layers) for site in _expert_layer(f"layers.{i}", layer)]
+def sites(prefix: Prefix, expert: Expert) -> list[Site]:
+    """Every site of both views, in the order in which it runs; paths as in `layers.both`."""
     found = []
-    for i in range(n := len(view.vision_model.layers)):
-        found += _vision_layer(f"vision_model.layers.{i}", "vision early" if 2 * i < n else "vision late")
-    found.append(Site("connector", ("connector.proj",), None))
-    for i, layer in enumerate(view.layers):
-        found += _language_layer(
-            f"layers.{i}", layer, "language early" if 2 * i < len(view.layers) else "language late"
-        )
+    for i in range(n := len(prefix.vision_model.layers)):
+        found += _vision_layer(f"prefix.vision_model.layers.{i}", "vision early" if 2 * i < n else "vision late")
+    found.append(Site("connector", ("prefix.connector.proj",), None))
+    for i, layer in enumerate(prefix.layers):
+        group = "language early" if 2 * i < len(prefix.layers) else "language late"
+        found += _layer(f"prefix.layers.{i}", layer, "language q/k/v", group, group)
+    for i, layer in enumerate(expert.layers):
+        found += _layer(f"expert.layers.{i}", layer, "expert attention", "expert attention", "expert MLP")
     return found
 
 
@@ -46,27 +39,15 @@ def _vision_layer(at: str, group: str) -> list[Site]:
     ]
 
 
-def _language_layer(at: str, layer: nn.Module, group: str) -> list[Site]:
-    assert isinstance(layer, PrefixLayer)
-    qkv = [f"{at}.{n}_proj" for n in ("kv" if layer.last else "qkv")]
-    first = Site("language q/k/v", tuple(qkv), f"{at}.input_layernorm")
-    # v_proj cannot take o_proj's scale over: its output is the cache.
-    return [first] if layer.last else [first, Site(group, (f"{at}.o_proj",), None), *_mlp(at, group)]
-
-
-def _expert_layer(at: str, layer: nn.Module) -> list[Site]:
-    assert isinstance(layer, ExpertLayer)
-    qkv = tuple(f"{at}.{n}_proj" for n in ("qkv" if layer.is_self else "q"))
-    attention = "expert attention"
+def _layer(at: str, layer: nn.Module, qkv: str, out: str, mlp: str) -> list[Site]:
+    """A language or expert layer, by its groups. Cross layers have queries only, the last language layer none."""
+    inputs = tuple(f"{at}.{n}_proj" for n in "qkv" if hasattr(layer, f"{n}_proj"))
+    first = Site(qkv, inputs, f"{at}.input_layernorm")
+    if not hasattr(layer, "o_proj"):
+        return [first]
     return [
-        Site(attention, qkv, f"{at}.input_layernorm"),
-        Site(attention, (f"{at}.o_proj",), None),
-        *_mlp(at, "expert MLP"),
-    ]
-
-
-def _mlp(at: str, group: str) -> list[Site]:
-    return [
-        Site(group, (f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"), f"{at}.post_attention_layernorm"),
-        Site(group, (f"{at}.mlp.down_proj",), f"{at}.mlp.up_proj"),
+        first,
+        Site(out, (f"{at}.o_proj",), None),  # v_proj cannot take its scale over: v_proj's output is the cache
+        Site(mlp, (f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"), f"{at}.post_attention_layernorm"),
+        Site(mlp, (f"{at}.mlp.down_proj",), f"{at}.mlp.up_proj"),
     ]

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .architecture import Architecture
-from .layers import LayerNorm, Linear, Recipe, attention, exported, heads, ort_operator
+from .layers import Linear, Recipe, attention, exported, heads, ort_operator
 
 
 class PatchEmbedding(nn.Module):
@@ -69,9 +69,9 @@ class VisionMLP(nn.Module):
 class VisionLayer(nn.Module):
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.layer_norm1 = LayerNorm(arch.vision_width, arch.vision_eps, recipe.stream)
+        self.layer_norm1 = nn.LayerNorm(arch.vision_width, arch.vision_eps, dtype=recipe.stream)
         self.self_attn = VisionAttention(arch, recipe)
-        self.layer_norm2 = LayerNorm(arch.vision_width, arch.vision_eps, recipe.stream)
+        self.layer_norm2 = nn.LayerNorm(arch.vision_width, arch.vision_eps, dtype=recipe.stream)
         self.mlp = VisionMLP(arch, recipe)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class VisionModel(nn.Module):
         self.patch_embedding = PatchEmbedding(arch, recipe)
         self.position_embedding = nn.Parameter(torch.empty(arch.patches, arch.vision_width, dtype=recipe.stream))
         self.layers = nn.ModuleList(VisionLayer(arch, recipe) for _ in range(arch.vision_layers))
-        self.post_layernorm = LayerNorm(arch.vision_width, arch.vision_eps, recipe.stream)
+        self.post_layernorm = nn.LayerNorm(arch.vision_width, arch.vision_eps, dtype=recipe.stream)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch_embedding(images).to(self.position_embedding.dtype) + self.position_embedding

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from .architecture import Architecture
 from .errors import CheckpointError
 from .expert import Expert
-from .layers import Recipe, pin
+from .layers import Recipe, both, pin
 from .prefix import Prefix
 
 VLM = "model.vlm_with_expert.vlm.model."
 EXPERT = "model.vlm_with_expert.lm_expert."
 TIME_MLP_IN = "model.action_time_mlp_in.weight"
+_HALVES = {"time_mlp_actions.weight": 0, "time_mlp_time.weight": 1}  # of its columns, in the expert view
+_FLOAT16_MAX = torch.finfo(torch.float16).max
 
 _ATTENTION = r"(q_proj|k_proj|v_proj|o_proj)"
 _PREFIX_KEYS = (  # view name -> LeRobot key, first match wins
@@ -64,48 +66,33 @@ def build_views(
 
     Raises CheckpointError that lists every missing key, wrong shape, non-finite tensor and unknown key.
     """
-    with torch.device("meta"):
-        shapes = [Prefix(arch, recipe), Expert(arch, recipe)]
-    expected = {
-        source_key(view, name): _source_shape(name, p) for view in shapes for name, p in view.named_parameters()
-    }
-    problems = [f"missing {key} {shape}" for key, shape in expected.items() if key not in tensors]
-    for key, shape in expected.items():
-        if key not in tensors:
-            continue
-        if tuple(tensors[key].shape) != shape:
-            problems.append(f"{key} is {tuple(tensors[key].shape)}, the configs say {shape}")
-        elif not torch.isfinite(tensors[key]).all():
-            problems.append(f"{key} holds NaN or Inf")
-        elif recipe.matmul == torch.float16 and tensors[key].abs().max() > torch.finfo(torch.float16).max:
-            problems.append(f"{key} reaches {tensors[key].abs().max():.0f}, beyond float16: use --precision fp32")
+    prefix, expert = Prefix(arch, recipe), Expert(arch, recipe)
+    views = both(prefix, expert).requires_grad_(False).eval()
+    pin(views, pinned)
+    problems: dict[str, str] = {}  # by LeRobot key
+    expected = set()
+    for view in (prefix, expert):
+        for name, parameter in view.named_parameters():
+            expected.add(key := source_key(view, name))
+            half = _HALVES.get(name)
+            rows, *columns = parameter.shape
+            shape = (rows, *columns) if half is None else (rows, 2 * columns[0])
+            if key not in tensors:
+                problems[key] = f"missing {key} {shape}"
+            elif (found := tuple(tensors[key].shape)) != shape:
+                problems[key] = f"{key} is {found}, the configs say {shape}"
+            elif not torch.isfinite(tensors[key]).all():
+                problems[key] = f"{key} holds NaN or Inf"
+            elif recipe.matmul == torch.float16 and (largest := tensors[key].abs().max()) > _FLOAT16_MAX:
+                problems[key] = f"{key} reaches {largest:.0f}, beyond float16: use --precision fp32"
+            else:
+                parameter.copy_(tensors[key] if half is None else tensors[key].chunk(2, dim=1)[half])
     last = f"text_model.layers.{arch.layers - 1}."  # beyond its keys and values, nothing reads the last layer
-    problems += [
-        f"unknown weight {key}, which no part of SmolVLA reads"
-        for key in tensors
-        if key not in expected and not _UNUSED.search(key) and last not in key
-    ]
+    for key in sorted(tensors.keys() - expected):
+        if not _UNUSED.search(key) and last not in key:
+            problems[key] = f"unknown weight {key}, which no part of SmolVLA reads"
     if problems:
-        shown = "\n  ".join(problems[:20])
+        shown = "\n  ".join(list(problems.values())[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise CheckpointError(f"the weights do not fit the configs:\n  {shown}{more}")
-    prefix, expert = Prefix(arch, recipe), Expert(arch, recipe)
-    for name, view in (("prefix.", prefix), ("expert.", expert)):
-        pin(view, (stage.removeprefix(name) for stage in pinned if stage.startswith(name)))
-    with torch.no_grad():
-        for view in (prefix, expert):
-            for name, parameter in view.named_parameters():
-                source = tensors[source_key(view, name)]
-                if name == "time_mlp_actions.weight":
-                    source = source[:, : arch.expert_width]
-                elif name == "time_mlp_time.weight":
-                    source = source[:, arch.expert_width :]
-                parameter.copy_(source)
-                parameter.requires_grad_(False)
-            view.eval()
     return prefix, expert
-
-
-def _source_shape(name: str, parameter: Tensor) -> tuple[int, ...]:
-    rows, *columns = parameter.shape
-    return (rows, 2 * columns[0]) if name in ("time_mlp_actions.weight", "time_mlp_time.weight") else (rows, *columns)

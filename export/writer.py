@@ -6,7 +6,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from ..runtime import Bundle, Policy, bundle
 from ..runtime.audit import audit, contradictions
 from ..runtime.bundle import MANIFEST, manifest_json, sha256_of
 from ..runtime.preprocessing import CAMERA_GRAPH
-from ..runtime.selfcheck import run_selfcheck
+from ..runtime.selfcheck import FILE, run_selfcheck
 from . import graph, lerobot_check, parity, tokens
 from .architecture import Architecture
 from .camera import write_camera_graph
@@ -33,14 +34,6 @@ from .reference import Observation, Reference, fixed_observations
 from .weights import build_views
 
 _PACKAGES = ("smolvla-edge", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers")
-
-
-@dataclass(frozen=True)
-class Written:
-    """A finished bundle."""
-
-    folder: Path
-    manifest: bundle.Manifest
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture:
@@ -58,8 +51,8 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
 
 def reference_of(checkpoint: Checkpoint, target: bundle.Target) -> Reference:
     """The checkpoint's float32 views, such as they are exported for `target`; in torch they compute the same."""
-    arch = architecture_of(checkpoint)
-    return Reference(checkpoint, arch, *build_views(arch, checkpoint.tensors, replace(FP32, ort=target == "cpu")))
+    recipe = replace(FP32, ort=target == "cpu")
+    return Reference(checkpoint, *build_views(architecture_of(checkpoint), checkpoint.tensors, recipe))
 
 
 def write_bundle(
@@ -74,7 +67,7 @@ def write_bundle(
     calibration: CalibrationSet | None = None,
     gate: Gate | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> Written:
+) -> Bundle:
     """Export `checkpoint` to the folder `output`.
 
     calibration, gate: of INT8, which needs the first; without the second, the default gate. Nothing appears at
@@ -82,103 +75,103 @@ def write_bundle(
     audit agrees with the label. Raises ExportError, ParityError or GateError when the graphs differ too much.
     """
     check_output(output, force)
-    for name, asked in (("--target cpu", target == "cpu"), ("--precision int8", precision == "int8")):
-        if asked and not hasattr(torch.onnx, "ops"):
-            raise ExportError(
-                f"{name} needs torch 2.8 or newer, found {torch.__version__}: update it, or leave it out"
-            )
-    if check_lerobot and precision == "int8":
+    int8 = precision == "int8"
+    if (int8 or target == "cpu") and not hasattr(torch.onnx, "ops"):
+        option = "--target cpu" if target == "cpu" else "--precision int8"
+        raise ExportError(f"{option} needs torch 2.8 or newer, found {torch.__version__}: update it, or leave it out")
+    if int8 != (calibration is not None):
+        raise ExportError("INT8, and nothing else, needs calibration data: a dataset, a recording, or `synthetic`")
+    if int8 and check_lerobot:
         raise ExportError("--check-lerobot is for fp32 and fp16: INT8 is judged against float32, by the gate")
     if check_lerobot:
         lerobot_check.require_lerobot()
     say("building the views")
     reference = reference_of(checkpoint, target)
-    arch, exact = reference.arch, reference.prefix.recipe
+    arch = reference.arch
     observations = fixed_observations(checkpoint, arch)
     say("running the checkpoint in torch float32 (the reference)")
     expected = [reference.run(o) for o in observations]
-    plan = None
-    if precision == "int8":
-        if calibration is None:
-            raise ExportError("INT8 needs calibration data: a LeRobot dataset, a recording, or `synthetic`")
-        plan = plan_int8(reference, calibration, target, gate or Gate(), say)
-        if not plan.manifest.groups:
-            raise GateError(
-                "no group of layers can be INT8 within the gate (--sensitivity shows each): use fp16, or a "
-                "looser gate with --gate FILE"
-            )
+    plan = None if calibration is None else plan_int8(reference, calibration, target, gate or Gate(), say)
+    if plan is not None and not plan.manifest.groups:
+        raise GateError(
+            "no group of layers can be INT8 within the gate (--sensitivity shows each): use fp16, or a looser gate "
+            "with --gate FILE"
+        )
+    recipe = replace(FP16 if precision == "fp16" else FP32, ort=target == "cpu")
+    floats = partial(build_views, arch, checkpoint.tensors, recipe)
+    del reference
 
     with _staging(output, force) as folder:
         shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
-        parity.write_selfcheck(folder / "selfcheck.npz", observations, expected)
-        pinned: set[str] = set()
+        describe = partial(_describe, checkpoint, arch, folder, precision, target, demo)
         while True:
-            if plan is not None:
-                views, recipe = plan.views(pinned), plan.recipe
-            elif precision == "fp16":
-                recipe = replace(FP16, ort=target == "cpu")
-                views = build_views(arch, checkpoint.tensors, recipe, pinned)
-            else:
-                views, recipe = (reference.prefix, reference.expert), exact
-            examples = graph.prefix_example(arch), graph.expert_example(arch, recipe)
-            for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
-                say(f"exporting {name}.onnx")
-                graph.export_graph(view, example, folder / f"{name}.onnx", target)
-            if target == "portable":
-                write_camera_graph(folder / CAMERA_GRAPH, arch.image_size)
-            say("hashing")
-            manifest = _describe(checkpoint, arch, folder, precision, target, demo, pinned, plan)
-            policy = _load(folder, manifest)
-            if recipe.matmul != torch.float16:
+            make = floats if plan is None else plan.views
+            manifest, policy = _build(folder, make, partial(describe, plan), observations, target, say)
+            if plan is None:
                 break
-            say("measuring float16 ranges")
-            largest, more = _float16_ranges(policy, observations, views, pinned)
-            manifest = replace(manifest, float16_largest=largest)
-            if not more:
+            try:
+                manifest = replace(manifest, int8=plan.judged(policy, say))
                 break
-            say(f"keeping in float32, too large for float16: {', '.join(sorted(more))}")
-            pinned |= more
-            _forget(policy)
-        del views, reference
+            except GateError as e:
+                if len(plan.groups) == 1:
+                    raise GateError(f"{e}. No bundle was written; a looser gate needs --gate FILE") from e
+                say(f"{e}; leaving {plan.manifest.groups[-1]} in float")
+                plan = plan.fewer()
+                del policy
         say("proving parity through the runtime")
-        measured = parity.measure(policy, observations, expected)
+        measured, own = parity.measure(policy, observations, expected)
         parity.require(measured, precision)
-        if plan is not None:
-            manifest = replace(manifest, int8=plan.judged(policy, say))
-            own = parity.own(policy, observations, expected)
-            parity.write_selfcheck(folder / "selfcheck.npz", observations, own)
-            manifest = replace(manifest, files=manifest.files | _files(folder / "selfcheck.npz"))
-            _forget(policy)
-            policy = _load(folder, manifest)
-        stored = run_selfcheck(policy)
-        parity.require({f"self-check {stage}": value for stage, value in stored.items()}, precision)
+        parity.write_selfcheck(folder / FILE, observations, expected if plan is None else own)
+        parity.require({f"self-check {stage}": value for stage, value in run_selfcheck(policy).items()}, precision)
         if check_lerobot:
             say("comparing with LeRobot")
             measured["lerobot"] = lerobot_check.measure(checkpoint, policy, observations)
             parity.require(measured, precision)
         say("auditing")
-        if wrong := contradictions(audit(policy.bundle), precision):
+        if wrong := contradictions(audit(Bundle(folder, manifest, digest="")), precision):
             raise AuditError(
                 f"the graphs are not what they would be labelled: {'; '.join(wrong)}. No bundle was written"
             )
-        _forget(policy)  # of the manifest without its numbers
-        (folder / MANIFEST).write_text(manifest_json(replace(manifest, parity=measured)))
         del policy
-    return Written(output, Bundle.open(output).manifest)
+        say("hashing")
+        files = {path.name: bundle.File(sha256_of(path), path.stat().st_size) for path in folder.iterdir()}
+        (folder / MANIFEST).write_text(manifest_json(replace(manifest, files=files, parity=measured)))
+    return Bundle.open(output)
 
 
-def _load(folder: Path, manifest: bundle.Manifest) -> Policy:
-    (folder / MANIFEST).write_text(manifest_json(manifest))
-    return Policy.load(folder, device="cpu")
+def _build(
+    folder: Path,
+    make: Callable[[set[str]], tuple[Prefix, Expert]],
+    describe: Callable[[set[str]], bundle.Manifest],
+    observations: list[Observation],
+    target: bundle.Target,
+    say: Callable[[str], None],
+) -> tuple[bundle.Manifest, Policy]:
+    """Export the views that `make` makes, again with what float16 cannot hold pinned to float32."""
+    pinned: set[str] = set()
+    while True:
+        views = make(pinned)
+        _export(views, folder, target, say)
+        manifest = describe(pinned)
+        policy = Policy.load(Bundle(folder, manifest, digest=""), device="cpu")
+        if views[1].recipe.matmul != torch.float16:
+            return manifest, policy
+        say("measuring float16 ranges")
+        largest, more = _float16_ranges(policy, observations, views, pinned)
+        if not more:
+            return replace(manifest, float16_largest=largest), policy
+        say(f"keeping in float32, too large for float16: {', '.join(sorted(more))}")
+        pinned |= more
 
 
-def _forget(policy: Policy) -> None:
-    """Remove what was kept about a bundle that never was."""
-    shutil.rmtree(policy.bundle.cache_folder, ignore_errors=True)
-
-
-def _files(*paths: Path) -> dict[str, bundle.File]:
-    return {path.name: bundle.File(sha256_of(path), path.stat().st_size) for path in paths}
+def _export(views: tuple[Prefix, Expert], folder: Path, target: bundle.Target, say: Callable[[str], None]) -> None:
+    prefix, expert = views
+    examples = graph.prefix_example(prefix.arch), graph.expert_example(expert.arch, expert.recipe)
+    for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
+        say(f"exporting {name}.onnx")
+        graph.export_graph(view, example, folder / f"{name}.onnx", target)
+    if target == "portable":
+        write_camera_graph(folder / CAMERA_GRAPH, prefix.arch.image_size)
 
 
 def _float16_ranges(
@@ -261,20 +254,19 @@ def _describe(
     precision: bundle.Precision,
     target: bundle.Target,
     demo: bool,
-    pinned: set[str],
     plan: Int8 | None,
+    pinned: set[str],
 ) -> bundle.Manifest:
-    """The manifest, but for the parity numbers."""
+    """The manifest, but for hashes and measurements."""
     config, around = checkpoint.config, checkpoint.processors
     prefix, expert = (graph.describe_graph(folder / f"{name}.onnx") for name in ("prefix", "expert"))
-    files = _files(*(path for path in sorted(folder.iterdir()) if path.name != MANIFEST))
     tokenizer = tokens.read_tokenizer(checkpoint.tokenizer)
     pad = tokens.pad_id(checkpoint.tokenizer, tokenizer, getattr(checkpoint.vlm.text_config, "pad_token_id", None))
     return bundle.Manifest(
         format=bundle.FORMAT,
         version=bundle.VERSION,
         source=bundle.Source(checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, demo),
-        files=files,
+        files={},
         prefix=prefix,
         expert=expert,
         cache_bytes=sum(t.bytes for t in prefix.outputs if t.name != "prefix_mask"),
@@ -286,9 +278,7 @@ def _describe(
         state=bundle.Vector(config.state_dim, config.max_state_dim, around.state),
         action=bundle.Vector(config.action_dim, config.max_action_dim, around.action),
         joints=checkpoint.joints,
-        sampling=bundle.Sampling(
-            config.chunk_size, config.n_action_steps, config.num_steps, config.min_period, config.max_period
-        ),
+        sampling=config.sampling,
         units=None,  # no LeRobot file records them
         fps=checkpoint.fps,
         precision=precision,
@@ -297,15 +287,5 @@ def _describe(
         pinned=tuple(sorted(pinned)),
         int8=None if plan is None else plan.manifest,
         float16_largest=None,
-        built_with=_versions(),
+        built_with={d.name: d.version for d in importlib.metadata.distributions() if d.name in _PACKAGES},
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..runtime.bundle import Calibration
 from ..runtime.recording import META
 from ..runtime.replay import read_recording
 from .dataset import open_dataset
@@ -27,7 +27,6 @@ from .errors import CalibrationError
 from .sample import Sample, draw_samples
 
 PROGRESS_S = 5.0
-Kind = Literal["dataset", "recording", "synthetic"]
 Episodes = Mapping[int, tuple[int, tuple[str, ...]]]  # number -> frames, tasks
 Reader = Callable[[int, Sequence[int]], list[Sample]]  # number of an episode, some of its frames
 Frames = dict[int, list[int]]  # number of an episode -> some of its frames, ascending
@@ -35,16 +34,9 @@ Frames = dict[int, list[int]]  # number of an episode -> some of its frames, asc
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What was drawn. sha256, bytes: of the pictures, states and instructions that were drawn, and of nothing else;
-    frames, episodes, tasks: how many they are, and from how many (no episodes where synthetic)."""
+    """What was drawn; record: of both parts together, and of nothing else (no episodes where synthetic)."""
 
-    source: str  # as the user gave it
-    kind: Kind
-    sha256: str
-    bytes: int
-    frames: int
-    episodes: int
-    tasks: int
+    record: Calibration
     calibration: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
 
@@ -55,7 +47,7 @@ def read_calibration(
     state_dim: int,
     instructions: Sequence[str],
     *,
-    statistics: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    statistics: Mapping[str, Sequence[float]] = {},
     frames: int = 32,
     held_out: int = 8,
     seed: int = 0,
@@ -63,11 +55,12 @@ def read_calibration(
 ) -> CalibrationSet:
     """Draw `frames` observations to calibrate with and `held_out` to judge by, fewer where there are fewer.
 
-    instructions, statistics: of synthetic observations, the latter mean and std of the state, [dof] in robot units.
+    instructions, statistics: of synthetic observations, the latter mean and std of the state [dof] in robot units,
+    0 and 1 where they are missing.
     Raises CalibrationError where the source is missing, damaged or does not fit the robot, and SettingsError where a
     recording is damaged.
     """
-    kind: Kind = "dataset"
+    kind: Literal["dataset", "recording", "synthetic"] = "dataset"
     numbers: set[int] = set()
     if source == "synthetic":
         kind = "synthetic"
@@ -75,7 +68,8 @@ def read_calibration(
             "warning: synthetic calibration: ranges come from drawn pictures, and nothing is known of the accuracy "
             "on your robot's. For trials only: give the dataset that the policy was trained with"
         )
-        mean, std = statistics or (np.zeros(state_dim, np.float32), np.ones(state_dim, np.float32))
+        mean = np.array(statistics.get("mean", [0] * state_dim), np.float32)
+        std = np.array(statistics.get("std", [1] * state_dim), np.float32)
         drawn = draw_samples(frames + held_out, cameras, mean, std, instructions, seed)
         parts = drawn[:frames], drawn[frames:]
     else:
@@ -98,7 +92,7 @@ def read_calibration(
     tasks = len({sample.task for sample in samples})
     said = f"{len(parts[0])} observations to calibrate with, {len(parts[1])} to judge by"
     say(f"{said}, from {len(numbers)} episodes with {tasks} tasks")
-    return CalibrationSet(source, kind, digest, size, len(samples), len(numbers), tasks, *parts)
+    return CalibrationSet(Calibration(source, kind, digest, size, len(samples), len(numbers)), *parts)
 
 
 def choose_frames(episodes: Episodes, frames: int, held_out: int, seed: int) -> tuple[Frames, Frames]:

@@ -6,7 +6,7 @@ actions alone hide much (they stay near the same with a stale cache).
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,11 @@ class Answers:
 Asked = tuple[Cache, Callable[[Array], Array]]
 
 
-def answers(ask: Callable[[int], Asked], noises: Sequence[Sequence[Array]]) -> Answers:
-    """noises: for each observation, the noise of each seed. ask(i) -> the cache of observation i, and what answers a
-    noise with a chunk [chunk, dof]."""
+def answers(asked: Iterable[Asked], noises: Sequence[Sequence[Array]]) -> Answers:
+    """asked: for each observation, taken one after the other, its cache and what answers a noise with a chunk
+    [chunk, dof]; noises: for each observation, the noise of each seed."""
     caches, chunks = [], []
-    for i, seeds in enumerate(noises):
-        cache, denoise = ask(i)
+    for (cache, denoise), seeds in zip(asked, noises, strict=True):
         caches.append(cache)
         chunks.append([denoise(noise) for noise in seeds])
     return Answers(caches, np.array(chunks, np.float32))
@@ -162,6 +161,4 @@ def require(errors: Errors, gate: Gate, joints: Sequence[str]) -> None:
         over.append(f"{errors.flips} gripper flips (at most {gate.gripper_flips})")
     if over:
         more = f" and {len(over) - 8} more" if len(over) > 8 else ""
-        raise GateError(
-            f"the gate is not met: {', '.join(over[:8])}{more}. No bundle was written; a looser one needs --gate FILE"
-        )
+        raise GateError(f"the gate is not met: {', '.join(over[:8])}{more}")

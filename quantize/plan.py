@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from ..runtime.bundle import Target
 from .gate import Errors, Gate
 
-MARGIN = 0.8  # of the gate may be used up in the trial: other observations have the last word
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -53,10 +51,10 @@ def order(measured: Mapping[str, tuple[float, Errors]], gate: Gate) -> list[str]
 
 def choose(groups: Sequence[str], errors_of: Callable[[list[str]], Errors], gate: Gate) -> list[str]:
     """All groups where that meets the gate, else in order each that leaves it met together with those before it."""
-    if errors_of(list(groups)).share(gate) <= MARGIN:
+    if errors_of(list(groups)).share(gate) <= 1:
         return list(groups)
     taken: list[str] = []
     for group in groups:
-        if errors_of([*taken, group]).share(gate) <= MARGIN:
+        if errors_of([*taken, group]).share(gate) <= 1:
             taken.append(group)
     return taken

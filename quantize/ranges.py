@@ -31,26 +31,24 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
     Infinite for a tensor that holds a NaN. Empty for a graph without float16.
     """
     model = onnx.load(path, load_external_data=False)
-    produced = {name for node in model.graph.node for name in node.output}
-    half = [
+    half = {
         v.name
         for v in (*model.graph.value_info, *model.graph.output)
-        if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16 and v.name in produced
-    ]
-    if not half:
-        return {}
+        if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    }
     # Two numbers each, taken right behind its producer: all tensors at once would need many gigabytes.
     numbers: dict[str, list[str]] = {}
-    nodes = []
+    nodes, make = [], onnx.helper.make_node
     for node in model.graph.node:
         nodes.append(node)
-        for name in set(node.output) & set(half):
+        for name in half & set(node.output):
             wide, size, top, total = (f"{PROBE}{len(numbers)}.{part}" for part in ("wide", "size", "top", "total"))
-            nodes.append(onnx.helper.make_node("Cast", [name], [wide], to=onnx.TensorProto.FLOAT))
-            nodes.append(onnx.helper.make_node("Abs", [wide], [size]))
-            nodes.append(onnx.helper.make_node("ReduceMax", [size], [top], keepdims=0))
-            nodes.append(onnx.helper.make_node("ReduceSum", [size], [total], keepdims=0))  # a maximum passes NaN over
+            nodes += [make("Cast", [name], [wide], to=onnx.TensorProto.FLOAT), make("Abs", [wide], [size])]
+            nodes.append(make("ReduceMax", [size], [top], keepdims=0))
+            nodes.append(make("ReduceSum", [size], [total], keepdims=0))  # a maximum passes NaN over
             numbers[name] = [top, total]
+    if not numbers:
+        return {}
     del model.graph.node[:], model.graph.output[:]
     model.graph.node.extend(nodes)
     model.graph.output.extend(
@@ -102,23 +100,16 @@ def policy_ranges(policy: Policy, runs: Sequence[tuple[Feeds, NDArray[np.float32
 def stages_to_pin(path: Path, largest: Mapping[str, float], stages: Collection[str]) -> set[str]:
     """Those of `stages` (module paths) in whose nodes of the graph at `path` a tensor goes beyond the headroom.
 
-    Raises RangeError for a tensor of no stage. The exporter writes the modules around each node as its metadata.
+    Raises RangeError for tensors of no stage. The exporter writes the modules around each node as its metadata.
     """
     model = onnx.load(path, load_external_data=False)
-    made_in = {name: _modules(node) for node in model.graph.node for name in node.output}
-    found = set()
-    for tensor in _beyond(largest):
-        inside = [module for module in made_in[tensor] if module in stages]
-        if not inside:
-            require_headroom(path.name, {tensor: largest[tensor]})
-        found.add(inside[-1])
-    return found
-
-
-def _modules(node: onnx.NodeProto) -> list[str]:
-    """Paths of the torch modules around a node, outermost first."""
-    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
-    return [str(name) for name in ast.literal_eval(scopes)]
+    around: dict[str, str] = {}  # tensor -> the innermost stage it is made in
+    for node in model.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        if inside := [module for module in ast.literal_eval(scopes) if module in stages]:
+            around |= dict.fromkeys(node.output, str(inside[-1]))
+    require_headroom(path.name, {name: v for name, v in largest.items() if name not in around})
+    return {around[name] for name in _beyond(largest)}
 
 
 def _beyond(largest: Mapping[str, float]) -> dict[str, float]:
@@ -127,11 +118,10 @@ def _beyond(largest: Mapping[str, float]) -> dict[str, float]:
 
 def require_headroom(graph: str, largest: Mapping[str, float]) -> None:
     """Raises RangeError that names every tensor beyond FLOAT16_MAX / HEADROOM, largest first."""
-    limit = FLOAT16_MAX / HEADROOM
-    over = sorted(((v, n) for n, v in _beyond(largest).items()), reverse=True)
+    over = sorted(((v, name) for name, v in _beyond(largest).items()), reverse=True)
     if over:
-        shown = ", ".join(f"{n} {v:.0f}" for v, n in over[:8])
+        shown = ", ".join(f"{name} {v:.0f}" for v, name in over[:8])
         raise RangeError(
-            f"{graph} is not safe in float16: {len(over)} tensors exceed {limit:.0f} ({shown}). "
+            f"{graph} is not safe in float16: {len(over)} tensors exceed {FLOAT16_MAX / HEADROOM:.0f} ({shown}). "
             "Export with --precision fp32"
         )

@@ -8,7 +8,7 @@ alpha is chosen for each activation by the error that its INT8 products have, on
 A norm, or a Linear, in front takes the division over (`fold`); where there is none, the INT8 layer multiplies.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -47,19 +47,16 @@ class Watched:
     error: dict[float | None, float] = field(default_factory=dict)  # alpha -> squared, relative; None: no smoothing
 
 
-Seen = dict[nn.Module, dict[Site, Watched]]  # by view
+Seen = dict[Site, Watched]
 
 
 @contextmanager
-def _inputs(
-    views: Mapping[nn.Module, Iterable[Site]], see: Callable[[nn.Module, Site, Tensor], None]
-) -> Iterator[None]:
+def _inputs(views: nn.Module, sites: Iterable[Site], see: Callable[[Site, Tensor], None]) -> Iterator[None]:
     """While open, `see` is given the activation of every site that runs."""
     handles = [
-        view.get_submodule(site.linears[0]).register_forward_pre_hook(
-            lambda _, given, view=view, site=site: see(view, site, given[0])
+        views.get_submodule(site.linears[0]).register_forward_pre_hook(
+            lambda _, given, site=site: see(site, given[0])
         )
-        for view, sites in views.items()
         for site in sites
     ]
     try:
@@ -69,12 +66,12 @@ def _inputs(
             handle.remove()
 
 
-def watch_moments(views: Mapping[nn.Module, Iterable[Site]], run: Callable[[], None]) -> Seen:
+def watch_moments(views: nn.Module, sites: Iterable[Site], run: Callable[[], None]) -> Seen:
     """Largest magnitudes and second moments of each site's activation while `run` runs the views."""
-    seen: Seen = {view: {site: Watched() for site in sites} for view, sites in views.items()}
+    seen = {site: Watched() for site in sites}
 
-    def see(view: nn.Module, site: Site, x: Tensor) -> None:
-        watched, tokens = seen[view][site], x.flatten(0, -2)
+    def see(site: Site, x: Tensor) -> None:
+        watched, tokens = seen[site], x.flatten(0, -2)
         watched.largest = torch.maximum(watched.largest, tokens.abs().amax(0))
         some = tokens[:: max(1, len(tokens) // TOKENS)]
         even = some * _evenly(some)
@@ -83,23 +80,23 @@ def watch_moments(views: Mapping[nn.Module, Iterable[Site]], run: Callable[[], N
         watched.second.addmm_(even.T, even)
         watched.rows = len(tokens)
 
-    with _inputs(views, see):
+    with _inputs(views, seen, see):
         run()
     return seen
 
 
-def watch_errors(seen: Seen, run: Callable[[], None], *, static: bool) -> None:
+def watch_errors(views: nn.Module, seen: Seen, run: Callable[[], None], *, static: bool) -> None:
     """Add to `seen` the error of each site's INT8 products for every alpha, while `run` runs the views."""
 
-    def see(view: nn.Module, site: Site, x: Tensor) -> None:
-        watched = seen[view][site]
+    def see(site: Site, x: Tensor) -> None:
+        watched = seen[site]
         watched.tried += 1
         if watched.tried % EVERY != 1:
             return
-        weight = _weight(view, site)
+        weight = _weight(views, site)
         exact = x @ weight.T
         even = _evenly(exact)
-        inside = (~_outliers(watched.largest, weight)).float()
+        inside = _inside(watched.largest, weight)
         weight, x = weight * inside, x * inside
         for alpha in (None, *ALPHAS):
             scale = scales(watched.largest * inside, weight, alpha)
@@ -112,11 +109,10 @@ def watch_errors(seen: Seen, run: Callable[[], None], *, static: bool) -> None:
                 LEFT * smoothed @ (rounded * steps[:, None] - stretched).T,
             )
             error = sum(float((e * even).square().sum()) for e in errors)
-            watched.error[alpha] = watched.error.get(alpha, 0.0) + error / max(
-                float((exact * even).square().sum()), 1e-12
-            )
+            of = max(float((exact * even).square().sum()), 1e-12)
+            watched.error[alpha] = watched.error.get(alpha, 0.0) + error / of
 
-    with _inputs(seen, see):
+    with _inputs(views, seen, see):
         run()
 
 
@@ -137,71 +133,61 @@ def scales(largest: Tensor, weight: Tensor, alpha: float | None) -> Tensor:
     return torch.where((largest > 0) & (reach > 0), even.clamp(1e-3, 1e3), 1.0)
 
 
-def smooth(
-    view: nn.Module, watched: Mapping[Site, Watched], make: Callable[[Quantized], Int8Linear]
-) -> dict[str, Int8Linear]:
-    """Fold the best scales into `view`, which computes the same as before, and -> the INT8 layer of every Linear, by
-    its path."""
+def smooth(views: nn.Module, seen: Seen, make: Callable[[Quantized], Int8Linear]) -> dict[str, Int8Linear]:
+    """Fold the best scales into `views`, which compute the same as before, and -> the INT8 layer of every Linear, by
+    its path. What was seen is used up."""
     chosen = {}
-    for site, seen in watched.items():
-        weight = _weight(view, site)
-        inside = (~_outliers(seen.largest, weight)).float()
-        alpha = min(seen.error, key=lambda a: seen.error[a])
-        if site.scaler is None and seen.error[alpha] > WORTH**2 * seen.error[None]:
+    for site, watched in seen.items():
+        weight = _weight(views, site)
+        inside = _inside(watched.largest, weight)
+        alpha = min(watched.error, key=lambda a: watched.error[a])
+        if site.scaler is None and watched.error[alpha] > WORTH**2 * watched.error[None]:
             alpha = None
-        chosen[site] = scales(seen.largest * inside, weight * inside, alpha), inside
-    for site, (scale, _) in chosen.items():
+        chosen[site] = scales(watched.largest * inside, weight * inside, alpha), inside
+    for site, (scale, inside) in chosen.items():
         if site.scaler is not None:
-            fold(view.get_submodule(site.scaler), _linears(view, site), scale)
-            seen = watched[site]
-            seen.largest, seen.second = seen.largest / scale, seen.second / scale / scale[:, None]
-    return {
-        path: make(parts)
-        for site, (scale, inside) in chosen.items()
-        for path, parts in _quantized(
-            view, site, watched[site], scale if site.scaler is None else torch.ones_like(scale), inside
-        )
-    }
+            fold(views.get_submodule(site.scaler), _linears(views, site), scale)
+            watched = seen[site]
+            watched.largest, watched.second = watched.largest / scale, watched.second / scale / scale[:, None]
+            chosen[site] = torch.ones_like(scale), inside
+    layers = {}
+    for site, (scale, inside) in chosen.items():
+        watched, factor = seen[site], inside / scale  # the scale of what no layer before could take
+        second = watched.second * factor * factor[:, None]
+        watched.second = torch.zeros(())  # the largest thing there is
+        rounded, steps = compensated(_weight(views, site) * inside * scale, second)
+        outliers = (inside == 0).nonzero().flatten()
+        start = 0
+        for path, linear in zip(site.linears, _linears(views, site), strict=True):
+            rows = slice(start, start := start + len(linear.weight))
+            parts = Quantized(
+                rounded=rounded[rows],
+                scale=steps[rows],
+                bias=linear.bias,
+                largest=(watched.largest * factor).max(),
+                factor=None if (factor == 1).all() else factor,
+                outliers=outliers if len(outliers) else None,
+                outlier_weight=linear.weight.T[outliers] if len(outliers) else None,
+            )
+            layers[path] = make(parts)
+    return layers
 
 
-def _quantized(
-    view: nn.Module, site: Site, seen: Watched, scale: Tensor, inside: Tensor
-) -> Iterator[tuple[str, Quantized]]:
-    """What becomes of each Linear of a site. scale: left to the layer itself; inside: 0 for outliers, else 1."""
-    weight, factor = _weight(view, site), inside / scale
-    second = seen.second * factor * factor[:, None]
-    seen.second = torch.zeros(())  # the largest thing there is
-    rounded, steps = compensated(weight * inside * scale, second)
-    outliers = (inside == 0).nonzero().flatten()
-    start = 0
-    for path, linear in zip(site.linears, _linears(view, site), strict=True):
-        rows = slice(start, start := start + len(linear.weight))
-        parts = Quantized(
-            rounded=rounded[rows],
-            scale=steps[rows],
-            bias=linear.bias,
-            largest=(seen.largest * factor).max(),
-            factor=None if (factor == 1).all() else factor,
-            outliers=outliers if len(outliers) else None,
-            outlier_weight=linear.weight.T[outliers] if len(outliers) else None,
-        )
-        yield path, parts
-
-
-def _weight(view: nn.Module, site: Site) -> Tensor:
+def _weight(views: nn.Module, site: Site) -> Tensor:
     """All that reads the site's activation: [out of all, in]."""
-    return torch.cat([linear.weight for linear in _linears(view, site)])
+    return torch.cat([linear.weight for linear in _linears(views, site)])
 
 
-def _linears(view: nn.Module, site: Site) -> list[nn.Linear]:
+def _linears(views: nn.Module, site: Site) -> list[nn.Linear]:
     """Their `weight` [out, in] and `bias` is all that is read of them: they may be of another class."""
-    return [cast(nn.Linear, view.get_submodule(name)) for name in site.linears]
+    return [cast(nn.Linear, views.get_submodule(name)) for name in site.linears]
 
 
-def _outliers(largest: Tensor, weight: Tensor) -> Tensor:
-    """Channels [in] whose products are so large that 8 bits of them are worse than what all others say."""
+def _inside(largest: Tensor, weight: Tensor) -> Tensor:
+    """1 for each channel [in], 0 for outliers: products so large that 8 bits of them are worse than what all others
+    say."""
     reach = largest * weight.abs().amax(0)
-    return reach > OUTLIER * reach.median()
+    return (reach <= OUTLIER * reach.median()).float()
 
 
 def fold(scaler: nn.Module, linears: Sequence[nn.Linear], scale: Tensor) -> None:

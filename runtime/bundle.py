@@ -106,6 +106,17 @@ class Sampling:
     min_period: float
     max_period: float
 
+    def problems(self) -> list[str]:
+        """What the types alone do not catch."""
+        found = []
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            found.append(f"n_action_steps is {self.n_action_steps}, expected 1 to chunk_size {self.chunk_size}")
+        if not 1 <= self.num_steps <= 1000:
+            found.append(f"num_steps is {self.num_steps}, expected 1 to 1000")
+        if not 0 < self.min_period < self.max_period < math.inf:
+            found.append(f"periods are {self.min_period} to {self.max_period}, expected 0 < min_period < max_period")
+        return found
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -321,8 +332,8 @@ def _contradictions(m: Manifest) -> list[str]:
     if not names or len(set(names)) != len(names):
         found.append(f"cameras are {names}, expected at least one and no name twice")
     sizes = {"image_size": m.image_size, "tokens.length": m.tokens.length}
-    sizes |= {f"sampling.{n}": getattr(m.sampling, n) for n in ("chunk_size", "n_action_steps", "num_steps")}
     found += [f"{name} is {value}, expected at least 1" for name, value in sizes.items() if value < 1]
+    found += m.sampling.problems()
     shapes = {t.name: t.shape for t in (*m.prefix.inputs, *m.expert.inputs)}
     size, chunk = m.image_size, m.sampling.chunk_size
     for name, shape in (
@@ -337,13 +348,6 @@ def _contradictions(m: Manifest) -> list[str]:
         found.append(f"{len(m.joints)} joints are named, the action has {m.action.dim} values")
     if m.fps is not None and not 0 < m.fps <= 200:
         found.append(f"fps is {m.fps}, expected above 0 and at most 200")
-    s = m.sampling
-    if s.n_action_steps > s.chunk_size:
-        found.append(f"n_action_steps {s.n_action_steps} is over chunk_size {s.chunk_size}")
-    if s.num_steps > 1000:
-        found.append(f"num_steps is {s.num_steps}, expected at most 1000")
-    if not 0 < s.min_period < s.max_period < math.inf:
-        found.append(f"periods are {s.min_period} to {s.max_period}, expected 0 < min_period < max_period")
     if not 0 <= m.tokens.pad_id < 2**31:
         found.append(f"tokens.pad_id is {m.tokens.pad_id}, expected a token id")
     written = {t.name: t for t in m.prefix.outputs}

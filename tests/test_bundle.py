@@ -105,7 +105,7 @@ def test_what_is_derived_is_kept_private_to_the_user(tiny_bundle):
     ("change", "message"),
     [
         (lambda m: m.update(image_size=64), "graph input images"),
-        (lambda m: m["sampling"].update(chunk_size=0), "chunk_size is 0"),
+        (lambda m: m["sampling"].update(chunk_size=0), "chunk_size 0"),
         (lambda m: m["state"]["normalization"]["statistics"].pop("std"), "needs statistic 'std'"),
         (lambda m: m["action"]["normalization"]["statistics"].update(mean=[1.0]), "has 1 values, expected 6"),
         (lambda m: m.update(fps=-1.0), "fps is -1"),
@@ -113,7 +113,7 @@ def test_what_is_derived_is_kept_private_to_the_user(tiny_bundle):
         (lambda m: m.update(cameras=[]), "at least one"),
         (lambda m: m["files"].pop("selfcheck.npz"), "not listed"),
         (lambda m: m["action"]["normalization"]["statistics"].update(std=[-1.0] * 6), "'std' is negative"),
-        (lambda m: m["sampling"].update(n_action_steps=500), "n_action_steps 500 is over"),
+        (lambda m: m["sampling"].update(n_action_steps=500), "n_action_steps is 500, expected"),
         (lambda m: m["sampling"].update(min_period=0.0), "expected 0 < min_period"),
         (lambda m: m["sampling"].update(num_steps=5000), "num_steps is 5000"),
         (lambda m: m["tokens"].update(pad_id=2**40), "expected a token id"),

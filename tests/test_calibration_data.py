@@ -177,15 +177,15 @@ def test_pictures_inside_the_rows_are_read_too(tmp_path, version):
 def test_both_versions_give_the_same_draw_and_another_seed_gives_another(tmp_path):
     made = {version: write_dataset(tmp_path / version, version, kind="image") for version in VERSIONS}
     first, second = (read(made[version], frames=9, held_out=3) for version in VERSIONS)
-    assert first.sha256 == second.sha256 and len(first.sha256) == 64
+    assert first.record.sha256 == second.record.sha256 and len(first.record.sha256) == 64
     assert (
-        first.bytes
-        == second.bytes
+        first.record.bytes
+        == second.record.bytes
         == 12 * (2 * 48 * 64 * 3 + 6 * 4) + sum(len(s.task) for s in (*first.calibration, *first.held_out))
     )
-    assert (first.kind, first.frames, first.episodes, first.tasks) == ("dataset", 12, 4, 2)
-    assert read(made["v3.0"], frames=9, held_out=3, seed=1).sha256 != first.sha256
-    assert read(made["v3.0"], ("front", "wrist"), frames=9, held_out=3).sha256 != first.sha256
+    assert (first.record.kind, first.record.frames, first.record.episodes) == ("dataset", 12, 4)
+    assert read(made["v3.0"], frames=9, held_out=3, seed=1).record.sha256 != first.record.sha256
+    assert read(made["v3.0"], ("front", "wrist"), frames=9, held_out=3).record.sha256 != first.record.sha256
 
 
 def test_frames_are_spread_over_tasks_then_episodes_then_time():
@@ -213,7 +213,7 @@ def test_an_episode_that_is_short_gives_what_it_has_and_the_others_more():
 def test_of_a_single_episode_the_end_is_held_out(tmp_path):
     drawn = read(write_dataset(tmp_path / "set", episodes=[(100, "Pick.")]), frames=32, held_out=8)
     require_right(drawn, [(100, "Pick.")])
-    assert (len(drawn.calibration), len(drawn.held_out), drawn.episodes) == (32, 8, 1)
+    assert (len(drawn.calibration), len(drawn.held_out), drawn.record.episodes) == (32, 8, 1)
     assert max(s.state[0] for s in drawn.calibration) < 80 <= min(s.state[0] for s in drawn.held_out)
 
 
@@ -256,7 +256,7 @@ def record(folder, chunks=10):
 
 def test_a_recording_is_one_episode_of_what_the_policy_saw(tmp_path):
     drawn = read(record(tmp_path / "run"), frames=8, held_out=2)
-    assert (drawn.kind, drawn.frames, drawn.episodes, drawn.tasks) == ("recording", 10, 1, 1)
+    assert (drawn.record.kind, drawn.record.frames, drawn.record.episodes) == ("recording", 10, 1)
     for i, sample in enumerate((*drawn.calibration, *drawn.held_out)):
         asked = some_chunk(seed=i)
         assert all(np.array_equal(sample.images[c], asked.images[c]) for c in ("front", "wrist"))
@@ -285,18 +285,18 @@ def test_a_recording_that_does_not_fit_or_is_damaged_is_refused(tmp_path):
 
 def test_synthetic_observations_differ_in_everything_and_come_with_a_warning():
     said = []
-    mean, std = np.float32([100, 0, 0, 0, 0, 0]), np.float32([1, 1, 1, 1, 1, 0])
-    drawn = read("synthetic", frames=6, held_out=2, statistics=(mean, std), say=said.append)
+    statistics = {"mean": [100, 0, 0, 0, 0, 0], "std": [1, 1, 1, 1, 1, 0]}
+    drawn = read("synthetic", frames=6, held_out=2, statistics=statistics, say=said.append)
     assert said[0].startswith("warning: synthetic calibration")
-    assert (drawn.kind, drawn.frames, drawn.episodes, drawn.tasks) == ("synthetic", 8, 0, 2)
+    assert (drawn.record.kind, drawn.record.frames, drawn.record.episodes) == ("synthetic", 8, 0)
     assert (len(drawn.calibration), len(drawn.held_out)) == (6, 2)
     samples = [*drawn.calibration, *drawn.held_out]
     assert len({image.tobytes() for s in samples for image in s.images.values()}) == 16
     assert len({s.state.tobytes() for s in samples}) == 8
     assert [s.task for s in samples] == TASKS * 4
     assert all(90 < s.state[0] < 110 and s.state[5] == 0 and s.state.dtype == np.float32 for s in samples)
-    assert read("synthetic", frames=6, held_out=2, statistics=(mean, std)).sha256 == drawn.sha256
-    assert read("synthetic", frames=6, held_out=2, statistics=(mean, std), seed=1).sha256 != drawn.sha256
+    assert read("synthetic", frames=6, held_out=2, statistics=statistics).record.sha256 == drawn.record.sha256
+    assert read("synthetic", frames=6, held_out=2, statistics=statistics, seed=1).record.sha256 != drawn.record.sha256
     assert len(read("synthetic", state_dim=3, frames=2, held_out=1).calibration[0].state) == 3
 
 
@@ -442,9 +442,8 @@ def fill_cache(home, dataset):
 def read_offline(home):
     """In a process of its own: the library reads its settings when it is imported."""
     line = "from smolvla_edge.quantize.calibration import read_calibration as read\n"
-    line += (
-        "try: print(read('me/cubes', ['front'], 6, [], frames=9, held_out=3).sha256)\nexcept Exception as e: print(e)"
-    )
+    line += "try: print(read('me/cubes', ['front'], 6, [], frames=9, held_out=3).record.sha256)\n"
+    line += "except Exception as e: print(e)"
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, env=environment, cwd=home)
     assert done.returncode == 0, done.stderr
@@ -454,7 +453,7 @@ def read_offline(home):
 def test_a_cached_hub_dataset_is_read_offline_and_what_is_not_cached_is_named(made, tmp_path):
     assert read_offline(tmp_path).startswith("me/cubes is no folder here, and cannot be had from the Hub (")
     snapshot = fill_cache(tmp_path, made["v3.0"])
-    assert read_offline(tmp_path) == read(made["v3.0"], ["front"], frames=9, held_out=3).sha256
+    assert read_offline(tmp_path) == read(made["v3.0"], ["front"], frames=9, held_out=3).record.sha256
     shutil.rmtree(snapshot / "videos")
     assert read_offline(tmp_path).startswith("videos/observation.images.front/chunk-000/file-00")
 
@@ -480,7 +479,7 @@ def test_of_a_hub_dataset_only_meta_and_the_files_of_chosen_episodes_are_fetched
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     drawn = read("me/cubes", ["front"], frames=1, held_out=1)
-    assert (drawn.source, drawn.episodes) == ("me/cubes", 2)
+    assert (drawn.record.source, drawn.record.episodes) == ("me/cubes", 2)
     names = [Path(name).parts[0] for name in sorted(set(asked))]
     assert Counter(names) in ({"data": 2, "videos": 2}, {"data": 1, "videos": 1})
     assert not any("wrist" in name for name in asked)

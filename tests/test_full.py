@@ -64,8 +64,7 @@ def test_float16_computed_in_float16_equals_lerobot_at_full_size(checkpoint):
     """Torch's half arithmetic rounds every intermediate to float16; ONNX Runtime on a CPU would not."""
     name, folder = checkpoint
     loaded, golden = load_checkpoint(str(folder), vlm=SHARED / "smolvlm2"), Golden(REFERENCE / name)
-    arch = architecture_of(loaded)
-    views = Reference(loaded, arch, *build_views(arch, loaded.tensors, FP16))
+    views = Reference(loaded, *build_views(architecture_of(loaded), loaded.tensors, FP16))
     got = views.run(Observation(golden.images, golden.state, golden.task, golden.noise))
     worst = error(got.actions[:, :, :6], golden["actions_normalized"])
     print(f"\n{name}: float16 in float16 {worst:.1e}")

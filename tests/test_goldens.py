@@ -8,9 +8,7 @@ from goldens import Golden, stage_errors
 from safetensors.torch import load_file
 
 from smolvla_edge.export.checkpoint import load_checkpoint
-from smolvla_edge.export.layers import FP32
-from smolvla_edge.export.weights import build_views
-from smolvla_edge.export.writer import architecture_of
+from smolvla_edge.export.writer import reference_of
 from smolvla_edge.runtime import Policy
 from smolvla_edge.runtime.selfcheck import TOLERANCE, error, run_selfcheck
 
@@ -19,8 +17,7 @@ CASES = ("tiny", "tiny_outliers", "tiny_variant")
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_torch_view_gives_lerobots_vision_embeddings(case):
-    checkpoint = load_checkpoint(str(DATA / case / "checkpoint"))
-    prefix, _ = build_views(architecture_of(checkpoint), checkpoint.tensors, FP32)
+    prefix = reference_of(load_checkpoint(str(DATA / case / "checkpoint")), "portable").prefix
     golden = Golden(DATA / case)
     embeds = prefix.embed_images(torch.from_numpy(golden["images_preprocessed"])).numpy()
     assert error(embeds, golden["vision_embeds"]) < 1e-4

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from smolvla_edge.export import int8, writer
 from smolvla_edge.export.checkpoint import load_checkpoint
 from smolvla_edge.export.errors import ExportError
+from smolvla_edge.export.layers import both
 from smolvla_edge.export.reference import fixed_observations
 from smolvla_edge.export.sites import sites
 from smolvla_edge.quantize import smoothing
@@ -24,10 +25,11 @@ from smolvla_edge.quantize.gate import Errors, Gate
 from smolvla_edge.quantize.linear import Dynamic, Quantized, Static
 from smolvla_edge.quantize.plan import MACHINES, Cost, choose, order
 from smolvla_edge.quantize.rounding import compensated, nearest
-from smolvla_edge.runtime import BackendError, Bundle, Policy, ort
+from smolvla_edge.runtime import BackendError, Bundle, Policy, backend
 from smolvla_edge.runtime.audit import audit, contradictions
 from smolvla_edge.runtime.bundle import manifest_json
 from smolvla_edge.runtime.selfcheck import TOLERANCE, run_selfcheck
+from smolvla_edge.runtime.stored import stored_weights
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -110,28 +112,28 @@ def test_smoothing_changes_nothing_in_float(smoothed):
 
 
 def test_every_site_is_a_linear_of_its_view_and_none_is_named_twice(smoothed):
-    for view in (smoothed[0].prefix, smoothed[0].expert):
-        names = [name for site in sites(view) for name in site.linears]
-        assert len(set(names)) == len(names)
-        floats = {n for n, m in view.named_modules() if type(m).__name__ == "Linear"} - set(names)
-        assert {n.split(".")[0] for n in floats} <= {
-            "state_proj", "cross", "action_in_proj", "time_mlp_actions", "time_mlp_time", "action_time_mlp_out",
-            "action_out_proj",
-        }  # fmt: skip
+    views = smoothed[0].prefix, smoothed[0].expert
+    names = [name for site in sites(*views) for name in site.linears]
+    assert len(set(names)) == len(names)
+    floats = {n for n, m in both(*views).named_modules() if type(m).__name__ == "Linear"} - set(names)
+    assert {n.split(".")[1] for n in floats} == {
+        "state_proj", "cross", "action_in_proj", "time_mlp_actions", "time_mlp_time", "action_time_mlp_out",
+        "action_out_proj",
+    }  # fmt: skip
 
 
 def prefix_error(smoothed, layers):
     before, after, _, _ = smoothed
     o = fixed_observations(before.checkpoint, before.arch)[1]
     _, mask, exact = before.prefill(o)
-    with int8._swapped(after.prefix, layers):
+    with int8._swapped(both(after.prefix, after.expert), layers):
         _, _, got = after.prefill(o)
     pairs = [(g[:, :, mask[0]], e[:, :, mask[0]]) for g, e in zip(got, exact, strict=True)]
     return max(float((g - e).norm() / e.norm()) for g, e in pairs)
 
 
 def test_a_massive_channel_is_multiplied_in_float(smoothed, monkeypatch):
-    path = "vision_model.layers.1.mlp.fc2"  # of weight 80, planted
+    path = "prefix.vision_model.layers.1.mlp.fc2"  # of weight 80, planted
     layer = smoothed[2]["vision early"][path]
     assert layer.outliers.tolist() == [11]
     assert prefix_error(smoothed, {path: layer}) < 0.01
@@ -151,6 +153,9 @@ def test_costs_count_every_token_once(smoothed):
     assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.chunk_size, 10)}
 
 
+OVER = Errors((0.2,) * 6, (1.0,) * 6, 0, {"key.0": 0.01})
+
+
 def errors(action, cache):
     return Errors((action,), (1.0,), 0, {"key.0": cache})
 
@@ -160,7 +165,8 @@ def test_groups_are_taken_by_time_saved_for_their_error_as_far_as_the_gate_allow
     gate = Gate()
     assert order(alone, gate) == ["b", "c", "a"]
     assert choose(order(alone, gate), lambda g: errors(sum(alone[x][1].action for x in g), 0.0), gate) == ["b", "c"]
-    assert choose(["a"], lambda g: errors(0.0, 0.041), gate) == []  # over four fifths of the gate
+    assert choose(order(alone, gate), lambda g: errors(0.1, 0.05), gate) == ["b", "c", "a"]
+    assert choose(["a"], lambda g: errors(0.0, 0.051), gate) == []
 
 
 def test_what_streams_its_weights_saves_bytes_and_what_computes_saves_operations():
@@ -256,10 +262,33 @@ def test_a_graph_over_the_gate_is_no_bundle(monkeypatch, tmp_path):
     """The plan is made by simulation; what the graphs answer has the last word."""
     checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
     data = int8.observations_for(checkpoint, "synthetic", 2, str)
-    monkeypatch.setattr(int8.HeldOut, "judge", lambda *_: Errors((0.2,) * 6, (1.0,) * 6, 0, {"key.0": 0.01}))
-    with pytest.raises(GateError, match=r"joint 0 0\.200 \(at most 0\.100\)"):
+    monkeypatch.setattr(int8, "choose", lambda groups, *_: groups[:1])
+    monkeypatch.setattr(int8.HeldOut, "judge", lambda *_: OVER)
+    with pytest.raises(GateError, match=r"joint 0 0\.200 \(at most 0\.100\).*No bundle was written"):
         writer.write_bundle(checkpoint, tmp_path / "bundle", "int8", target="cpu", calibration=data)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_over_the_gate_loses_the_group_that_was_taken_last(monkeypatch, tmp_path):
+    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
+    data = int8.observations_for(checkpoint, "synthetic", 2, str)
+    judge, judged, said = int8.HeldOut.judge, [], []
+    monkeypatch.setattr(int8, "choose", lambda groups, *_: ["expert MLP", "vision late"])
+    monkeypatch.setattr(int8.HeldOut, "judge", lambda *a: judged.append(1) or (judge(*a) if judged[1:] else OVER))
+    made = writer.write_bundle(
+        checkpoint,
+        tmp_path / "bundle",
+        "int8",
+        target="cpu",
+        calibration=data,
+        gate=Gate(action_p99=1),
+        say=said.append,
+    )
+    assert any("leaving vision late in float" in line for line in said)
+    assert made.manifest.int8.groups == ("expert MLP",)
+    stored = stored_weights(made.path("prefix.onnx")), stored_weights(made.path("expert.onnx"))
+    assert "int8" not in stored[0]
+    assert stored[1]["int8"] == made.manifest.int8.weights
 
 
 def test_a_single_frame_to_calibrate_with_is_too_few(monkeypatch):
@@ -279,7 +308,7 @@ def test_every_gripper_is_judged():
 
 
 def test_a_cpu_whose_products_overflow_is_refused(export_case, monkeypatch):
-    monkeypatch.setattr(ort, "_saturates", lambda: True)
+    monkeypatch.setattr(backend, "_saturates", lambda: True)
     with pytest.raises(BackendError, match="this CPU has no VNNI"):
         Policy.load(export_case("tiny", "int8", "cpu"), "cpu")
     Policy.load(export_case("tiny", "fp32", "cpu"), "cpu")
@@ -297,7 +326,7 @@ def test_a_cpu_whose_products_overflow_is_refused(export_case, monkeypatch):
 def test_what_overflows_is_an_x86_without_vnni(monkeypatch, machine, flags, saturates):
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr("pathlib.Path.read_text", lambda self: f"flags : {flags}")
-    assert ort._saturates() is saturates
+    assert backend._saturates() is saturates
 
 
 def test_a_bundle_without_its_int8_record_is_refused(export_case, tmp_path):

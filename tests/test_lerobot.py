@@ -8,10 +8,8 @@ import torch
 from conftest import DATA
 
 from smolvla_edge.export.checkpoint import load_checkpoint
-from smolvla_edge.export.layers import FP32
-from smolvla_edge.export.reference import Reference, fixed_observations
-from smolvla_edge.export.weights import build_views
-from smolvla_edge.export.writer import architecture_of
+from smolvla_edge.export.reference import fixed_observations
+from smolvla_edge.export.writer import reference_of
 
 pytest.importorskip("lerobot", reason="LeRobot is not installed beside this package")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
@@ -71,9 +69,8 @@ def test_the_views_equal_lerobot_for(case, tmp_path):
         side.save_pretrained(tmp_path, config_filename=f"policy_{name}.json")
 
     checkpoint = load_checkpoint(str(tmp_path))
-    arch = architecture_of(checkpoint)
-    reference = Reference(checkpoint, arch, *build_views(arch, checkpoint.tensors, FP32))
-    observations = fixed_observations(checkpoint, arch)
+    reference = reference_of(checkpoint, "portable")
+    observations = fixed_observations(checkpoint, reference.arch)
     expected = lerobot_actions(checkpoint, observations)
     for observation, theirs in zip(observations, expected, strict=True):
         ours = reference.run(observation).actions[:, :, :6]

@@ -9,20 +9,16 @@ from conftest import DATA
 from smolvla_edge.export import parity
 from smolvla_edge.export.checkpoint import load_checkpoint
 from smolvla_edge.export.errors import ParityError
-from smolvla_edge.export.layers import FP32
-from smolvla_edge.export.reference import Reference, fixed_observations
-from smolvla_edge.export.weights import build_views
-from smolvla_edge.export.writer import architecture_of
+from smolvla_edge.export.reference import fixed_observations
+from smolvla_edge.export.writer import reference_of
 from smolvla_edge.runtime import Policy
 from smolvla_edge.runtime.selfcheck import TOLERANCE, error, run_selfcheck, summary
 
 
 @pytest.fixture(scope="module")
 def references():
-    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
-    arch = architecture_of(checkpoint)
-    reference = Reference(checkpoint, arch, *build_views(arch, checkpoint.tensors, FP32))
-    observations = fixed_observations(checkpoint, arch)
+    reference = reference_of(load_checkpoint(str(DATA / "tiny" / "checkpoint")), "portable")
+    observations = fixed_observations(reference.checkpoint, reference.arch)
     return observations, [reference.run(o) for o in observations]
 
 
@@ -32,14 +28,14 @@ def policy(export_case):
 
 
 def failing_stages(policy, references) -> set[str]:
-    measured = parity.measure(policy, *references)
+    measured, _ = parity.measure(policy, *references)
     with pytest.raises(ParityError):
         parity.require(measured, "fp32")
     return {stage for stage, value in measured.items() if not value <= TOLERANCE["fp32"]}
 
 
 def test_an_intact_bundle_passes(policy, references):
-    parity.require(parity.measure(policy, *references), "fp32")
+    parity.require(parity.measure(policy, *references)[0], "fp32")
 
 
 def test_the_instructions_are_short_padded_and_of_full_length(policy, references):

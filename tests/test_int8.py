@@ -281,7 +281,7 @@ def test_a_graph_over_the_gate_loses_the_group_that_was_taken_last(monkeypatch, 
         "int8",
         target="cpu",
         calibration=data,
-        gate=Gate(action_p99=1),
+        gate=Gate(action_p99=0.19),
         say=said.append,
     )
     assert any("leaving vision late in float" in line for line in said)

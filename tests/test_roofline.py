@@ -80,6 +80,16 @@ def test_projections_are_those_of_the_published_table(name):
         assert found == pytest.approx(row, rel=0.03)
 
 
+def test_another_number_of_cameras_is_scaled_by_its_tokens():
+    three = FULL.with_cameras(3)
+    assert (three.cameras, three.prefix_tokens) == (3, 241)
+    assert three.language.attention == pytest.approx(15 * 4 * 241**2 * 960)
+    assert three.expert.attention == pytest.approx(4 * 50 * 960 * (8 * (241 + 50) + 8 * 241), rel=0.05)
+    assert three.cache_bytes == pytest.approx(4.94e6, rel=0.01)
+    assert three.expert.weights == FULL.expert.weights
+    assert three.with_cameras(2) == FULL
+
+
 def test_int8_counts_as_much_as_it_is_of_a_stage():
     half = {"float16": 60 * 10**9, "int8": 40 * 10**9}
     work = Work(half, 10 * 10**9, {"float16": 10, "int8": 30})

@@ -3,7 +3,10 @@
 import contextlib
 import io
 import logging
+import math
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from ..runtime import bundle
+from ..runtime.roofline import Work
 from .architecture import Architecture
 from .errors import GraphError
 from .layers import Recipe
@@ -29,6 +33,7 @@ _DTYPES: dict[int, bundle.Dtype] = {
     TensorProto.INT32: "int32",
     TensorProto.BOOL: "bool",
 }
+_WEIGHTS = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT8: "int8"}
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,41 @@ def describe_graph(path: Path) -> bundle.Graph:
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     for v in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         shapes[v.name] = tuple(d.dim_value for d in v.type.tensor_type.shape.dim)
-    data = path.with_name(path.name + ".data")
     return bundle.Graph(
         file=path.name,
         inputs=tuple(_tensor(v) for v in model.graph.input),
         outputs=tuple(_tensor(v) for v in model.graph.output),
-        flops=sum(_flops(n, shapes) for n in model.graph.node),
-        weight_bytes=data.stat().st_size if data.exists() else 0,
+        stages=_stages(model.graph, shapes),
     )
+
+
+def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Work]:
+    """Matrix products by stage. What depends on nothing but the images is vision, the rest of the prefix language.
+    A weight that is used twice is read once."""
+    inputs = {v.name for v in graph.input}
+    matrices = {
+        t.name: _WEIGHTS[t.data_type] for t in graph.initializer if len(t.dims) > 1 and t.data_type in _WEIGHTS
+    }
+    made_of = {name: {name} for name in (*inputs, *matrices)}  # tensor -> the inputs and matrices behind it
+    stages = ("vision", "language") if "images" in inputs else ("expert",)
+    gemm, read = ({stage: Counter[str]() for stage in stages} for _ in range(2))
+    attention, seen = Counter[str](), set[str]()
+    for node in graph.node:
+        operands = [made_of.get(name, set()) for name in node.input]
+        made = set[str]().union(*operands)
+        made_of |= dict.fromkeys(node.output, made)
+        if not (flops := _flops(node, shapes)):
+            continue
+        stage = stages[0] if made & inputs == {"images"} else stages[-1]
+        weights = {name for operand in operands[:2] if not operand & inputs for name in operand}
+        if not weights:
+            attention[stage] += flops
+            continue
+        gemm[stage][matrices[next(iter(weights))]] += flops
+        for name in weights - seen:
+            read[stage][matrices[name]] += math.prod(shapes[name])
+        seen |= weights
+    return {stage: Work(dict(gemm[stage]), attention[stage], dict(read[stage])) for stage in stages}
 
 
 def _tensor(value: onnx.ValueInfoProto) -> bundle.Tensor:
@@ -143,7 +175,7 @@ def _tensor(value: onnx.ValueInfoProto) -> bundle.Tensor:
     return bundle.Tensor(value.name, _DTYPES[kind.elem_type], tuple(d.dim_value for d in kind.shape.dim))
 
 
-def _flops(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """2 x multiply-adds of one operator's matrix products; 0 where it has none."""
     if node.op_type == "MultiHeadAttention":
         batch, n, width = shapes[node.input[0]]

@@ -23,10 +23,11 @@ from typing import Any, Literal
 
 from .errors import BundleError
 from .normalization import Normalization
+from .roofline import BYTES, Work
 from .strict import decode, encode
 
 FORMAT = "smolvla-edge-bundle"
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _SELFCHECK_LIMIT = 10_000_000  # bytes
@@ -59,8 +60,12 @@ class Graph:
     file: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    flops: int  # of matrix products, 1 multiply-add = 2
-    weight_bytes: int
+    stages: dict[str, Work]  # vision and language, or expert
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products, 1 multiply-add = 2."""
+        return sum(work.flops for work in self.stages.values())
 
 
 @dataclass(frozen=True)
@@ -358,6 +363,13 @@ def _contradictions(m: Manifest) -> list[str]:
     kinds = {t.dtype for t in m.prefix.outputs if t.name != "prefix_mask"}
     if kinds != {"float32" if m.precision == "fp32" or (m.precision, m.target) == ("int8", "cpu") else "float16"}:
         found.append(f"precision is {m.precision}, but the cache is {', '.join(sorted(kinds))}")
+    for graph, stages in ((m.prefix, {"vision", "language"}), (m.expert, {"expert"})):
+        dtypes = {dtype for work in graph.stages.values() for dtype in (*work.gemm, *work.weights)}
+        if set(graph.stages) != stages or dtypes - set(BYTES):
+            found.append(
+                f"{graph.file} has stages {', '.join(graph.stages)} in {', '.join(sorted(dtypes))}, expected "
+                f"{', '.join(sorted(stages))} in some of {', '.join(BYTES)}"
+            )
     if m.int8 is not None and min(m.int8.weights, m.int8.multiply_adds, len(m.int8.groups)) < 1:
         found.append("int8 claims no weights, multiply-adds or groups")
     if (m.precision == "int8") != (m.int8 is not None):

@@ -7,12 +7,14 @@ import importlib.metadata
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import typer
 
@@ -26,14 +28,18 @@ from ..devices.port import find_port
 from ..devices.virtual_arm import VirtualArm
 from . import command, settings
 from .backend import BACKENDS, choose, choose_for, lacks
+from .budget import report
 from .bundle import Bundle, Manifest
 from .engine_cache import engine_records
 from .errors import BackendError, BundleError, CheckFailed, SettingsError, SmolVLAError
+from .policy import Policy, Timing
 from .preflight import units_evidence
+from .roofline import find_board
 from .settings import Settings
 
 ROBOT_TOML = Path("robot.toml")
 OVERHEAD_BYTES = 700e6  # of a run beside weights and cache, measured on a CPU
+WARM_UP = 4  # chunks that do not count
 BUILD_FACTOR = 2.5  # memory of a TensorRT build over the larger graph's weights: an estimate
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "cuda-python", "cuda-bindings")
 
@@ -45,6 +51,10 @@ def doctor(
     bundle: str | None = typer.Option(None, help="Bundle folder.  [default: bundle]"),
     device: str | None = typer.Option(None, help="cpu, cuda, jetson or auto.  [default: auto]"),
     port: str | None = typer.Option(None, help="Serial port of the arm, auto, or sim: the virtual arm."),
+    budget: bool = typer.Option(False, "--budget", help="Can this bundle's chunk take 30 ms on this board?"),
+    board_name: str | None = typer.Option(
+        None, "--board", metavar="NAME", help="The same of a named one, such as 'orin nano super', or all."
+    ),
     write_config: Path | None = typer.Option(
         None, metavar="PATH", help="Draft a robot.toml from what was found; never over a file that is there."
     ),
@@ -67,6 +77,10 @@ def doctor(
     except SettingsError as e:
         findings.append(Finding("settings", "stop", str(e)))
     chosen = settings.override(stored, bundle=bundle, device=device, port=port)
+    if budget or board_name is not None:
+        text, data = _budget(chosen, board_name)
+        print(json.dumps(data, indent=1) if as_json else text)
+        return
     board, gpu, nodes = read_board(), read_gpu(), read_nodes()
     more, drafted = examine(chosen, board, gpu, nodes)
     findings += more
@@ -79,6 +93,39 @@ def doctor(
         print(f"wrote {write_config}", file=sys.stderr)
     if stops := [f.area for f in findings if f.status == "stop"]:
         raise CheckFailed(f"{len(stops)} of these would stop a run: {', '.join(dict.fromkeys(stops))}")
+
+
+def _budget(chosen: Settings, board_name: str | None) -> tuple[str, dict[str, Any]]:
+    """On a named board, on all, or on this one: then with a chunk measured, if its device can be had here."""
+    bundle = Bundle.open(chosen.bundle)
+    if board_name is not None:
+        return report(bundle.manifest, None if board_name == "all" else board_name)
+    board = read_board()
+    if not board.jetson:
+        raise SettingsError("this is no Jetson: name one with --board, such as 'orin nano super', or all")
+    fast = "super" in f"{board.name} {board.power_modes.get(board.power_mode or 0, '')}".lower()
+    name = board.module.split(" (")[0] + " Super" * fast
+    find_board(name)  # before a chunk is measured
+    policy = Policy.load(bundle, "jetson" if chosen.device == "auto" else chosen.device, backend=chosen.backend)
+    print(policy.graphs.reason, file=sys.stderr)
+    return report(bundle.manifest, name, _timing(policy))
+
+
+def _timing(policy: Policy) -> Timing:
+    """Medians of twenty chunks, of grey pictures."""
+    m = policy.manifest
+    images = {c.name: np.full((480, 640, 3), 127, np.uint8) for c in m.cameras}
+    state, rows = np.zeros(m.state.dim, np.float32), []
+    for _ in range(WARM_UP + 20):
+        start = time.perf_counter()
+        feeds = policy.preprocessor.feeds(images, state, settings.EXAMPLE_TASK, raw=policy.graphs.takes_frames)
+        ready = time.perf_counter()
+        policy.graphs.prefill(feeds)
+        policy.graphs.finish_prefill()
+        filled = time.perf_counter()
+        policy.robot_units(policy.denoise(policy.draw_noise()))
+        rows.append((ready - start, filled - ready, time.perf_counter() - filled))
+    return Timing(*(1e3 * float(ms) for ms in np.median(rows[WARM_UP:], axis=0)))
 
 
 def examine(chosen: Settings, board: Board, gpu: Gpu, nodes: Sequence[Node]) -> tuple[list[Finding], str]:
@@ -126,7 +173,7 @@ def _memory(board: Board, manifest: Manifest | None, builds: bool, built: bool) 
     if manifest is None:
         yield Finding("memory", "unknown", has)
         return
-    graphs = manifest.prefix.weight_bytes, manifest.expert.weight_bytes
+    graphs = [f.bytes for name, f in manifest.files.items() if name.endswith(".onnx.data")]
     needed = sum(graphs) + manifest.cache_bytes + OVERHEAD_BYTES
     text = f"{has}; a run needs about {_gb(needed)}: weights, cache and {_gb(OVERHEAD_BYTES)}"
     frees = "end other programs; a desktop ends with: sudo systemctl isolate multi-user.target"

@@ -130,6 +130,9 @@ class OrtGraphs:
                 self._buffers[name].update_inplace(np.ascontiguousarray(array))
         self._run(self._prefill)
 
+    def finish_prefill(self) -> None:
+        """Nothing: `prefill` has waited."""
+
     def _place(self, index: int, frame: NDArray[np.generic]) -> None:
         """The frame of camera `index`, resized on the device into its slice of `images`."""
         images, binding = self._buffers["images"], self._camera.io_binding()

@@ -72,6 +72,13 @@ class TrtGraphs:
                 self._upload(name, array)
         self._stale = True
 
+    def finish_prefill(self) -> None:
+        """Run the prefix now, and wait for it: to time it alone, or to read what it wrote."""
+        if self._stale:
+            self._run_prefix()
+            self._stale = False
+        self._stream.wait()
+
     def denoise(
         self,
         noise: Array,
@@ -89,7 +96,7 @@ class TrtGraphs:
             self._upload(name, array)
         self._feed_steps(steps)
         if velocities is not None:
-            self._finish_prefill()
+            self.finish_prefill()
             for i in range(len(steps)):
                 self._step(i)
                 velocities.append(np.array(self._download("velocity"), np.float32))
@@ -100,7 +107,7 @@ class TrtGraphs:
 
     def cache(self) -> dict[str, NDArray[np.generic]]:
         """Copies of what the prefix wrote: prefix_mask and every key.i and value.i."""
-        self._finish_prefill()
+        self.finish_prefill()
         return {t.name: self._download(t.name) for t in self._manifest.prefix.outputs}
 
     def proof(self) -> dict[str, float] | None:
@@ -188,11 +195,6 @@ class TrtGraphs:
         now, then = ("noisy_actions", "next_actions") if i % 2 == 0 else ("next_actions", "noisy_actions")
         swapped = {"noisy_actions": self._buffers[now], "next_actions": self._buffers[then]}
         self._expert.run(self._buffers | self._steps[i] | swapped)
-
-    def _finish_prefill(self) -> None:
-        if self._stale:
-            self._run_prefix()
-            self._stale = False
 
     def _upload(self, name: str, array: NDArray[Any]) -> None:
         tensor = self._tensors[name]

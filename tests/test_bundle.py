@@ -120,6 +120,8 @@ def test_what_is_derived_is_kept_private_to_the_user(tiny_bundle):
         (lambda m: m.update(precision="fp16"), "precision is fp16, but the cache is float32"),
         (lambda m: m["expert"]["inputs"][8].update(shape=[1, 2, 3, 4]), "not as the prefix leaves it"),
         (lambda m: m.update(joints=["a"]), "1 joints are named"),
+        (lambda m: m["prefix"]["stages"].pop("vision"), "stages language in float32, expected language, vision"),
+        (lambda m: m["expert"]["stages"]["expert"]["weights"].update(int3=1), "in float32, int3, expected expert"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(tiny_bundle, change, message):

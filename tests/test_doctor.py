@@ -405,3 +405,32 @@ def test_a_draft_takes_the_only_camera_and_never_guesses_between_two(export_case
     assert 'task = "say \\"é😀\\""' in text
     both = doctor.draft(Settings(), manifest, None, None, nodes).splitlines()
     assert '# "wrist" = "/dev/video0"  # found: /dev/video0, /dev/video2' in both
+
+
+def test_the_budget_of_a_bundle_on_a_named_board_on_all_and_on_this_one(
+    export_case, jetson, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    bundle = str(export_case("tiny", "fp32"))
+
+    def asked(*options):
+        monkeypatch.setattr(sys, "argv", ["smolvla-doctor", "--bundle", bundle, *options])
+        with pytest.raises(SystemExit) as done:
+            doctor.main()
+        return done.value.code, capsys.readouterr()
+
+    code, said = asked("--board", "orin nano super")
+    assert code == 0
+    assert "Orin Nano 8GB Super: 16.71 TFLOPS FP16" in said.out
+    assert "measured" not in said.out.split("30 ms")[1]
+    assert len(json.loads(asked("--board", "all", "--json")[1].out)["boards"]) == 11
+    code, said = asked("--board", "raspberry pi")
+    assert (code, "board 'raspberry pi' is unknown, expected one of: Orin Nano 4GB" in said.err) == (2, True)
+    if not read_board().jetson:
+        assert "this is no Jetson" in asked("--budget")[1].err
+    here = jetson()
+    monkeypatch.setattr(doctor, "read_board", lambda: here)
+    code, said = asked("--budget", "--device", "cpu", "--json")
+    data = json.loads(said.out)
+    assert data["board"]["name"] == "Orin Nano 8GB Super"
+    assert data["stages"]["chunk"]["measured"] > data["stages"]["prefix"]["measured"] > 0

@@ -59,7 +59,8 @@ def test_only_the_target_cpu_holds_onnx_runtimes_own_operators(export_case, prec
         with pytest.raises(GraphError, match=r"com\.microsoft::RotaryEmbedding"):
             check_graph(path)
         found |= {n.op_type for n in onnx.load(path, load_external_data=False).graph.node if n.domain}
-        assert describe_graph(path).flops == describe_graph(bundles["portable"] / name).flops
+        stages = (describe_graph(bundle / name).stages for bundle in bundles.values())
+        assert len({tuple((stage, work.flops) for stage, work in found.items()) for found in stages}) == 1
     assert found == ORT_OPERATORS - {"DynamicQuantizeMatMul"}  # that is INT8's
 
 
@@ -100,6 +101,26 @@ def test_nothing_of_the_prefix_is_recomputed_in_a_step(export_case):
     attention = 2 * q * keys
     once = width * width  # the time half of the MLP: one row
     assert expert.flops == 2 * (tokens * (gemm + attention) + once)
+
+
+def test_vision_is_what_depends_on_the_images_alone(export_case):
+    arch = architecture_of(load_checkpoint(str(DATA / "tiny" / "checkpoint")))
+    patches, width, wide = arch.patches, arch.vision_width, arch.vision_width * arch.pixel_shuffle**2
+    tower = 3 * arch.patch_size**2 * width
+    tower += arch.vision_layers * (4 * width**2 + 2 * width * arch.vision_intermediate)
+    connector = wide * arch.width
+    stages = describe_graph(export_case("tiny", "fp32") / "prefix.onnx").stages
+    vision, language = stages["vision"], stages["language"]
+    image_tokens = patches // arch.pixel_shuffle**2
+    assert vision.gemm == {"float32": 2 * arch.cameras * (patches * tower + image_tokens * connector)}
+    assert vision.attention == arch.cameras * arch.vision_layers * 4 * patches**2 * width
+    assert vision.weights == {"float32": tower + connector}
+    q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    layer = arch.width * (2 * q + 2 * kv + 3 * arch.intermediate)
+    weights = (arch.layers - 1) * layer + 2 * kv * arch.width  # of the last layer keys and values only
+    weights += (arch.layers - len(arch.self_layers)) * 2 * kv**2 + arch.max_state_dim * arch.width
+    assert language.weights == {"float32": weights}  # token embeddings are looked up, not read
+    assert language.attention == (arch.layers - 1) * 4 * arch.prefix_tokens**2 * q
 
 
 def test_an_empty_camera_costs_nothing(export_case):

@@ -186,6 +186,9 @@ def test_a_bundle_is_int8_as_its_manifest_says(export_case, target):
     assert record.found["action_p99"] <= 0.1
     assert record.found["cache"] <= 0.05
     assert record.calibration.kind == "synthetic"
+    m = opened.manifest
+    stages = [*m.prefix.stages.values(), *[m.expert.stages["expert"]] * m.sampling.num_steps]
+    assert sum(work.gemm.get("int8", 0) for work in stages) == 2 * record.multiply_adds
     found = audit(opened)
     assert contradictions(found, "int8") == []
     assert sum(kinds.get("int8", 0) for kinds in found.stored.values()) == record.weights

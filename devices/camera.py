@@ -262,14 +262,19 @@ class SharedFrameCamera:
 def open_camera(name: str, source: str | int, width: int = 640, height: int = 480, fps: float = 30.0) -> Camera:
     """An open camera for `source`; size and rate matter to devices only.
 
-    /dev/video* or an integer: a video device; sim:<path>: the virtual arm; an existing file: a picture or a video.
+    /dev/video* or an integer: a video device; csi:<sensor>: a Jetson's CSI camera; sim:<path>: the virtual arm; an
+    existing file: a picture or a video.
     """
+    from .csi import CsiCamera  # it is made of what is above
+
     text = str(source)
     camera: Camera
     if text.isdecimal():
         camera = OpenCVCamera(name, int(text), width, height, fps)
     elif text.startswith(("/dev/video", "/dev/v4l/")):
         camera = OpenCVCamera(name, text, width, height, fps)
+    elif text.startswith("csi:") and text[4:].isdecimal():
+        camera = CsiCamera(name, int(text[4:]), width, height, fps)
     elif text.startswith("sim:"):
         camera = SharedFrameCamera(name, text.removeprefix("sim:"))
     elif Path(text).is_file():
@@ -277,7 +282,7 @@ def open_camera(name: str, source: str | int, width: int = 640, height: int = 48
     else:
         raise CameraError(
             f"camera {name}: cannot tell what {text!r} is. Expected /dev/video* or /dev/v4l/..., "
-            "a device number, an existing picture or video file, or sim:<path> of a virtual arm."
+            "a device number, csi:<sensor>, an existing picture or video file, or sim:<path> of a virtual arm."
         )
     camera.open()
     return camera

@@ -37,7 +37,7 @@ def run(
         None, help="LeRobot calibration file, or the id the arm was calibrated under."
     ),
     camera: list[str] | None = typer.Option(
-        None, metavar="NAME=SOURCE", help="Once for each camera: /dev/videoN, a number, a picture or a video."
+        None, metavar="NAME=SOURCE", help="Once for each camera: /dev/videoN, a number, csi:N, a picture or a video."
     ),
     task: str | None = typer.Option(None, help="The instruction."),
     seconds: float | None = typer.Option(None, help="Stop so long after the first action.  [default: Ctrl-C]"),

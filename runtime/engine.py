@@ -111,7 +111,10 @@ class Engine:
         """Raises BackendError when TensorRT does not take `plan`, as one of another version or GPU."""
         trt = load_tensorrt()
         self._log, self._stream = _logger(trt), stream
-        self._runtime = trt.Runtime(self._log)
+        try:
+            self._runtime = trt.Runtime(self._log)
+        except TypeError as e:  # how the bindings say that TensorRT cannot start
+            raise BackendError(f"TensorRT does not start ({e}): does its version fit the driver?") from e
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise BackendError(f"TensorRT does not load the engine: {'; '.join(self._log.errors[-3:])}")
@@ -208,5 +211,5 @@ def main() -> None:
     try:
         graph, made, timed = (Path(word) for word in sys.argv[1:4])
         _build_here(load_tensorrt(), graph, made, timed, json.loads(sys.argv[4]))
-    except (BackendError, OSError) as e:
+    except (BackendError, OSError, TypeError) as e:  # TypeError: TensorRT's objects, where it cannot start
         sys.exit(str(e))

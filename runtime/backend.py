@@ -116,7 +116,7 @@ def lacks(
             f"the Python module {name} ({where})"
             for name, where in (
                 ("tensorrt", "from JetPack's apt: make the environment with --system-site-packages"),
-                ("cuda.bindings", "pip install cuda-python"),
+                ("cuda.bindings", "pip install cuda-bindings, of this CUDA's major version"),
             )
             if not _importable(name)
         ]

@@ -1,4 +1,4 @@
-"""The few calls of the CUDA runtime that TensorRT's buffers and graphs need, through `cuda-python`.
+"""The few calls of the CUDA runtime that TensorRT's buffers and graphs need, through cuda-python (`cuda.bindings`).
 
 Nothing is imported before a `Stream` is made, and every call that fails raises BackendError with CUDA's own words.
 """
@@ -17,7 +17,7 @@ def load_cuda() -> Any:
     try:
         from cuda.bindings import runtime as cudart
     except ImportError as e:
-        raise BackendError(f"cuda-python is missing ({e}): pip install 'smolvla-edge[tensorrt]'") from e
+        raise BackendError(f"{e}: pip install cuda-bindings, of the major version of this machine's CUDA") from e
     return cudart
 
 

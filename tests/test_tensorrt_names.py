@@ -69,6 +69,10 @@ def users():
     return [path for path in sorted((ROOT / "runtime").glob("*.py")) if pattern.search(path.read_text())]
 
 
+def test_the_files_that_use_them_are_found():
+    assert [path.name for path in users()] == ["cuda.py", "engine.py"]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("path", users(), ids=lambda path: path.name)
 def test_every_name_that_the_runtime_uses_is_in_the_bindings(path, version):

@@ -121,6 +121,13 @@ def test_frames_of_another_size_get_an_engine_of_their_own(board, bundle):
         assert np.abs(got - expected).max() < 1e-3, size
 
 
+def test_a_camera_engine_that_resizes_otherwise_than_the_host_is_refused(board, bundle):
+    board(wrong=("image", 0.001))
+    policy = load(bundle)
+    with pytest.raises(BackendError, match=r"camera.onnx resizes 64 x 48 frames otherwise than the host, by 1.0e-03"):
+        policy.predict_chunk(*observe(policy))
+
+
 def test_engines_are_built_once_and_again_for_another_tensorrt_or_gpu(board, bundle, capsys):
     def built():
         load(bundle)

@@ -29,7 +29,6 @@ from ..runtime import Policy, bundle
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .expert import Expert
-from .graph import cache_names
 from .layers import FP16, FP32, Linear, Recipe, both, pin
 from .prefix import Prefix
 from .reference import Reference
@@ -39,6 +38,7 @@ from .weights import build_views
 
 Array = NDArray[np.float32]
 Views = tuple[Prefix, Expert]
+Prefilled = tuple[Tensor, dict[str, Tensor]]  # which rows of the cache are ever read, and the cache
 Layers = dict[str, Int8Linear]  # by module path, which begins with prefix. or expert.
 RECIPES: dict[bundle.Target, Recipe] = {"cpu": replace(FP32, table=torch.float16, ort=True), "portable": FP16}
 _TRIED = 2, 2, 4  # observations and seeds that measure the groups, and seeds that tell their spread
@@ -155,8 +155,9 @@ def plan_int8(
     measured = {}
     for group in layers:
         seconds = sum(c.saved_s(MACHINES[target]) for c in costs[group])
-        measured[group] = seconds, trial.errors([group])
-        say(f"{group} alone: saves {1e3 * seconds:.0f} ms, {measured[group][1].summary()}")
+        measured[group] = seconds, (errors := trial.errors([group]))
+        said = f"worst joint {errors.action:.3f} of its spread, worst cache {errors.worst_cache:.4f}"
+        say(f"{group} alone: saves {1e3 * seconds:.0f} ms, {said}")
     say("taking groups, most time saved for their error first")
     taken = choose(order(measured, gate), trial.errors, gate)
     say(f"INT8: {', '.join(taken) or 'nothing'}" + "".join(f"; not {g}" for g in layers if g not in taken))
@@ -190,13 +191,9 @@ def grippers_of(checkpoint: Checkpoint) -> list[int]:
     return [dim - 1] if dim == 6 else []
 
 
-def _answers(
-    reference: Reference, prefills: Iterable[tuple[Tensor, list[Tensor]]], noises: list[list[Array]]
-) -> Answers:
-    """prefills: of each observation, the rows of the cache that are read, and the cache."""
-
-    def ask(mask: Tensor, cache: list[Tensor]) -> Asked:
-        valid = {n: t[:, :, mask[0]].numpy() for n, t in zip(cache_names(reference.arch), cache, strict=True)}
+def _answers(reference: Reference, prefills: Iterable[Prefilled], noises: list[list[Array]]) -> Answers:
+    def ask(mask: Tensor, cache: dict[str, Tensor]) -> Asked:
+        valid = {name: t[:, :, mask[0]].numpy() for name, t in cache.items()}
         return valid, lambda noise: reference.robot_units(reference.denoise(noise, mask, cache)[1])
 
     return gates.answers((ask(*prefill) for prefill in prefills), noises)
@@ -238,7 +235,7 @@ class _Trial:
 
     def __init__(self, smoothed: Reference, groups: dict[str, Layers], held_out: HeldOut, seeds: int) -> None:
         self._reference, self._groups, self._held_out, self._seeds = smoothed, groups, held_out, seeds
-        self._prefills: dict[frozenset[str], list[tuple[Tensor, list[Tensor]]]] = {}  # those of prefix groups
+        self._prefills: dict[frozenset[str], list[Prefilled]] = {}  # those of prefix groups
 
     def layers(self, groups: list[str]) -> Layers:
         return {path: layer for group in groups for path, layer in self._groups[group].items()}

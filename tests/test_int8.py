@@ -127,7 +127,7 @@ def prefix_error(smoothed, layers):
     _, mask, exact = before.prefill(o)
     with int8._swapped(both(after.prefix, after.expert), layers):
         _, _, got = after.prefill(o)
-    pairs = [(g[:, :, mask[0]], e[:, :, mask[0]]) for g, e in zip(got, exact, strict=True)]
+    pairs = [(got[name][:, :, mask[0]], exact[name][:, :, mask[0]]) for name in exact]
     return max(float((g - e).norm() / e.norm()) for g, e in pairs)
 
 

@@ -40,6 +40,7 @@ class Checkpoint:
     processors: Processors
     joints: tuple[str, ...] | None
     fps: float | None
+    demo: bool = False  # random weights: to be run and timed, never to move a robot
 
 
 def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None = None) -> Checkpoint:

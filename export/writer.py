@@ -59,7 +59,6 @@ def write_bundle(
     precision: bundle.Precision,
     *,
     target: bundle.Target = "portable",
-    demo: bool = False,
     force: bool = False,
     check_lerobot: bool = False,
     calibration: CalibrationSet | None = None,
@@ -105,7 +104,7 @@ def write_bundle(
         while True:
             views = make(pinned)
             _export(views, folder, target, say)
-            manifest = _describe(checkpoint, arch, folder, precision, target, demo, pinned, plan)
+            manifest = _describe(checkpoint, arch, folder, precision, target, pinned, plan)
             policy = Policy.load(Bundle(folder, manifest, digest=""), device="cpu")
             if views[1].recipe.matmul != torch.float16:
                 break
@@ -227,7 +226,6 @@ def _describe(
     folder: Path,
     precision: bundle.Precision,
     target: bundle.Target,
-    demo: bool,
     pinned: set[str],
     plan: Int8 | None,
 ) -> bundle.Manifest:
@@ -239,7 +237,7 @@ def _describe(
     return bundle.Manifest(
         format=bundle.FORMAT,
         version=bundle.VERSION,
-        source=bundle.Source(checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, demo),
+        source=bundle.Source(checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo),
         files={},
         prefix=prefix,
         expert=expert,

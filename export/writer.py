@@ -18,7 +18,7 @@ from ..quantize.gate import Gate
 from ..quantize.ranges import policy_ranges, stages_to_pin
 from ..runtime import Bundle, Policy, bundle
 from ..runtime.audit import audit, contradictions
-from ..runtime.bundle import MANIFEST, manifest_json, sha256_of
+from ..runtime.bundle import MANIFEST, manifest_json, parse_manifest, sha256_of
 from ..runtime.selfcheck import FILE, run_selfcheck
 from . import graph, lerobot_check, parity, tokens
 from .architecture import Architecture
@@ -100,27 +100,13 @@ def write_bundle(
 
     with _staging(output, force) as folder:
         shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
-        pinned: set[str] = set()
-        while True:
-            views = make(pinned)
-            _export(views, folder, target, say)
-            manifest = _describe(checkpoint, arch, folder, precision, target, pinned, plan)
-            policy = Policy.load(Bundle(folder, manifest, digest=""), device="cpu")
-            if views[1].recipe.matmul != torch.float16:
-                break
-            say("measuring float16 ranges")
-            largest, more = _float16_ranges(policy, observations, views, pinned)
-            manifest = replace(manifest, float16_largest=largest)
-            if not more:
-                break
-            say(f"keeping in float32, too large for float16: {', '.join(sorted(more))}")
-            pinned |= more
-        del views, make
+        describe = partial(_describe, checkpoint, arch, folder, precision, target, plan)
+        policy = _export(make, describe, folder, target, observations, say)
         say("proving parity through the runtime")
         measured, own = parity.measure(policy, observations, expected)
         parity.require(measured, precision)
         if plan is not None:
-            manifest = replace(manifest, int8=plan.judged(policy, say))
+            policy.bundle.manifest = replace(policy.manifest, int8=plan.judged(policy, say))
         parity.write_selfcheck(folder / FILE, observations, expected if plan is None else own)
         parity.require({f"self-check {stage}": value for stage, value in run_selfcheck(policy).items()}, precision)
         if check_lerobot:
@@ -128,23 +114,46 @@ def write_bundle(
             measured["lerobot"] = lerobot_check.measure(checkpoint, policy, observations)
             parity.require(measured, precision)
         say("auditing")
-        if wrong := contradictions(audit(Bundle(folder, manifest, digest="")), precision):
+        if wrong := contradictions(audit(policy.bundle), precision):
             raise AuditError(
                 f"the graphs are not what they would be labelled: {'; '.join(wrong)}. No bundle was written"
             )
-        del policy
         say("hashing")
         files = {path.name: bundle.File(sha256_of(path), path.stat().st_size) for path in folder.iterdir()}
-        (folder / MANIFEST).write_text(manifest_json(replace(manifest, files=files, parity=measured)))
+        manifest = manifest_json(replace(policy.manifest, files=files, parity=measured))
+        parse_manifest(json.loads(manifest), output / MANIFEST)  # raises before there is a bundle
+        (folder / MANIFEST).write_text(manifest)
+        del policy
     return Bundle.open(output)
 
 
-def _export(views: tuple[Prefix, Expert], folder: Path, target: bundle.Target, say: Callable[[str], None]) -> None:
-    prefix, expert = views
-    examples = graph.prefix_example(prefix.arch), graph.expert_example(expert.arch, expert.recipe)
-    for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
-        say(f"exporting {name}.onnx")
-        graph.export_graph(view, example, folder / f"{name}.onnx", target)
+def _export(
+    make: Callable[[set[str]], tuple[Prefix, Expert]],
+    describe: Callable[[set[str]], bundle.Manifest],
+    folder: Path,
+    target: bundle.Target,
+    observations: list[Observation],
+    say: Callable[[str], None],
+) -> Policy:
+    """Write the graphs, as often as it takes until nothing comes near float16's limit; -> them, loaded. make,
+    describe: views and manifest, from the stages that stay in float32."""
+    pinned: set[str] = set()
+    while True:
+        views = prefix, expert = make(pinned)
+        examples = graph.prefix_example(prefix.arch), graph.expert_example(expert.arch, expert.recipe)
+        for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
+            say(f"exporting {name}.onnx")
+            graph.export_graph(view, example, folder / f"{name}.onnx", target)
+        policy = Policy.load(Bundle(folder, describe(pinned), digest=""), device="cpu")
+        if expert.recipe.matmul != torch.float16:
+            return policy
+        say("measuring float16 ranges")
+        largest, more = _float16_ranges(policy, observations, views, pinned)
+        if not more:
+            policy.bundle.manifest = replace(policy.manifest, float16_largest=largest)
+            return policy
+        say(f"keeping in float32, too large for float16: {', '.join(sorted(more))}")
+        pinned |= more
 
 
 def _float16_ranges(
@@ -226,8 +235,8 @@ def _describe(
     folder: Path,
     precision: bundle.Precision,
     target: bundle.Target,
-    pinned: set[str],
     plan: Int8 | None,
+    pinned: set[str],
 ) -> bundle.Manifest:
     """The manifest, but for hashes and measurements."""
     config, around = checkpoint.config, checkpoint.processors

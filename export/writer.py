@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,14 +62,14 @@ def write_bundle(
     force: bool = False,
     check_lerobot: bool = False,
     calibration: CalibrationSet | None = None,
-    gate: Gate | None = None,
+    gate: Gate = Gate(),
     say: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Export `checkpoint` to the folder `output`.
 
-    calibration, gate: of INT8, which needs the first; without the second, the default gate. Nothing appears at
-    `output` unless parity holds (INT8: the gate), with LeRobot too where `check_lerobot` asks for it, and unless the
-    audit agrees with the label. Raises ExportError, ParityError or GateError when the graphs differ too much.
+    calibration, gate: of INT8, which needs the first. Nothing appears at `output` unless parity holds (INT8: the
+    gate), with LeRobot too where `check_lerobot` asks for it, and unless the audit agrees with the label. Raises
+    ExportError, ParityError or GateError when the graphs differ too much.
     """
     check_output(output, force)
     int8 = precision == "int8"
@@ -88,7 +88,7 @@ def write_bundle(
     observations = fixed_observations(checkpoint, arch)
     say("running the checkpoint in torch float32 (the reference)")
     expected = [reference.run(o) for o in observations]
-    plan = None if calibration is None else plan_int8(reference, calibration, target, gate or Gate(), say)
+    plan = None if calibration is None else plan_int8(reference, calibration, target, gate, say)
     if plan is not None and not plan.manifest.groups:
         raise GateError(
             "no group of layers can be INT8 within the gate (--sensitivity shows each): use fp16, or a looser gate "
@@ -268,5 +268,13 @@ def _describe(
         pinned=tuple(sorted(pinned)),
         int8=None if plan is None else plan.manifest,
         float16_largest=None,
-        built_with={d.name: d.version for d in importlib.metadata.distributions() if d.name in _PACKAGES},
+        built_with=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

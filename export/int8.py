@@ -5,7 +5,7 @@ together (quantize/plan.py), all in torch, by modules that round as the backend 
 through the runtime is judged afterwards (`HeldOut.judge`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from ..quantize import gate as gates
 from ..quantize.calibration import CalibrationSet, read_calibration
@@ -32,13 +32,12 @@ from .expert import Expert
 from .layers import FP16, FP32, Linear, Recipe, both, pin
 from .prefix import Prefix
 from .reference import Reference
-from .sites import PREFIX_GROUPS, sites
+from .sites import sites
 from .tokens import instructions, read_tokenizer
 from .weights import build_views
 
 Array = NDArray[np.float32]
 Views = tuple[Prefix, Expert]
-Prefilled = tuple[Tensor, dict[str, Tensor]]  # which rows of the cache are ever read, and the cache
 Layers = dict[str, Int8Linear]  # by module path, which begins with prefix. or expert.
 RECIPES: dict[bundle.Target, Recipe] = {"cpu": replace(FP32, table=torch.float16, ort=True), "portable": FP16}
 _TRIED = 2, 2, 4  # observations and seeds that measure the groups, and seeds that tell their spread
@@ -151,15 +150,23 @@ def plan_int8(
     views = build_views(arch, checkpoint.tensors, FP32)  # of their own, to be smoothed in place
     smoothed = Reference(checkpoint, *views)
     layers, costs = _quantized(smoothed, data.calibration[tried:], target, say)
-    trial = _Trial(smoothed, layers, trial_on, seeds)
+
+    def of(groups: list[str]) -> Layers:
+        return {path: layer for group in groups for path, layer in layers[group].items()}
+
+    def errors_of(groups: list[str]) -> Errors:
+        """How far the views with these groups in INT8 are from float32, on few observations and seeds."""
+        with _swapped(both(*views), of(groups)):
+            return trial_on.compare(_answers(smoothed, trial_on.samples, [n[:seeds] for n in trial_on.noises]))
+
     measured = {}
     for group in layers:
         seconds = sum(c.saved_s(MACHINES[target]) for c in costs[group])
-        measured[group] = seconds, (errors := trial.errors([group]))
+        measured[group] = seconds, (errors := errors_of([group]))
         said = f"worst joint {errors.action:.3f} of its spread, worst cache {errors.worst_cache:.4f}"
         say(f"{group} alone: saves {1e3 * seconds:.0f} ms, {said}")
     say("taking groups, most time saved for their error first")
-    taken = choose(order(measured, gate), trial.errors, gate)
+    taken = choose(order(measured, gate), errors_of, gate)
     say(f"INT8: {', '.join(taken) or 'nothing'}" + "".join(f"; not {g}" for g in layers if g not in taken))
     record = bundle.Int8(
         groups=tuple(taken),
@@ -172,13 +179,13 @@ def plan_int8(
         found={},
     )
     joints = checkpoint.joints or tuple(f"joint {i}" for i in range(checkpoint.config.action_dim))
-    return Int8(RECIPES[target], views, trial.layers(taken), record, gate, held_out, joints)
+    return Int8(RECIPES[target], views, of(taken), record, gate, held_out, joints)
 
 
 def _hold_out(reference: Reference, samples: tuple[Sample, ...], seeds: int) -> HeldOut:
     rng, shape = np.random.default_rng(2), reference.arch.noise_shape
     noises = [[rng.standard_normal(shape, dtype=np.float32) for _ in range(seeds)] for _ in samples]
-    expected = _answers(reference, (reference.prefill(s)[1:] for s in samples), noises)
+    expected = _answers(reference, samples, noises)
     middle = reference.robot_units(np.zeros(shape, np.float32))[0]
     return HeldOut(samples, noises, expected, grippers_of(reference.checkpoint), middle)
 
@@ -191,12 +198,13 @@ def grippers_of(checkpoint: Checkpoint) -> list[int]:
     return [dim - 1] if dim == 6 else []
 
 
-def _answers(reference: Reference, prefills: Iterable[Prefilled], noises: list[list[Array]]) -> Answers:
-    def ask(mask: Tensor, cache: dict[str, Tensor]) -> Asked:
+def _answers(reference: Reference, samples: tuple[Sample, ...], noises: list[list[Array]]) -> Answers:
+    def ask(sample: Sample) -> Asked:
+        _, mask, cache = reference.prefill(sample)
         valid = {name: t[:, :, mask[0]].numpy() for name, t in cache.items()}
         return valid, lambda noise: reference.robot_units(reference.denoise(noise, mask, cache)[1])
 
-    return gates.answers((ask(*prefill) for prefill in prefills), noises)
+    return gates.answers(map(ask, samples), noises)
 
 
 def _quantized(
@@ -223,31 +231,11 @@ def _quantized(
         watch_errors(views, seen, partial(run, samples[:1]), static=static)
         made = smooth(views, seen, Static if static else Dynamic)
     for site, watched in seen.items():
-        runs = 1 if site.group in PREFIX_GROUPS else smoothed.checkpoint.config.num_steps
         for path in site.linears:
+            runs = 1 if path.startswith("prefix.") else smoothed.checkpoint.config.num_steps
             layers.setdefault(site.group, {})[path] = made[path]
             costs.setdefault(site.group, []).append(Cost(watched.rows, made[path].weight.numel(), runs))
     return layers, costs
-
-
-class _Trial:
-    """Groups of INT8 layers put into the float views for a while."""
-
-    def __init__(self, smoothed: Reference, groups: dict[str, Layers], held_out: HeldOut, seeds: int) -> None:
-        self._reference, self._groups, self._held_out, self._seeds = smoothed, groups, held_out, seeds
-        self._prefills: dict[frozenset[str], list[Prefilled]] = {}  # those of prefix groups
-
-    def layers(self, groups: list[str]) -> Layers:
-        return {path: layer for group in groups for path, layer in self._groups[group].items()}
-
-    def errors(self, groups: list[str]) -> Errors:
-        """How far the views with these groups in INT8 are from float32, on few observations and seeds."""
-        reference, held_out, key = self._reference, self._held_out, frozenset(groups) & PREFIX_GROUPS
-        with _swapped(both(reference.prefix, reference.expert), self.layers(groups)):
-            if key not in self._prefills:
-                self._prefills[key] = [reference.prefill(s)[1:] for s in held_out.samples]
-            noises = [n[: self._seeds] for n in held_out.noises]
-            return held_out.compare(_answers(reference, self._prefills[key], noises))
 
 
 @contextmanager

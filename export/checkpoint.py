@@ -40,6 +40,7 @@ class Checkpoint:
     processors: Processors
     joints: tuple[str, ...] | None
     fps: float | None
+    demo: bool = False  # random weights: to be run and timed, never to move a robot
 
 
 def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None = None) -> Checkpoint:
@@ -49,9 +50,12 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
     Raises CheckpointError.
     """
     folder, commit = _locate(name, revision)
-    raw = read_json(folder / "config.json")
-    _refuse_adapters(folder)
-    config = PolicyConfig.from_json(raw)
+    config = PolicyConfig.from_json(_read_json(folder / "config.json"))
+    if adapters := sorted(p.name for p in folder.glob("adapter_*")):
+        raise CheckpointError(
+            f"{folder} holds PEFT adapters ({', '.join(adapters)}), not whole weights: merge them first "
+            "(peft's merge_and_unload, then save_pretrained) and export the merged checkpoint"
+        )
     if not (folder / WEIGHTS).is_file():
         found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
         raise CheckpointError(f"{folder} has no {WEIGHTS} (found {found or 'no weights'}): only safetensors are read")
@@ -81,7 +85,7 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; CheckpointError when it is missing or not one."""
     try:
         raw = json.loads(path.read_text())
@@ -95,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return _read_json(path) if path.is_file() else {}
 
 
 def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
@@ -129,15 +133,6 @@ def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> P
             f"{repo}{at} cannot be had from the Hub ({type(e).__name__}: {str(e).splitlines()[0]}). "
             "Check the name and the network, or give a folder"
         ) from e
-
-
-def _refuse_adapters(folder: Path) -> None:
-    adapters = sorted(p.name for p in folder.glob("adapter_*"))
-    if adapters:
-        raise CheckpointError(
-            f"{folder} holds PEFT adapters ({', '.join(adapters)}), not whole weights: merge them first "
-            "(peft's merge_and_unload, then save_pretrained) and export the merged checkpoint"
-        )
 
 
 def _vlm_places(folder: Path, vlm_name: str, given: Path | None) -> list[Path]:

@@ -95,7 +95,7 @@ def export(
             write_demo_checkpoint(Path(source := f"{temporary}/checkpoint"), say)
         say(f"reading {'the demo checkpoint' if demo else source}")
         read = load_checkpoint(source, revision=revision, vlm=vlm)
-        read = replace(read, name="demo") if demo else read
+        read = replace(read, name="demo", demo=True) if demo else read
         data = observations_for(read, calibration, frames, say) if calibration else None
         if data and sensitivity:
             print(sensitivity_table(plan_int8(reference_of(read, runs_on), data, runs_on, judged_by, say).manifest))
@@ -105,7 +105,6 @@ def export(
             output,
             made,
             target=runs_on,
-            demo=demo,
             force=force,
             check_lerobot=check_lerobot,
             calibration=data,

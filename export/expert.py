@@ -51,10 +51,6 @@ class Expert(nn.Module):
     gradients are switched on (lerobot 0.4.4, policies/rtc/modeling_rtc.py). prev_weights of 0 change nothing.
     """
 
-    cos: Tensor
-    sin: Tensor
-    later_hidden: Tensor
-
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
         self.arch, self.recipe = arch, recipe
@@ -68,11 +64,9 @@ class Expert(nn.Module):
         self.layers = nn.ModuleList(ExpertLayer(arch, recipe, is_self=arch.is_self(i)) for i in range(arch.layers))
         self.norm = RMSNorm(width, arch.eps, recipe.stream)
         chunk = arch.chunk_size
-        cos, sin = rope_tables(arch.prefix_tokens + chunk, arch.head_dim)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.cos, self.sin = rope_tables(arch.prefix_tokens + chunk, arch.head_dim)
         later = torch.full((chunk, chunk), masked(recipe.stream), dtype=recipe.stream).triu(1)
-        self.register_buffer("later_hidden", later, persistent=False)
+        self.later_hidden = nn.Buffer(later, persistent=False)
 
     def forward(
         self,

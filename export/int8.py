@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from ..quantize import gate as gates
 from ..quantize.calibration import CalibrationSet, read_calibration
@@ -29,11 +29,10 @@ from ..runtime import Policy, bundle
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .expert import Expert
-from .graph import cache_names
 from .layers import FP16, FP32, Linear, Recipe, both, pin
 from .prefix import Prefix
 from .reference import Reference
-from .sites import PREFIX_GROUPS, sites
+from .sites import sites
 from .tokens import instructions, read_tokenizer
 from .weights import build_views
 
@@ -157,14 +156,20 @@ def plan_int8(
     views = build_views(arch, checkpoint.tensors, FP32)  # of their own, to be smoothed in place
     smoothed = Reference(checkpoint, *views)
     layers, costs = _quantized(smoothed, data.calibration[tried:], target, say)
-    trial = _Trial(smoothed, layers, trial_on, seeds)
+
+    def errors_of(groups: list[str]) -> Errors:
+        """How far the views with these groups in INT8 are from float32, on few observations and seeds."""
+        with _swapped(both(*views), _together(layers[g] for g in groups)):
+            return trial_on.compare(_answers(smoothed, trial_on.samples, [n[:seeds] for n in trial_on.noises]))
+
     measured = {}
     for group in layers:
         seconds = sum(c.saved_s(MACHINES[target]) for c in costs[group])
-        measured[group] = seconds, trial.errors([group])
-        say(f"{group} alone: saves {1e3 * seconds:.0f} ms, {measured[group][1].summary()}")
+        measured[group] = seconds, (errors := errors_of([group]))
+        said = f"worst joint {errors.action:.3f} of its spread, worst cache {errors.worst_cache:.4f}"
+        say(f"{group} alone: saves {1e3 * seconds:.0f} ms, {said}")
     say("taking groups, most time saved for their error first")
-    taken = {g: layers[g] for g in choose(order(measured, gate), trial.errors, gate)}
+    taken = {g: layers[g] for g in choose(order(measured, gate), errors_of, gate)}
     say(f"INT8: {', '.join(taken) or 'nothing'}" + "".join(f"; not {g}" for g in layers if g not in taken))
     record = bundle.Int8(
         **_claims(taken, costs),
@@ -192,7 +197,7 @@ def _together(groups: Iterable[Layers]) -> Layers:
 def _hold_out(reference: Reference, samples: tuple[Sample, ...], seeds: int) -> HeldOut:
     rng, shape = np.random.default_rng(2), reference.arch.noise_shape
     noises = [[rng.standard_normal(shape, dtype=np.float32) for _ in range(seeds)] for _ in samples]
-    expected = _answers(reference, (reference.prefill(s)[1:] for s in samples), noises)
+    expected = _answers(reference, samples, noises)
     middle = reference.robot_units(np.zeros(shape, np.float32))[0]
     return HeldOut(samples, noises, expected, grippers_of(reference.checkpoint), middle)
 
@@ -205,16 +210,13 @@ def grippers_of(checkpoint: Checkpoint) -> list[int]:
     return [dim - 1] if dim == 6 else []
 
 
-def _answers(
-    reference: Reference, prefills: Iterable[tuple[Tensor, list[Tensor]]], noises: list[list[Array]]
-) -> Answers:
-    """prefills: of each observation, the rows of the cache that are read, and the cache."""
-
-    def ask(mask: Tensor, cache: list[Tensor]) -> Asked:
-        valid = {n: t[:, :, mask[0]].numpy() for n, t in zip(cache_names(reference.arch), cache, strict=True)}
+def _answers(reference: Reference, samples: tuple[Sample, ...], noises: list[list[Array]]) -> Answers:
+    def ask(sample: Sample) -> Asked:
+        _, mask, cache = reference.prefill(sample)
+        valid = {name: t[:, :, mask[0]].numpy() for name, t in cache.items()}
         return valid, lambda noise: reference.robot_units(reference.denoise(noise, mask, cache)[1])
 
-    return gates.answers((ask(*prefill) for prefill in prefills), noises)
+    return gates.answers(map(ask, samples), noises)
 
 
 def _quantized(
@@ -241,28 +243,11 @@ def _quantized(
         watch_errors(views, seen, partial(run, samples[:1]), static=static)
         made = smooth(views, seen, Static if static else Dynamic)
     for site, watched in seen.items():
-        runs = 1 if site.group in PREFIX_GROUPS else smoothed.checkpoint.config.num_steps
         for path in site.linears:
+            runs = 1 if path.startswith("prefix.") else smoothed.checkpoint.config.num_steps
             layers.setdefault(site.group, {})[path] = made[path]
             costs.setdefault(site.group, []).append(Cost(watched.rows, made[path].weight.numel(), runs))
     return layers, costs
-
-
-class _Trial:
-    """Groups of INT8 layers put into the float views for a while."""
-
-    def __init__(self, smoothed: Reference, groups: dict[str, Layers], held_out: HeldOut, seeds: int) -> None:
-        self._reference, self._groups, self._held_out, self._seeds = smoothed, groups, held_out, seeds
-        self._prefills: dict[frozenset[str], list[tuple[Tensor, list[Tensor]]]] = {}  # those of prefix groups
-
-    def errors(self, groups: list[str]) -> Errors:
-        """How far the views with these groups in INT8 are from float32, on few observations and seeds."""
-        reference, held_out, key = self._reference, self._held_out, frozenset(groups) & PREFIX_GROUPS
-        with _swapped(both(reference.prefix, reference.expert), _together(self._groups[g] for g in groups)):
-            if key not in self._prefills:
-                self._prefills[key] = [reference.prefill(s)[1:] for s in held_out.samples]
-            noises = [n[: self._seeds] for n in held_out.noises]
-            return held_out.compare(_answers(reference, self._prefills[key], noises))
 
 
 @contextmanager

@@ -118,11 +118,12 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rope_tables(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position: two float32 [positions, D/2], computed as LeRobot does."""
+def rope_tables(positions: int, head_dim: int) -> tuple[nn.Buffer, nn.Buffer]:
+    """Cosine and sine of every position: two float32 [positions, D/2], computed as LeRobot does. Buffers of a view,
+    but no weights."""
     exponent = (2.0 / head_dim) * torch.arange(head_dim // 2, dtype=torch.float32)
     radians = torch.arange(positions, dtype=torch.float32)[:, None] / ROPE_BASE**exponent
-    return radians.cos(), radians.sin()
+    return nn.Buffer(radians.cos(), persistent=False), nn.Buffer(radians.sin(), persistent=False)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, recipe: Recipe) -> Tensor:

@@ -66,7 +66,10 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
         from lerobot.policies.factory import make_pre_post_processors
         from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-        _write_vlm(checkpoint, vlm)
+        checkpoint.vlm.save_pretrained(vlm)  # as this exporter found it, so that LeRobot needs no network either
+        for name in (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"):
+            if (source := checkpoint.tokenizer.with_name(name)).is_file():
+                shutil.copyfile(source, vlm / name)
         config = PreTrainedConfig.from_pretrained(checkpoint.folder)
         config.device, config.load_vlm_weights = "cpu", False  # the checkpoint holds every weight
         config.vlm_model_name = str(vlm)
@@ -84,15 +87,6 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
     except Exception as e:  # LeRobot, transformers and the Hub raise anything
         raise ExportError(f"LeRobot cannot load {checkpoint.folder}: {type(e).__name__}: {e}") from e
     return policy, preprocess
-
-
-def _write_vlm(checkpoint: Checkpoint, folder: Path) -> None:
-    """The VLM's config and tokenizer as this exporter found them, so that LeRobot needs no network either."""
-    checkpoint.vlm.save_pretrained(folder)
-    for name in (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"):
-        source = checkpoint.tokenizer.with_name(name)
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
 
 
 def _processor_stub(checkpoint: Checkpoint) -> AbstractContextManager[object]:

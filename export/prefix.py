@@ -66,10 +66,6 @@ class Prefix(nn.Module):
     state float32 [1, max_state_dim], normalised -> prefix_mask bool [1, P], then key.i and value.i [1, K, P, D].
     """
 
-    cos: Tensor
-    sin: Tensor
-    state_hidden: Tensor
-
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
         self.arch, self.recipe = arch, recipe
@@ -81,13 +77,11 @@ class Prefix(nn.Module):
         self.cross = nn.ModuleDict(
             {str(i): CrossProjection(arch, recipe) for i in range(arch.layers) if not arch.is_self(i)}
         )
-        cos, sin = rope_tables(arch.prefix_tokens, arch.head_dim)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.cos, self.sin = rope_tables(arch.prefix_tokens, arch.head_dim)
         # Images and language do not see the state, which is the last column; the state sees all.
         state_hidden = torch.zeros(arch.prefix_tokens, arch.prefix_tokens, dtype=recipe.stream)
         state_hidden[:-1, -1] = masked(recipe.stream)
-        self.register_buffer("state_hidden", state_hidden, persistent=False)
+        self.state_hidden = nn.Buffer(state_hidden, persistent=False)
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embed_tokens).to(self.recipe.stream)

@@ -72,7 +72,7 @@ class Reference:
             images=images.numpy(),
             tokens=np.asarray(ids),
             state=state.numpy(),
-            cache={name: t.numpy() for name, t in zip(cache_names(self.arch), cache, strict=True)},
+            cache={name: t.numpy() for name, t in cache.items()},
             valid=mask[0].numpy(),
             velocity=velocity,
             actions=x,
@@ -80,7 +80,7 @@ class Reference:
         )
 
     @torch.no_grad()
-    def prefill(self, observation: Sample) -> tuple[list[int], Tensor, list[Tensor]]:
+    def prefill(self, observation: Sample) -> tuple[list[int], Tensor, dict[str, Tensor]]:
         """-> valid token ids, which of the cache's rows are ever read [1, P], the cache."""
         arch = self.arch
         ids = self._tokenizer.encode(observation.task.rstrip("\n") + "\n").ids
@@ -88,11 +88,11 @@ class Reference:
         token_mask = torch.arange(arch.token_length)[None] < len(ids)
         images, state = self._images(observation.images), self._state(observation.state)
         mask, *cache = self.prefix(images, tokens, token_mask, state)
-        return ids, mask, cache
+        return ids, mask, dict(zip(cache_names(arch), cache, strict=True))
 
     @torch.no_grad()
     def denoise(
-        self, noise: NDArray[np.float32], mask: Tensor, cache: list[Tensor]
+        self, noise: NDArray[np.float32], mask: Tensor, cache: Mapping[str, Tensor]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """-> each step's velocity [steps, 1, chunk, max_action_dim] and the normalised actions."""
         steps = self.checkpoint.config.num_steps
@@ -102,7 +102,7 @@ class Reference:
             time = torch.tensor([1.0 - i / steps])
             velocity, x = self.expert(
                 x, self._time_embedding(time), time, torch.tensor([-1.0 / steps]), nothing,
-                nothing[:, :, :1], torch.zeros(1), mask, *cache,
+                nothing[:, :, :1], torch.zeros(1), mask, *cache.values(),
             )  # fmt: skip
             velocities.append(velocity.numpy())
         return np.stack(velocities), x.numpy()

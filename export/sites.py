@@ -10,10 +10,6 @@ from ..quantize.smoothing import Site
 from .expert import Expert
 from .prefix import Prefix
 
-PREFIX_GROUPS = frozenset(
-    ("vision early", "vision late", "connector", "language q/k/v", "language early", "language late")
-)
-
 
 def sites(prefix: Prefix, expert: Expert) -> list[Site]:
     """Every site of both views, in the order in which it runs; paths as in `layers.both`."""

@@ -1,5 +1,6 @@
 """What the exporter needs to know of the tokenizer beyond copying it."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,8 @@ def instructions(tokenizer: tokenizers.Tokenizer, length: int) -> tuple[str, str
         return len(tokenizer.encode(task + "\n", add_special_tokens=True).ids)
 
     sentence = "Pick up the red cube and place it on the plate, then push the button on the left side, and"
-    words = sentence.split()
-    full = ""
-    for i in range(10 * length):
-        longer = f"{full} {words[i % len(words)]}".strip()
-        if count(longer) > length:
-            break
+    words, full = itertools.cycle(sentence.split()), ""
+    while count(longer := f"{full} {next(words)}".strip()) <= length:
         full = longer
     while count(full + ".") <= length:  # fill what whole words left over
         full += "."

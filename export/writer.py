@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..quantize.gate import Gate
 from ..quantize.ranges import policy_ranges, stages_to_pin
 from ..runtime import Bundle, Policy, bundle
 from ..runtime.audit import audit, contradictions
-from ..runtime.bundle import MANIFEST, manifest_json, sha256_of
+from ..runtime.bundle import MANIFEST, manifest_json, parse_manifest, sha256_of
 from ..runtime.preprocessing import CAMERA_GRAPH
 from ..runtime.selfcheck import FILE, run_selfcheck
 from . import graph, lerobot_check, parity, tokens
@@ -61,18 +61,17 @@ def write_bundle(
     precision: bundle.Precision,
     *,
     target: bundle.Target = "portable",
-    demo: bool = False,
     force: bool = False,
     check_lerobot: bool = False,
     calibration: CalibrationSet | None = None,
-    gate: Gate | None = None,
+    gate: Gate = Gate(),
     say: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Export `checkpoint` to the folder `output`.
 
-    calibration, gate: of INT8, which needs the first; without the second, the default gate. Nothing appears at
-    `output` unless parity holds (INT8: the gate), with LeRobot too where `check_lerobot` asks for it, and unless the
-    audit agrees with the label. Raises ExportError, ParityError or GateError when the graphs differ too much.
+    calibration, gate: of INT8, which needs the first. Nothing appears at `output` unless parity holds (INT8: the
+    gate), with LeRobot too where `check_lerobot` asks for it, and unless the audit agrees with the label. Raises
+    ExportError, ParityError or GateError when the graphs differ too much.
     """
     check_output(output, force)
     int8 = precision == "int8"
@@ -91,7 +90,7 @@ def write_bundle(
     observations = fixed_observations(checkpoint, arch)
     say("running the checkpoint in torch float32 (the reference)")
     expected = [reference.run(o) for o in observations]
-    plan = None if calibration is None else plan_int8(reference, calibration, target, gate or Gate(), say)
+    plan = None if calibration is None else plan_int8(reference, calibration, target, gate, say)
     if plan is not None and not plan.manifest.groups:
         raise GateError(
             "no group of layers can be INT8 within the gate (--sensitivity shows each): use fp16, or a looser gate "
@@ -103,14 +102,14 @@ def write_bundle(
 
     with _staging(output, force) as folder:
         shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
-        describe = partial(_describe, checkpoint, arch, folder, precision, target, demo)
+        describe = partial(_describe, checkpoint, arch, folder, precision, target)
         while True:
             make = floats if plan is None else plan.views
-            manifest, policy = _build(folder, make, partial(describe, plan), observations, target, say)
+            policy = _export(make, partial(describe, plan), folder, target, observations, say)
             if plan is None:
                 break
             try:
-                manifest = replace(manifest, int8=plan.judged(policy, say))
+                policy.bundle.manifest = replace(policy.manifest, int8=plan.judged(policy, say))
                 break
             except GateError as e:
                 if len(plan.groups) == 1:
@@ -128,50 +127,48 @@ def write_bundle(
             measured["lerobot"] = lerobot_check.measure(checkpoint, policy, observations)
             parity.require(measured, precision)
         say("auditing")
-        if wrong := contradictions(audit(Bundle(folder, manifest, digest="")), precision):
+        if wrong := contradictions(audit(policy.bundle), precision):
             raise AuditError(
                 f"the graphs are not what they would be labelled: {'; '.join(wrong)}. No bundle was written"
             )
-        del policy
         say("hashing")
         files = {path.name: bundle.File(sha256_of(path), path.stat().st_size) for path in folder.iterdir()}
-        (folder / MANIFEST).write_text(manifest_json(replace(manifest, files=files, parity=measured)))
+        manifest = manifest_json(replace(policy.manifest, files=files, parity=measured))
+        parse_manifest(json.loads(manifest), output / MANIFEST)  # raises before there is a bundle
+        (folder / MANIFEST).write_text(manifest)
+        del policy
     return Bundle.open(output)
 
 
-def _build(
-    folder: Path,
+def _export(
     make: Callable[[set[str]], tuple[Prefix, Expert]],
     describe: Callable[[set[str]], bundle.Manifest],
-    observations: list[Observation],
+    folder: Path,
     target: bundle.Target,
+    observations: list[Observation],
     say: Callable[[str], None],
-) -> tuple[bundle.Manifest, Policy]:
-    """Export the views that `make` makes, again with what float16 cannot hold pinned to float32."""
+) -> Policy:
+    """Write the graphs, as often as it takes until nothing comes near float16's limit; -> them, loaded. make,
+    describe: views and manifest, from the stages that stay in float32."""
     pinned: set[str] = set()
     while True:
-        views = make(pinned)
-        _export(views, folder, target, say)
-        manifest = describe(pinned)
-        policy = Policy.load(Bundle(folder, manifest, digest=""), device="cpu")
-        if views[1].recipe.matmul != torch.float16:
-            return manifest, policy
+        views = prefix, expert = make(pinned)
+        examples = graph.prefix_example(prefix.arch), graph.expert_example(expert.arch, expert.recipe)
+        for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
+            say(f"exporting {name}.onnx")
+            graph.export_graph(view, example, folder / f"{name}.onnx", target)
+        if target == "portable":
+            write_camera_graph(folder / CAMERA_GRAPH, prefix.arch.image_size)
+        policy = Policy.load(Bundle(folder, describe(pinned), digest=""), device="cpu")
+        if expert.recipe.matmul != torch.float16:
+            return policy
         say("measuring float16 ranges")
         largest, more = _float16_ranges(policy, observations, views, pinned)
         if not more:
-            return replace(manifest, float16_largest=largest), policy
+            policy.bundle.manifest = replace(policy.manifest, float16_largest=largest)
+            return policy
         say(f"keeping in float32, too large for float16: {', '.join(sorted(more))}")
         pinned |= more
-
-
-def _export(views: tuple[Prefix, Expert], folder: Path, target: bundle.Target, say: Callable[[str], None]) -> None:
-    prefix, expert = views
-    examples = graph.prefix_example(prefix.arch), graph.expert_example(expert.arch, expert.recipe)
-    for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
-        say(f"exporting {name}.onnx")
-        graph.export_graph(view, example, folder / f"{name}.onnx", target)
-    if target == "portable":
-        write_camera_graph(folder / CAMERA_GRAPH, prefix.arch.image_size)
 
 
 def _float16_ranges(
@@ -253,7 +250,6 @@ def _describe(
     folder: Path,
     precision: bundle.Precision,
     target: bundle.Target,
-    demo: bool,
     plan: Int8 | None,
     pinned: set[str],
 ) -> bundle.Manifest:
@@ -265,7 +261,7 @@ def _describe(
     return bundle.Manifest(
         format=bundle.FORMAT,
         version=bundle.VERSION,
-        source=bundle.Source(checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, demo),
+        source=bundle.Source(checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo),
         files={},
         prefix=prefix,
         expert=expert,
@@ -287,5 +283,13 @@ def _describe(
         pinned=tuple(sorted(pinned)),
         int8=None if plan is None else plan.manifest,
         float16_largest=None,
-        built_with={d.name: d.version for d in importlib.metadata.distributions() if d.name in _PACKAGES},
+        built_with=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

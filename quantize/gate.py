@@ -103,9 +103,6 @@ class Errors:
         used = max(self.action / max(gate.action_p99, 1e-9), self.worst_cache / max(gate.cache, 1e-9))
         return max(used, float("inf") if (self.flips or 0) > gate.gripper_flips else 0.0)
 
-    def summary(self) -> str:
-        return f"worst joint {self.action:.3f} of its spread, worst cache {self.worst_cache:.4f}"
-
     def table(self, joints: Sequence[str]) -> str:
         """Lines for people: each joint's error, also in servo ticks (0.088 degrees, where that is its unit), beside
         the spread."""

@@ -45,19 +45,14 @@ class Quantized:
 class Int8Linear(nn.Module):
     """What both kinds share: everything but how the activation is rounded."""
 
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    factor: Tensor | None
-    outliers: Tensor | None
-    outlier_weight: Tensor | None
-
     def __init__(self, parts: Quantized) -> None:
         super().__init__()
-        self.register_buffer("weight", parts.rounded.to(torch.int8).T.contiguous())  # [in, out], as a MatMul wants it
-        for name in ("scale", "bias", "factor", "outliers", "outlier_weight"):
-            value = getattr(parts, name)
-            self.register_buffer(name, None if value is None else value.detach().clone())
+        self.weight = nn.Buffer(parts.rounded.to(torch.int8).T.contiguous())  # [in, out], as a MatMul wants it
+        self.scale = nn.Buffer(parts.scale.clone())
+        self.bias, self.factor, self.outliers, self.outlier_weight = (
+            None if value is None else nn.Buffer(value.detach().clone())
+            for value in (parts.bias, parts.factor, parts.outliers, parts.outlier_weight)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.scale.dtype)
@@ -91,15 +86,11 @@ class Static(Int8Linear):
     The zero points are inputs of the operators because TensorRT takes them for the integer type; all are 0.
     """
 
-    activation: Tensor
-    zero: Tensor
-    zeros: Tensor
-
     def __init__(self, parts: Quantized) -> None:
         super().__init__(parts)
-        self.register_buffer("activation", step(parts.largest))
-        self.register_buffer("zero", torch.tensor(0, dtype=torch.int8))
-        self.register_buffer("zeros", torch.zeros(len(parts.scale), dtype=torch.int8))
+        self.activation = nn.Buffer(step(parts.largest))
+        self.zero = nn.Buffer(torch.tensor(0, dtype=torch.int8))
+        self.zeros = nn.Buffer(torch.zeros(len(parts.scale), dtype=torch.int8))
 
     def product(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():

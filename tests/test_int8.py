@@ -44,6 +44,11 @@ def parts():
     return Quantized(rounded, scale, random(16), torch.tensor(4.0), factor, torch.tensor([5]), random(1, 16))
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    return load_checkpoint(str(DATA / "tiny" / "checkpoint"))
+
+
 def in_onnxruntime(module, x, tmp_path):
     path = tmp_path / "layer.onnx"
     torch.onnx.export(module, (x,), str(path), dynamo=True, opset_version=20, verbose=False)
@@ -125,7 +130,7 @@ def prefix_error(smoothed, layers):
     _, mask, exact = before.prefill(o)
     with int8._swapped(both(after.prefix, after.expert), layers):
         _, _, got = after.prefill(o)
-    pairs = [(g[:, :, mask[0]], e[:, :, mask[0]]) for g, e in zip(got, exact, strict=True)]
+    pairs = [(got[name][:, :, mask[0]], exact[name][:, :, mask[0]]) for name in exact]
     return max(float((g - e).norm() / e.norm()) for g, e in pairs)
 
 
@@ -208,49 +213,37 @@ def test_a_relabelled_float32_graph_is_refused(export_case, tmp_path):
     assert "computed on CPUExecutionProvider were float32 100.0 %" in text
 
 
-def test_the_exporter_refuses_what_the_audit_contradicts(monkeypatch, tmp_path):
+def test_the_exporter_refuses_what_the_audit_contradicts(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(writer, "contradictions", lambda *_: ["labelled fp32, but computed otherwise"])
     with pytest.raises(ExportError, match="labelled fp32, but computed otherwise"):
-        writer.write_bundle(load_checkpoint(str(DATA / "tiny" / "checkpoint")), tmp_path / "bundle", "fp32")
+        writer.write_bundle(tiny, tmp_path / "bundle", "fp32")
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_gate_that_no_group_meets_is_an_error(tmp_path):
-    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
-    data = int8.observations_for(checkpoint, "synthetic", 2, str)
+def test_a_gate_that_no_group_meets_is_an_error(tiny, tmp_path):
+    data = int8.observations_for(tiny, "synthetic", 2, str)
     with pytest.raises(GateError, match="no group of layers can be INT8 within the gate"):
-        writer.write_bundle(
-            checkpoint, tmp_path / "bundle", "int8", target="cpu", calibration=data, gate=Gate(action_p99=1e-4)
-        )
+        writer.write_bundle(tiny, tmp_path / "bundle", "int8", target="cpu", calibration=data, gate=Gate(1e-4))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_over_the_gate_is_no_bundle(monkeypatch, tmp_path):
+def test_a_graph_over_the_gate_is_no_bundle(tiny, monkeypatch, tmp_path):
     """The plan is made by simulation; what the graphs answer has the last word."""
-    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
-    data = int8.observations_for(checkpoint, "synthetic", 2, str)
+    data = int8.observations_for(tiny, "synthetic", 2, str)
     monkeypatch.setattr(int8, "choose", lambda groups, *_: groups[:1])
     monkeypatch.setattr(int8.HeldOut, "judge", lambda *_: OVER)
     with pytest.raises(GateError, match=r"joint 0 0\.200 \(at most 0\.100\).*No bundle was written"):
-        writer.write_bundle(checkpoint, tmp_path / "bundle", "int8", target="cpu", calibration=data)
+        writer.write_bundle(tiny, tmp_path / "bundle", "int8", target="cpu", calibration=data)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_over_the_gate_loses_the_group_that_was_taken_last(monkeypatch, tmp_path):
-    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
-    data = int8.observations_for(checkpoint, "synthetic", 2, str)
+def test_a_graph_over_the_gate_loses_the_group_that_was_taken_last(tiny, monkeypatch, tmp_path):
+    data = int8.observations_for(tiny, "synthetic", 2, str)
     judge, judged, said = int8.HeldOut.judge, [], []
     monkeypatch.setattr(int8, "choose", lambda groups, *_: ["expert MLP", "vision late"])
     monkeypatch.setattr(int8.HeldOut, "judge", lambda *a: judged.append(1) or (judge(*a) if judged[1:] else OVER))
-    made = writer.write_bundle(
-        checkpoint,
-        tmp_path / "bundle",
-        "int8",
-        target="cpu",
-        calibration=data,
-        gate=Gate(action_p99=0.19),
-        say=said.append,
-    )
+    given = {"calibration": data, "gate": Gate(action_p99=0.19), "say": said.append}
+    made = writer.write_bundle(tiny, tmp_path / "bundle", "int8", target="cpu", **given)
     assert any("leaving vision late in float" in line for line in said)
     assert made.manifest.int8.groups == ("expert MLP",)
     stored = stored_weights(made.path("prefix.onnx")), stored_weights(made.path("expert.onnx"))
@@ -258,20 +251,18 @@ def test_a_graph_over_the_gate_loses_the_group_that_was_taken_last(monkeypatch, 
     assert stored[1]["int8"] == made.manifest.int8.weights
 
 
-def test_a_single_frame_to_calibrate_with_is_too_few(monkeypatch):
-    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
+def test_a_single_frame_to_calibrate_with_is_too_few(tiny, monkeypatch):
     whole = int8.read_calibration
     monkeypatch.setattr(int8, "read_calibration", lambda *a, **k: whole(*a, **k | {"frames": 1}))
     with pytest.raises(CalibrationError, match="leaves 1 frame to calibrate with, expected at least 2"):
-        int8.observations_for(checkpoint, "synthetic", 2, str)
+        int8.observations_for(tiny, "synthetic", 2, str)
 
 
-def test_every_gripper_is_judged():
-    checkpoint = load_checkpoint(str(DATA / "tiny" / "checkpoint"))
-    assert int8.grippers_of(checkpoint) == [5]  # an SO-101's last
+def test_every_gripper_is_judged(tiny):
+    assert int8.grippers_of(tiny) == [5]  # an SO-101's last
     names = ("left_gripper", "a", "b", "c", "right_gripper", "d")
-    assert int8.grippers_of(replace(checkpoint, joints=names)) == [0, 4]
-    assert int8.grippers_of(replace(checkpoint, joints=("a", "b", "c", "d", "e", "f"))) == []
+    assert int8.grippers_of(replace(tiny, joints=names)) == [0, 4]
+    assert int8.grippers_of(replace(tiny, joints=("a", "b", "c", "d", "e", "f"))) == []
 
 
 def test_a_cpu_whose_products_overflow_is_refused(export_case, monkeypatch):

@@ -35,7 +35,7 @@ def spread(values: ArrayLike) -> Spread:
     """values: [n], n at least 1."""
     v = np.asarray(values, np.float64)
     p5, p50, p95, p99 = (float(p) for p in np.percentile(v, [5, 50, 95, 99]))
-    return Spread(p50, p95, p99, float(v.max()), (p95 - p5) / p50 if p50 else 0.0, tuple(map(float, v)))
+    return Spread(p50, p95, p99, float(v.max()), (p95 - p5) / p50 if p50 else 0.0, tuple(np.round(v, 5).tolist()))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Verdict:
 class Limit:
     """What the hardware alone would need for one stage, from this machine's own rates; the larger of both counts."""
 
-    stage: Literal["prefix", "denoise"]
+    stage: Literal["prefix", "denoise", "chunk"]  # of INT8 only the whole chunk is counted
     flops: int  # of matrix products, 1 multiply-add = 2
     int8_flops: int  # of them in INT8
     bytes: int  # weights and cache, read once each run
@@ -124,7 +124,9 @@ class Runner:
     note: str  # provider and its reason; what was patched in LeRobot
     chunk_ms: Spread  # from pictures to actions in robot units; LeRobot: to normalised actions
     action_ms: float  # p50 over the actions of a chunk that are executed
-    stages_ms: dict[str, Spread]  # preprocess, tokenize, prefix, step 1, ..., postprocess; empty but for bundles
+    # Of bundles. preprocess + prefix + denoise are the chunk; tokenize (part of preprocess), step 1 ... step n and
+    # postprocess (parts of denoise) are measured apart, in the same turns.
+    stages_ms: dict[str, Spread]
     noise: str | None  # where it is too noisy: the sentence in place of the numbers
     energy_j: float | None  # a chunk, where the board has a sensor
     selfcheck: dict[str, float]  # stage -> error; empty but for bundles
@@ -147,10 +149,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine multiplies and copies, before and after the timed runs; of CPUs only."""
+    """What this machine multiplies and copies through ONNX Runtime: [before, after] the timed runs."""
 
-    float32_gflops: tuple[float, ...]
-    int8_gflops: tuple[float, ...]
+    gflops: dict[str, tuple[float, ...]]  # float32, float16 (GPU), int8 (CPU)
     copy_gbs: tuple[float, ...]  # bytes read plus bytes written
 
 
@@ -247,6 +248,7 @@ class Frontier(Result):
     observations: Observations
     budget_ms: float | None
     cells: tuple[Cell, ...]
+    skipped: dict[str, str]  # precision and cameras that could not be exported -> why
     recommended: int | None  # index in cells
     reason: str
 
@@ -261,6 +263,7 @@ class Loop:
     period_error_ms: Spread | None  # start to start, off the period; None where there was none
     late_ms: Spread | None
     read_ms: Spread | None  # the arm
+    capture_ms: Spread | None  # to take the cameras' newest pictures
     write_ms: Spread | None
     busy_ms: Spread | None  # all work of a tick
     chunk_ms: Spread | None  # from request to answer

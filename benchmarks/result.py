@@ -6,9 +6,9 @@ Any change of the fields raises VERSION. Times are milliseconds where not said, 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +17,7 @@ from ..runtime.strict import decode, encode
 from .errors import ResultError
 
 FORMAT, VERSION = "smolvla-edge-result", 2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,15 @@ class Runner:
     note: str  # provider and its reason; what was patched in LeRobot
     chunk_ms: Spread  # from pictures to actions in robot units; LeRobot: to normalised actions
     action_ms: float  # p50 over the actions of a chunk that are executed
-    # Of bundles. preprocess + prefix + denoise are the chunk; tokenize (part of preprocess), step 1 ... step n and
-    # postprocess (parts of denoise) are measured apart, in the same turns.
-    stages_ms: dict[str, Spread]
     noise: str | None  # where it is too noisy: the sentence in place of the numbers
-    energy_j: float | None  # a chunk, where the board has a sensor
-    selfcheck: dict[str, float]  # stage -> error; empty but for bundles
-    limits: tuple[Limit, ...]
-    start: Start | None  # of bundles
-    verdict: Verdict | None  # of bundles
+    # From here on of bundles. preprocess + prefix + denoise are the chunk; tokenize (part of preprocess), step 1 ...
+    # step n and postprocess (parts of denoise) are measured apart, in the same turns.
+    stages_ms: dict[str, Spread] = field(default_factory=dict)
+    energy_j: float | None = None  # a chunk, where the board has a sensor
+    selfcheck: dict[str, float] = field(default_factory=dict)  # stage -> error
+    limits: tuple[Limit, ...] = ()
+    start: Start | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Joint:
     p50: float
     p99: float
     max: float
-    ticks: float | None  # p99 in servo ticks of 0.088 degrees, where the robot's unit is degrees
+    ticks: float | None  # p99 in servo ticks of 0.088 degrees, if its unit is degrees; None of grippers
     spread: float  # the reference's own standard deviation over noise seeds
     share: float  # p99 / spread: what the gate limits
 
@@ -287,31 +288,40 @@ KINDS: dict[str, type[Result]] = {
 
 def read(path: Path) -> Result:
     """-> one of KINDS. Raises ResultError for what cannot be read, is no result, or of another version."""
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ResultError(f"the result {path} cannot be read: {e}") from e
+    raw = read_json(path)
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise ResultError(f"{path} is no result of smolvla-bench")
     if (version := raw.pop("version", None)) != VERSION:
         raise ResultError(f"{path} is of version {version!r}, expected {VERSION}: measure again with this version")
     if (kind := raw.pop("kind", None)) not in KINDS:
         raise ResultError(f"{path} is of kind {kind!r}, expected {', '.join(KINDS)}")
+    return decoded(KINDS[kind], raw, path)
+
+
+def read_json(path: Path) -> Any:
+    """Raises ResultError."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ResultError(f"{path} cannot be read: {e}") from e
+
+
+def decoded(cls: type[T], raw: object, path: Path) -> T:
+    """`raw`, read from `path`, as the dataclass. Raises ResultError with all that is wrong."""
     problems: list[str] = []
-    result = decode(KINDS[kind], raw, problems)
-    if result is None:
-        raise ResultError(f"the result {path} is not valid: {'; '.join(problems)}")
-    return result
-
-
-def text(result: Result) -> str:
-    """The result as one line of JSON."""
-    kind = next(name for name, cls in KINDS.items() if cls is type(result))
-    return json.dumps({"format": FORMAT, "version": VERSION, "kind": kind} | encode(result), allow_nan=False)
+    if (found := decode(cls, raw, problems)) is None:
+        raise ResultError(f"{path} is not valid: {'; '.join(problems)}")
+    return found
 
 
 def write(path: Path, result: Result) -> None:
+    """One line of JSON."""
+    kind = next(name for name, cls in KINDS.items() if cls is type(result))
+    write_json(path, {"format": FORMAT, "version": VERSION, "kind": kind} | encode(result))
+
+
+def write_json(path: Path, value: object) -> None:
     """Beside its place first, then renamed."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text(result) + "\n")
+    part.write_text(json.dumps(value, allow_nan=False) + "\n")
     part.replace(path)

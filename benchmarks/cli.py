@@ -7,6 +7,7 @@ from typing import cast, get_args
 
 import typer
 
+from ..export.cli import require_extra
 from ..export.errors import ExportError
 from ..quantize.errors import QuantizeError
 from ..quantize.gate import Gate, read_gate
@@ -79,6 +80,7 @@ def accuracy(
     debug: bool = _DEBUG,
 ) -> None:
     """Whether it is still the same policy: errors beside a servo tick, the seeds' spread, and mistakes on purpose."""
+    require_extra()
     from . import accuracy as acc
     from .latency import Reference
 
@@ -118,6 +120,7 @@ def frontier(
     debug: bool = _DEBUG,
 ) -> None:
     """What to give up to be faster: latency against error for steps, precision and cameras."""
+    require_extra()
     from . import accuracy as acc
     from . import frontier as front
     from .latency import Effort, Reference
@@ -201,23 +204,24 @@ def _row(name: str, t: Spread) -> str:
 
 
 def _accuracy_lines(r: Accuracy) -> list[str]:
-    o = r.observations
+    o, ours = r.observations, r.comparisons[0]
     lines = [
         f"{r.bundle} ({r.precision}) against {r.reference}: {o.frames} frames of {o.source}, {o.seeds} seeds each"
     ]
+    lines.append(f"{'joint':<18}{'p50':>10}{'p99':>10}{'max':>10}{'ticks':>8}{'spread':>10}{'share':>8}")
+    for j in ours.joints:
+        ticks = "" if j.ticks is None else f"{j.ticks:.1f}"
+        lines.append(
+            f"{j.name:<18}{j.p50:>10.4f}{j.p99:>10.4f}{j.max:>10.4f}{ticks:>8}{j.spread:>10.3f}{j.share:>8.3f}"
+        )
+    lines.append("(ticks: of 0.088 degrees, if degrees are the unit; share: p99 over the seeds' spread)")
+    lines.append(f"{'':<18}{'worst share':>12}{'cache':>10}{'flips':>8}{'drift: first':>14}{'last action':>13}")
     for c in r.comparisons:
-        met = f"misses the gate ({', '.join(c.missed[:3])})" if c.missed else "meets the gate"
-        flips = "" if c.flips is None else f", {c.flips} gripper flips"
-        lines.append(f"\n{c.name}{' (wrong on purpose)' if c.control else ''}: {met}; cache {c.cache:.4f}{flips}")
-        lines.append(f"{'joint':<16}{'p50':>10}{'p99':>10}{'max':>10}{'ticks':>8}{'spread':>10}{'share':>8}")
-        for j in c.joints:
-            ticks = "" if j.ticks is None else f"{j.ticks:.1f}"
-            lines.append(
-                f"{j.name:<16}{j.p50:>10.4f}{j.p99:>10.4f}{j.max:>10.4f}{ticks:>8}{j.spread:>10.3f}{j.share:>8.3f}"
-            )
-    stages = ", ".join(f"{name} {error:.1e}" for name, error in r.stages.items())
-    return [*lines, "\n(ticks: of 0.088 degrees, if degrees are the unit; share: p99 over the seeds' spread)", stages,
-            r.enters]  # fmt: skip
+        met = "misses the gate" if c.missed else "meets the gate"
+        flips = "-" if c.flips is None else c.flips
+        row = f"{c.name:<18}{c.worst:>12.4f}{c.cache:>10.4f}{flips:>8}{c.drift[0]:>14.4f}{c.drift[-1]:>13.4f}  {met}"
+        lines.append(row + (", as it should" if c.control and c.missed else ""))
+    return [*lines, ", ".join(f"{name} {error:.1e}" for name, error in r.stages.items()), r.enters]
 
 
 def _frontier_lines(r: Frontier) -> list[str]:

@@ -36,11 +36,12 @@ def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: N
     """Write a LeRobot checkpoint folder: config, weights (bfloat16), processors, tokenizer."""
     features = {"observation.state": {"type": "STATE", "shape": [6]}}
     features |= {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, 480, 640]} for c in _CAMERAS}
+    action = {"action": {"type": "ACTION", "shape": [6]}}
     modes = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
     config = {
         "type": "smolvla",
         "input_features": features,
-        "output_features": {"action": {"type": "ACTION", "shape": [6]}},
+        "output_features": action,
         "normalization_mapping": modes,
         "vlm_model_name": "./vlm",
         "resize_imgs_with_padding": [512, 512],
@@ -50,12 +51,22 @@ def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: N
     _write_json(vlm / "config.json", {"model_type": "smolvlm", **KNOWN_VLMS[DEFAULT_VLM]})
     _write_json(folder / "config.json", config)
     _write_tokenizer(vlm, say)
-    for kind, side in (("pre", "normalizer"), ("post", "unnormalizer")):
+    before = {
+        "rename_observations_processor": {"rename_map": {}},
+        "to_batch_processor": {},
+        "smolvla_new_line_processor": {},
+        "tokenizer_processor": {"max_length": 48, "padding": "longest", "tokenizer_name": "./vlm"},
+        "device_processor": {"device": "cpu"},
+    }
+    for kind, side, around in (("pre", "normalizer", before), ("post", "unnormalizer", {})):
         state = f"policy_{kind}processor_{side}_processor.safetensors"
-        scaling = {"registry_name": f"{side}_processor", "config": {"norm_map": modes}, "state_file": state}
-        text = [{"registry_name": n} for n in ("smolvla_new_line_processor", "tokenizer_processor")]
-        steps = [*text, scaling] if kind == "pre" else [scaling]
-        _write_json(folder / f"policy_{kind}processor.json", {"steps": steps})
+        scaling = {
+            "registry_name": f"{side}_processor",
+            "config": {"features": features | action, "norm_map": modes},
+            "state_file": state,
+        }
+        steps = [*({"registry_name": name, "config": options} for name, options in around.items()), scaling]
+        _write_json(folder / f"policy_{kind}processor.json", {"name": f"policy_{kind}processor", "steps": steps})
         keys = ("observation.state", "action")
         save_file({f"{k}.{n}": torch.tensor(v) for k in keys for n, v in _STATISTICS.items()}, folder / state)
     say("drawing 403 million random weights")

@@ -29,6 +29,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy -p smolvla_edge
 	$(BIN)/lint-imports
+	$(BIN)/smolvla-bench table --check
 
 bench: bench/fp32/manifest.json $(LEROBOT)/bin/lerobot-ready
 	$(BIN)/smolvla-bench latency --bundle bench/fp32 --reference bench/checkpoint --lerobot $(LEROBOT)/bin/python \
@@ -53,7 +54,7 @@ $(LEROBOT)/bin/lerobot-ready: benchmarks/lerobot.sh
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch>=2.7,<2.14"
-	$(BIN)/pip install --quiet --editable ".[export,dev]"
+	$(BIN)/pip install --quiet --editable ".[bench,export,dev]"
 	touch $@
 
 clean:

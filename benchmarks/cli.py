@@ -31,7 +31,7 @@ _DEBUG = typer.Option(False, "--debug", help="Show tracebacks.")
 
 @app.callback()
 def bench(version: bool | None = command.version_option()) -> None:
-    """Measure a policy on this machine. Every command writes its result as JSON.
+    """Measure a policy on this machine. Each measurement is written as JSON, and `report` draws it.
 
     Exit status: 0 done, 1 a check failed, 2 something in the input is wrong.
     """
@@ -153,6 +153,46 @@ def control(
     command.terminate_like_interrupt()
     r = loop.measure(bundle, device, fps, seconds, chunking)
     _finish(output, r, _control_lines(r))
+
+
+@app.command()
+def report(
+    results: list[Path] = typer.Argument(..., help="What the other commands wrote."),
+    output: Path = typer.Option(Path("report.html"), help="The page; .md and .tables.json go beside it."),
+    debug: bool = _DEBUG,
+) -> None:
+    """One HTML page of plots and tables from results; the same tables as Markdown and JSON."""
+    from . import page
+    from .report import sections
+
+    if output.suffix != ".html":
+        raise BenchError(f"--output is {output}, expected a name that ends in .html")
+    found = sections(results)
+    output.write_text(page.html(found))
+    output.with_suffix(".md").write_text(page.markdown(found))
+    output.with_suffix(".tables.json").write_text(page.as_json(found))
+    print(f"report   {output}")
+
+
+@app.command()
+def table(
+    results: Path = typer.Option(Path("benchmarks/results"), help="Folder of results."),
+    readme: Path = typer.Option(Path("README.md"), help="Where the table is."),
+    check: bool = typer.Option(False, "--check", help="Write nothing: is it up to date?"),
+    debug: bool = _DEBUG,
+) -> None:
+    """Write the README's numbers from the results."""
+    from .page import into_readme
+    from .report import sections
+
+    if not results.is_dir():
+        raise BenchError(f"{results} is no folder: start this from the checkout, or name it with --results")
+    before = readme.read_text()
+    after = into_readme(before, sections(sorted(results.glob("*.json"))), str(readme))
+    if check and before != after:
+        raise CheckFailed(f"{readme} does not say what {results} does: smolvla-bench table")
+    if before != after:
+        readme.write_text(after)
 
 
 def _say() -> Callable[[str], None]:

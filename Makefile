@@ -1,6 +1,6 @@
 # make demo    a full-size SmolVLA drives the virtual arm for ten seconds, from nothing
 # make test    lint, types, import rules and every test, from nothing
-# make bench   the full-size comparison with LeRobot on this machine, and its accuracy: results in bench/
+# make bench   the full-size comparison with LeRobot on this machine, and its accuracy: bench/report.html
 # All make .venv on first use. A CPU build of torch is enough:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 PYTHON ?= python3
@@ -36,6 +36,7 @@ bench: bench/fp32/manifest.json $(LEROBOT)/bin/lerobot-ready
 		--device cpu --output bench/latency.json
 	$(BIN)/smolvla-bench accuracy --bundle bench/fp32 --reference bench/checkpoint --frames 4 --device cpu \
 		--output bench/accuracy.json
+	$(BIN)/smolvla-bench report bench/latency.json bench/accuracy.json --output bench/report.html
 
 bench/fp32/manifest.json: bench/checkpoint/model.safetensors
 	$(BIN)/smolvla-export bench/checkpoint --target cpu --output bench/fp32

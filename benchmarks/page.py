@@ -50,9 +50,9 @@ def markdown(sections: Sequence[Section]) -> str:
         lines += [f"{cell.text}  " for cell in section.sentences]
         if section.table:
             head, rows = section.table.head, section.table.rows
-            lines += ["", _row(head), "|" + "---|" * len(head)]
+            lines += [""] * bool(section.sentences) + [_row(head), "|" + "---|" * len(head)]
             lines += [_row([cell.text for cell in row] + [""] * (len(head) - len(row))) for row in rows]
-    return "\n".join(lines[1:]) + "\n"
+    return "".join(f"{line}\n" for line in lines[1:])
 
 
 def _row(cells: Sequence[str]) -> str:

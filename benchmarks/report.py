@@ -26,6 +26,7 @@ LOOP = {
     "degrees at a seam between chunks": "/seams_deg",
 }
 SHOWN = ("command", "enters", "made", "rates", "reason", "recommended", "skipped", "stages")  # not as settings
+Columns = Mapping[str, str]
 Row = tuple[str, str]  # its name, and the pointer of what it shows
 
 
@@ -81,14 +82,14 @@ class Source:
     def cells(self, *pointers: str) -> tuple[Cell, ...]:
         return tuple(Cell(text(self.at(pointer)), f"{self.path}#{pointer}") for pointer in pointers)
 
-    def table(self, columns: Mapping[str, str], rows: Iterable[Row]) -> Table:
-        """columns: head -> field below the row's pointer. Where a row was too noisy for numbers only that is said."""
-        made = []
+    def table(self, columns: Columns, rows: Iterable[Row], times: Columns | None = None) -> Table:
+        """columns, times: head -> field below the row's pointer. In place of times that are too noisy only that is
+        said."""
+        made, times = [], times or {}
         for name, pointer in rows:
-            row = self.at(pointer)
-            fields = ["/noise"] if isinstance(row, dict) and row.get("noise") else columns.values()
-            made.append((Cell(name), *self.cells(*(pointer + field for field in fields))))
-        return Table(("", *columns), tuple(made))
+            last = ["/noise"] if times and self.at(f"{pointer}/noise") else times.values()
+            made.append((Cell(name), *self.cells(*(pointer + field for field in (*columns.values(), *last)))))
+        return Table(("", *columns, *times), tuple(made))
 
 
 def text(value: object) -> str:
@@ -141,14 +142,15 @@ def _latency(s: Source, result: Latency) -> Iterator[Section]:
     columns |= {"(p95 - p5) / p50": "/chunk_ms/spread", "p50 an action": "/action_ms"}
     if any(runner.energy_j is not None for runner in result.runners):
         columns["J a chunk"] = "/energy_j"
-    line = None
-    if targets := [runner.verdict.target_ms for runner in result.runners if runner.verdict]:
-        columns["verdict"] = "/verdict/text"
-        line = (targets[0], f"target {targets[0]:g} ms")
+    verdicts = [(runner.name, f"{at}/verdict/text") for runner, at in bundles if runner.verdict]
+    targets = [runner.verdict.target_ms for runner, _ in bundles if runner.verdict]
+    line = (targets[0], f"target {targets[0]:g} ms") if targets else None
     said = ["too noisy to say" if r.noise else text(r.chunk_ms.p50) for r in result.runners]
     dots = [(r.name, r.chunk_ms.values, words) for r, words in zip(result.runners, said, strict=True)]
     plot = partial(strips, dots, "milliseconds a chunk, every turn", line=line)
-    yield Section("Milliseconds a chunk", s.table(columns, rows), s.cells("/reference"), plot, headline=True)
+    yield Section("Milliseconds a chunk", s.table({}, rows, columns), s.cells("/reference"), plot, headline=True)
+    if verdicts:
+        yield Section("Verdict", s.table({"": ""}, verdicts), headline=True)
     if result.ratios:
         table = s.table({f: f"/{f}" for f in ("p50", "min", "max")}, s.rows("/ratios", "{runner} / {against}"))
         why = Cell("The machine's noise falls on neighbours alike, so these ratios are what to trust.")
@@ -181,9 +183,10 @@ def _accuracy(s: Source, result: Accuracy) -> Iterator[Section]:
     (_, bundle), *controls = s.rows("/comparisons", "{name}")
     rows = [(result.bundle, bundle), *((f"{name}, on purpose", at) for name, at in controls)]
     columns = {"worst joint, p99 / spread": "/worst", "gripper flips": "/flips", "cache, relative L2": "/cache"}
-    why = Cell("What is wrong on purpose has to miss the gate, or the measure could not fail.")
-    table = s.table(columns | {"missed": "/missed"}, rows)
-    yield Section("Is it the same policy?", table, (*s.cells("/enters"), why), headline=True)
+    met = "The gate is met, and missed by all that is wrong on purpose: the measure can fail."
+    why = Cell(met if result.passed else "The gate is missed, or met by what is wrong on purpose: see below.")
+    yield Section("Is it the same policy?", s.table(columns, rows), (*s.cells("/enters"), why), headline=True)
+    yield Section("What misses the gate", s.table({"": "/missed"}, rows))
     columns = {"p50": "/p50", "p99": "/p99", "max": "/max", "servo ticks": "/ticks"}
     columns |= {"spread over seeds": "/spread", "p99 / spread": "/share"}
     why = Cell("In robot units; a servo tick is 0.088 degrees, the spread is the reference's own over noise seeds.")
@@ -195,14 +198,14 @@ def _accuracy(s: Source, result: Accuracy) -> Iterator[Section]:
 
 def _frontier(s: Source, result: Frontier) -> Iterator[Section]:
     rows = s.rows("/cells", "{precision}, {cameras} cameras, {steps} steps")
-    columns = {"ms a chunk, p50": "/chunk_ms/p50", "p95": "/chunk_ms/p95", "worst joint, p99 / spread": "/worst"}
-    columns |= {"cache, relative L2": "/cache", "gripper flips": "/flips"}
+    columns = {"worst joint, p99 / spread": "/worst", "cache, relative L2": "/cache", "gripper flips": "/flips"}
+    times = {"ms a chunk, p50": "/chunk_ms/p50", "p95": "/chunk_ms/p95"}
     measured = [cell for cell in result.cells if not cell.noise]
     best = None if result.recommended is None else result.cells[result.recommended]
     plot = partial(frontier, measured, best, result.budget_ms) if measured else None
-    table = s.table(columns, [row for row, cell in zip(rows, result.cells, strict=True) if cell.pareto])
+    table = s.table(columns, [row for row, cell in zip(rows, result.cells, strict=True) if cell.pareto], times)
     yield Section("Nothing is both faster and closer than these", table, s.cells("/reason"), plot, headline=True)
-    yield Section("Every setting", s.table(columns, rows))
+    yield Section("Every setting", s.table(columns, rows, times))
     if result.skipped:
         yield Section("Left out", s.table({"why": ""}, s.rows("/skipped")))
 

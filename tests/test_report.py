@@ -107,7 +107,7 @@ def test_markdown_and_json_have_the_tables_of_the_page(found, html):
 
 def test_a_runner_too_noisy_for_numbers_gets_the_sentence_and_no_stages(found):
     chunk = next(s for s in found if s.heading == "Milliseconds a chunk")
-    assert [len(row) for row in chunk.table.rows] == [8, 8, 8, 2]
+    assert [len(row) for row in chunk.table.rows] == [7, 7, 7, 2]
     assert chunk.table.rows[-1][1].text.startswith("too noisy to say: ")
     assert "too noisy to say<" in chunk.plot()
     assert [s.heading for s in found if "each stage:" in s.heading] == ["Milliseconds of each stage: full-fp32-cpu"]
@@ -151,7 +151,14 @@ def test_results_at_their_edges_are_drawn(tmp_path, change):
 def test_a_frontier_too_noisy_to_draw_still_has_its_table(tmp_path):
     cells = [cell | {"noise": "too noisy"} for cell in json.loads(RESULTS[2].read_text())["cells"]]
     html = page.html(sections([edited(tmp_path, "frontier", cells=cells, recommended=None)]))
-    assert "<svg" not in html and '<td data-field="' in html
+    assert "<svg" not in html and html.count("too noisy</td>") > len(cells)
+    assert '/cells/0/worst">1.9</td>' in html
+
+
+@pytest.mark.parametrize(("passed", "said"), [(True, "The gate is met, and"), (False, "The gate is missed, or")])
+def test_the_gate_is_told_in_words(tmp_path, passed, said):
+    found = sections([edited(tmp_path, "accuracy", passed=passed)])
+    assert any(cell.text.startswith(said) for cell in found[1].sentences)
 
 
 def test_the_command_writes_page_markdown_and_tables(tmp_path):
@@ -180,6 +187,8 @@ def test_the_readme_is_written_from_the_results_and_checked(tmp_path):
     assert written.startswith(f"before\n{page.BEGIN}") and written.endswith(f"{page.END}after\n")
     assert "old" not in written and "| full-fp32-cpu | 1" in written and "smolvla-bench latency --bundle" in written
     assert isinstance(CliRunner().invoke(app, [*line, "--results", str(readme)]).exception, BenchError)
+    assert CliRunner().invoke(app, [*line, "--results", str(tmp_path)]).exit_code == 0
+    assert readme.read_text() == f"before\n{page.BEGIN}{page.END}after\n"
 
 
 @pytest.fixture

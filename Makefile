@@ -1,14 +1,16 @@
 # make demo    a full-size SmolVLA drives the virtual arm for ten seconds, from nothing
 # make test    lint, types, import rules and every test, from nothing
-# Both make .venv on first use. A CPU build of torch is enough:
+# make bench   the full-size comparison with LeRobot on this machine, and its accuracy: bench/report.html
+# All make .venv on first use. A CPU build of torch is enough:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := bundle-demo
+LEROBOT := lerobot-env
 TASK := Pick up the red cube and place it on the plate.
 
-.PHONY: demo test test-full check clean
+.PHONY: demo test test-full check bench lerobot-env clean
 
 demo: $(DEMO)/manifest.json
 	$(BIN)/smolvla-run --bundle $(DEMO) --port sim --device cpu --task "$(TASK)" --seconds 10
@@ -27,12 +29,34 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy -p smolvla_edge
 	$(BIN)/lint-imports
+	$(BIN)/smolvla-bench table --check
+
+bench: bench/fp32/manifest.json $(LEROBOT)/bin/lerobot-ready
+	$(BIN)/smolvla-bench latency --bundle bench/fp32 --reference bench/checkpoint --lerobot $(LEROBOT)/bin/python \
+		--device cpu --output bench/latency.json
+	$(BIN)/smolvla-bench accuracy --bundle bench/fp32 --reference bench/checkpoint --frames 4 --device cpu \
+		--output bench/accuracy.json
+	$(BIN)/smolvla-bench report bench/latency.json bench/accuracy.json --output bench/report.html
+
+bench/fp32/manifest.json: bench/checkpoint/model.safetensors
+	$(BIN)/smolvla-export bench/checkpoint --target cpu --output bench/fp32
+
+bench/checkpoint/model.safetensors: | $(VENV)/installed
+	rm -rf bench/checkpoint
+	$(BIN)/python -c "import pathlib, smolvla_edge.export.demo as d; d.write_demo_checkpoint(pathlib.Path('bench/checkpoint'))"
+
+lerobot-env: $(LEROBOT)/bin/lerobot-ready
+
+$(LEROBOT)/bin/lerobot-ready: benchmarks/lerobot.sh
+	rm -rf $(LEROBOT)
+	benchmarks/lerobot.sh $(PYTHON) $(LEROBOT)
+	touch $@
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch>=2.7,<2.14"
-	$(BIN)/pip install --quiet --editable ".[export,dev]"
+	$(BIN)/pip install --quiet --editable ".[bench,export,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LEROBOT) $(DEMO) bench build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,205 +1,280 @@
-"""Seconds per chunk: bundles through the runtime beside the checkpoint in torch, interleaved.
+"""Milliseconds a chunk takes: bundles through the runtime and the checkpoint in PyTorch, in turns.
 
-    python -m smolvla_edge.benchmarks.latency --demo --bundle bundle-demo
-    python -m smolvla_edge.benchmarks.latency path/to/my_finetune --bundle my_bundle --lerobot lerobot-env/bin/python
-    python -m smolvla_edge.benchmarks.latency path/to/my_finetune --bundle fp32 --bundle fp16 --device cuda --compile
-
-The machine's noise falls on all, so the ratio of neighbouring runs is what to trust. On CUDA each bundle runs with
-CUDA graphs and without. The last line is JSON, as --output is:
-
-    format, version, kind    "smolvla-edge-result", 1, "latency"
-    command, machine         how it was started, on what
-    gflops                   on a CPU: float32 and int8 through ONNX Runtime, before and after the timed runs
-    bundles                  name -> precision, target, reason, stages_ms (medians), selfcheck (errors by stage), and
-                             on a CPU floor: the time of its float32 products alone, as a share of its median
-    seconds                  name of bundle or baseline -> seconds of each timed run, in turns
+The machine's noise falls on all, so the ratio within a turn is what to trust.
 """
 
-import tempfile
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
 
 import numpy as np
-import torch
-import typer
-from numpy.typing import NDArray
 
-from ..export.checkpoint import Checkpoint, load_checkpoint
-from ..export.demo import write_demo_checkpoint
-from ..export.errors import ExportError
-from ..export.layers import FP16, FP32
-from ..export.reference import Observation, fixed_observations
-from ..export.weights import build_views
-from ..export.writer import architecture_of
-from ..runtime import Policy, SmolVLAError, command
-from ..runtime.ort import OrtGraphs
-from ..runtime.selfcheck import run_selfcheck
-from .lerobot_process import LeRobotProcess
-from .machine import machine, matmul_rates, report
+from ..runtime import Bundle, Policy
+from ..runtime.bundle import Manifest
+from ..runtime.selfcheck import require, run_selfcheck, summary
+from . import machine
+from .errors import BenchError
+from .reference_process import Asked, ReferenceProcess, observation
+from .result import Latency, Limit, Machine, Rates, Ratio, Runner, Spread, Verdict, spread
+from .start import cold_start
 
-app = command.new_app()
+TARGET_MS = 30.0
+NOISE = 0.25  # a larger spread says more about the machine than about the policy
+LEAST_TURNS = 3
+ENERGY_S = 5.0
 
 
-@app.command()
-def latency(
-    checkpoint: str = typer.Argument("lerobot/smolvla_base", help="What the bundle was exported from."),
-    bundle: list[str] = typer.Option(["bundle"], help="Bundle folder; give it again for each to compare."),
-    device: str = typer.Option("cpu", help="auto, cpu, cuda or jetson; torch takes CUDA for all but cpu."),
-    demo: bool = typer.Option(False, "--demo", help="The demo weights instead of CHECKPOINT."),
-    lerobot: str | None = typer.Option(
-        None,
-        help="A Python with lerobot 0.4.4 and this package: time LeRobot, float32 and bfloat16, in processes of "
-        "their own.  [default: this exporter's torch views, float32 and on CUDA float16]",
-    ),
-    compiled: bool = typer.Option(False, "--compile", help="Each baseline through torch.compile as well."),
-    repeats: int = typer.Option(7, min=1, help="Timed runs of each."),
-    warmup: int = typer.Option(2, min=0, help="Runs thrown away before."),
-    output: str | None = typer.Option(None, help="Write the result to this file too."),
-    debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),
-) -> None:
-    """Time one chunk of each bundle and of the checkpoint in torch, in turns."""
-    if demo and lerobot:
-        raise ExportError(
-            "LeRobot cannot load the demo's short processor files: name a checkpoint of its own, or --demo"
+@dataclass(frozen=True)
+class Effort:
+    """Turns that are thrown away; then `turns`, or fewer where each has been timed for `seconds` on average."""
+
+    warmup: int = 3
+    turns: int = 30
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The checkpoint, and the Python that has LeRobot; None: this one where it has."""
+
+    checkpoint: str
+    vlm: str | None = None
+    lerobot: str | None = None
+    compiled: bool = False
+
+    def processes(self, bundle: Bundle, device: str) -> tuple[str, list[Asked], str]:
+        """-> Python, what to start with it, and what that is, in words."""
+        python = self.lerobot or (sys.executable if find_spec("lerobot") else None)
+        kind: Literal["lerobot", "views"] = "lerobot"
+        dtypes, words = ["float32", "bfloat16"], "LeRobot itself, in processes of its own"
+        if not python:
+            kind, dtypes = "views", ["float32", "float16"] if device == "cuda" else ["float32"]
+            words = "this project's torch views: LeRobot is not installed here, and --lerobot names no Python with it"
+        asked = [
+            Asked(kind, self.checkpoint, self.vlm, str(bundle.folder), dtype, device, compiled)
+            for compiled in ((False, True) if self.compiled else (False,))
+            for dtype in dtypes
+        ]
+        return python or sys.executable, asked, words
+
+
+class BundleRunner:
+    """One bundle, loaded and found to compute what it should. Raises CheckFailed where it does not."""
+
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        self.policy = Policy.load(bundle, device)
+        errors = run_selfcheck(self.policy)
+        require(self.policy, errors)
+        self.selfcheck = summary(errors)
+        self._given = observation(bundle)
+        self.stages: list[dict[str, float]] = []  # ms, of each run
+
+    def run(self) -> float:
+        """-> seconds of one chunk."""
+        policy, (images, state, task, noise) = self.policy, self._given
+        seconds = timed(lambda: policy.predict_chunk(images, state, task, noise))
+        t = policy.timing
+        stages = {"preprocess": t.preprocess_ms, "prefix": t.prefix_ms, "denoise": t.denoise_ms}
+        stages["tokenize"] = 1e3 * timed(lambda: policy.preprocessor.tokenizer.encode(task))
+        x, nothing = noise, np.zeros_like(noise)
+        for i, step in enumerate(policy.steps(policy.manifest.sampling.num_steps), 1):
+            start = time.perf_counter()
+            x = policy.graphs.denoise(x, [step], nothing, nothing[:, :, :1])
+            stages[f"step {i}"] = 1e3 * (time.perf_counter() - start)
+        stages["postprocess"] = 1e3 * timed(lambda: policy.robot_units(x))
+        self.stages.append(stages)
+        return seconds
+
+    def energy_j(self) -> float | None:
+        """Of one chunk, by the board's own sensor, read while the policy runs."""
+        if machine.power_w() is None:
+            return None
+        watts: list[float] = []
+        done = threading.Event()
+
+        def sample() -> None:
+            while not done.wait(0.02):
+                watts.append(machine.power_w() or 0.0)
+
+        sampler = threading.Thread(target=sample, daemon=True)
+        sampler.start()
+        images, state, task, noise = self._given
+        seconds: list[float] = []
+        while sum(seconds) < ENERGY_S:
+            seconds.append(timed(lambda: self.policy.predict_chunk(images, state, task, noise)))
+        done.set()
+        sampler.join()
+        return float(np.mean(watts)) * float(np.mean(seconds)) if watts else None
+
+
+def measure(
+    bundles: Sequence[str], reference: Reference | None, device: str, effort: Effort, say: Callable[[str], None]
+) -> Latency:
+    """Raises BenchError for what cannot be compared, CheckFailed for a bundle that computes something else here."""
+    head = machine.watched()
+    opened = {name: Bundle.open(name) for name in bundles}
+    first = same_policy(opened)
+    with ExitStack() as stack:
+        say(f"loading {', '.join(opened)}")
+        ours = {name: BundleRunner(bundle, device) for name, bundle in opened.items()}
+        graphs = next(iter(ours.values())).policy.graphs
+        theirs, words = {}, ""
+        if reference is not None:
+            python, wanted, words = reference.processes(next(iter(opened.values())), graphs.device)
+            say(f"reference: {words}")
+            for one in wanted:
+                theirs[one.name] = process = ReferenceProcess(python, one)
+                stack.callback(process.close)
+                _require_same(process, first, reference)
+        runs = {name: r.run for name, r in theirs.items()} | {name: r.run for name, r in ours.items()}
+        before = machine.rates(graphs.device)
+        say(f"in turns: {', '.join(runs)}")
+        seconds = in_turns(runs, effort)
+        rates = machine.both(before, machine.rates(graphs.device))
+        for process in theirs.values():
+            process.close()
+        energy = {name: r.energy_j() for name, r in ours.items()}
+    count = first.sampling.n_action_steps
+    times = {name: spread(1e3 * np.array(s)) for name, s in seconds.items()}
+    here = head()["machine"]
+    runners = []
+    for name, process in theirs.items():
+        t, asked = times[name], process.asked
+        runners.append(Runner(name, asked.kind, asked.dtype, process.note, t, t.p50 / count, noise(t)))
+    for name, runner in ours.items():
+        t, m, taken = times[name], runner.policy.manifest, runner.stages[effort.warmup :]
+        stages = {stage: spread([turn[stage] for turn in taken]) for stage in taken[0]}
+        say(f"starting {name} in fresh processes")
+        runners.append(
+            Runner(
+                name,
+                "bundle",
+                m.precision,
+                runner.policy.graphs.reason,
+                t,
+                t.p50 / count,
+                noise(t),
+                stages_ms=stages,
+                energy_j=energy[name],
+                selfcheck=runner.selfcheck,
+                limits=limits(m, rates, stages),
+                start=cold_start(opened[name], device),
+                verdict=verdict(t, here),
+            )
         )
-    with tempfile.TemporaryDirectory(prefix="smolvla-demo-") as temporary, ExitStack() as stack:
-        if demo:
-            checkpoint = str(Path(temporary) / "checkpoint")
-            write_demo_checkpoint(Path(checkpoint), print)
-        source = load_checkpoint(checkpoint)
-        policies = _policies(source, bundle, device)
-        torch_device = next(iter(policies.values())).graphs.device
-        observation = fixed_observations(source, architecture_of(source))[-1]
-        baselines: dict[str, Callable[[], float]] = {}
-        for compile_it in (False, True) if compiled else (False,):
-            suffix = " compiled" if compile_it else ""
-            if lerobot:
-                for dtype in ("float32", "bfloat16"):
-                    process = LeRobotProcess(lerobot, str(source.folder), dtype, torch_device, compile_it)
-                    stack.callback(process.close)
-                    baselines[f"LeRobot {dtype}{suffix}"] = process.run
-                continue
-            for recipe in (FP32,) if torch_device == "cpu" else (FP32, FP16):
-                name = f"torch views {str(recipe.matmul).removeprefix('torch.')}{suffix}"
-                views = build_views(architecture_of(source), source.tensors, recipe)
-                prefix, expert = (torch.compile(v) if compile_it else v for v in (v.to(torch_device) for v in views))
-                given = prefix, expert, next(iter(policies.values())), observation
-                baselines[name] = _timed(partial(_run_views, *given))
-        _compare(policies, baselines, observation, repeats, warmup, output)
+    names = list(times)
+    ratios = [_ratio(a, b, times) for i, a in enumerate(names) for b in names[:i] if a in ours]
+    return Latency(
+        **head(),
+        cameras=len(first.cameras),
+        tokens=first.tokens.length,
+        steps=first.sampling.num_steps,
+        warmup=effort.warmup,
+        reference=words,
+        runners=tuple(runners),
+        ratios=tuple(ratios),
+        rates=rates,
+    )
 
 
-def _policies(source: Checkpoint, bundles: list[str], device: str) -> dict[str, Policy]:
-    """The bundles, loaded; on CUDA each without CUDA graphs as well."""
-    policies = {}
-    for name in bundles:
-        policies[name] = policy = Policy.load(name, device)
-        if policy.manifest.source.weights_sha256 != source.weights_sha256:
-            raise ExportError(f"{name} was exported from other weights than {source.name}: name its own checkpoint")
-        if policy.graphs.device == "cuda" and device != "jetson":
-            plain = OrtGraphs(policy.bundle, "ort-cuda", cuda_graphs=False)
-            policies[f"{name} without CUDA graphs"] = Policy(policy.bundle, plain, policy.rtc, None)
-    return policies
+def same_policy(bundles: Mapping[str, Bundle]) -> Manifest:
+    """-> the manifest of the first. Raises BenchError unless all came from the same weights and answer the same."""
+    manifests = {name: b.manifest for name, b in bundles.items()}
+    name, first = next(iter(manifests.items()))
+
+    def what(m: Manifest) -> tuple[object, ...]:
+        return m.source.weights_sha256, m.cameras, m.tokens, m.sampling, m.state, m.action
+
+    if others := [other for other, m in manifests.items() if what(m) != what(first)]:
+        raise BenchError(
+            f"{', '.join(others)} and {name} are different policies (weights, cameras, tokens or steps): "
+            "compare bundles that were exported from the same checkpoint"
+        )
+    return first
 
 
-@torch.no_grad()
-def _run_views(
-    prefix: Callable[..., list[torch.Tensor]],
-    expert: Callable[..., list[torch.Tensor]],
-    policy: Policy,
-    observation: Observation,
-) -> NDArray[np.float32]:
-    """A chunk by the exporter's views, where their weights are; `policy` lends preprocessing and step schedule."""
-    m = policy.manifest
-    feeds = policy.preprocessor.feeds(observation.images, observation.state, observation.task)
-    with torch.device(policy.graphs.device):
-        mask, *cache = prefix(*(torch.as_tensor(feeds[t.name]) for t in m.prefix.inputs))
-        x = torch.as_tensor(observation.noise)
-        nothing = torch.zeros_like(x)
-        for step in policy.steps(m.sampling.num_steps):
-            given = (torch.as_tensor(a) for a in (step.embedding, step.time, step.dt))
-            _, x = expert(x, *given, nothing, nothing[:, :, :1], torch.zeros(1), mask, *cache)
-    return policy.robot_units(x.cpu().numpy())
+def in_turns(runs: Mapping[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
+    """What each of `runs` returns, its seconds, without the warm-up."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(effort.warmup):
+        for run in runs.values():
+            run()
+    end = time.monotonic() + effort.seconds * len(runs)
+    for turn in range(effort.turns):
+        if turn >= LEAST_TURNS and time.monotonic() >= end:
+            break
+        for name, run in runs.items():
+            taken[name].append(run())
+    return taken
 
 
-def _compare(
-    policies: dict[str, Policy],
-    baselines: dict[str, Callable[[], float]],
-    observation: Observation,
-    repeats: int,
-    warmup: int,
-    output: str | None,
-) -> None:
-    given = observation.images, observation.state, observation.task, observation.noise
-    stages: dict[str, list[tuple[float, float, float]]] = {name: [] for name in policies}
-
-    def chunk(name: str) -> None:
-        policies[name].predict_chunk(*given)
-        t = policies[name].timing
-        stages[name].append((t.preprocess_ms, t.prefix_ms, t.denoise_ms))
-
-    on_cpu = next(iter(policies.values())).graphs.device == "cpu"
-    checks = {name: run_selfcheck(policy) for name, policy in policies.items()}
-    runs = baselines | {name: _timed(partial(chunk, name)) for name in policies}
-    before = matmul_rates() if on_cpu else {}
-    seconds = dict(zip(runs, interleaved(list(runs.values()), repeats, warmup), strict=True))
-    after = matmul_rates() if on_cpu else {}
-    gflops = {kind: [before[kind], after[kind]] for kind in before}
-    print(f"machine    {machine()}")
-    for kind, rates in gflops.items():
-        print("{} product {:.0f} GFLOP/s before, {:.0f} after".format(kind, *rates))
-    bundles: dict[str, dict[str, object]] = {}
-    for name, policy in policies.items():
-        m = policy.manifest
-        parts = np.median(np.array(stages[name][warmup:]), axis=0)
-        worst = ", ".join(f"{stage} {error:.1e}" for stage, error in checks[name].items())
-        print(f"bundle     {name}: {m.precision}, {m.target}, {len(m.cameras)} cameras, {m.tokens.length} tokens, "
-              f"{m.sampling.num_steps} steps; {policy.graphs.reason}")  # fmt: skip
-        print("           preprocess {:.1f} ms, prefix {:.1f} ms, denoise {:.1f} ms".format(*parts))
-        print(f"           self-check: {worst}")
-        bundles[name] = {"precision": m.precision, "target": m.target, "reason": policy.graphs.reason,
-                         "stages_ms": dict(zip(("preprocess", "prefix", "denoise"), parts.tolist(), strict=True)),
-                         "selfcheck": checks[name]}  # fmt: skip
-        if on_cpu:
-            floor_s = 1e-9 * (m.prefix.flops + m.sampling.num_steps * m.expert.flops) / max(gflops["float32"])
-            bundles[name]["floor"] = floor = floor_s / float(np.median(seconds[name]))
-            print(f"           float32 products alone {floor_s:.3f} s: {floor:.0%} of its p50")
-    for name, values in seconds.items():
-        p50, p95 = np.percentile(values, [50, 95])
-        print(f"{name:<40} p50 {p50:7.4f} s   p95 {p95:7.4f}   min {values.min():7.4f}   max {values.max():7.4f}")
-    for name in policies:
-        for other in baselines:
-            ratio = seconds[other] / seconds[name]
-            print(f"{name} is faster than {other} by   p50 {np.median(ratio):.2f}x   "
-                  f"min {ratio.min():.2f}   max {ratio.max():.2f}")  # fmt: skip
-    lists = {name: values.tolist() for name, values in seconds.items()}
-    report("latency", output, gflops=gflops, bundles=bundles, seconds=lists)
+def noise(t: Spread) -> str | None:
+    """The sentence in place of numbers where they spread too much."""
+    if t.spread <= NOISE:
+        return None
+    return (
+        f"too noisy to say: nine in ten runs spread over {t.spread:.0%} of their median (bound {NOISE:.0%}). "
+        "End other jobs, fix the clocks, and measure again"
+    )
 
 
-def _timed(run: Callable[[], object]) -> Callable[[], float]:
-    """`run`, giving its wall seconds."""
-
-    def timed() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return timed
-
-
-def interleaved(runs: list[Callable[[], float]], repeats: int, warmup: int) -> NDArray[np.float64]:
-    """What each of `runs` returns, its seconds, taken in turns: [len(runs), repeats]."""
-    turns = [[run() for run in runs] for _ in range(warmup + repeats)]
-    seconds: NDArray[np.float64] = np.array(turns[warmup:]).T
-    return seconds
+def verdict(t: Spread, here: Machine) -> Verdict:
+    """On the target, by this machine's p95; a noisy one may still be all above or all below it."""
+    where = here.board or here.gpu or here.cpu
+    met, text = t.p95 <= TARGET_MS, f"p95 is {t.p95:.1f} ms"
+    if noise(t):
+        met, text = t.max <= TARGET_MS, "every run" if t.max <= TARGET_MS else "not one run"
+        if not met and min(t.values) <= TARGET_MS:
+            return Verdict("measured", where, TARGET_MS, None, f"{TARGET_MS:g} ms: {noise(t)}")
+        text += f" of {len(t.values)} took less, though the machine is noisy"
+    said = "met" if met else "not met"
+    return Verdict("measured", where, TARGET_MS, met, f"{TARGET_MS:g} ms {said} on this machine: {text}")
 
 
-def main() -> None:
-    """Entry point of `python -m smolvla_edge.benchmarks.latency`."""
-    command.run(app, mistakes=(ExportError, SmolVLAError), failures=())
+def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tuple[Limit, ...]:
+    """What this machine needs for products and memory alone, at its own rates."""
+    if rates is None:
+        return ()
+    gflops = {name: max(pair) for name, pair in rates.gflops.items()}
+    floats = gflops["float32"] if m.precision == "fp32" else gflops.get("float16", gflops["float32"])
+    steps = m.sampling.num_steps
+    found = []
+    for stage, graph, runs in (("prefix", m.prefix, 1), ("denoise", m.expert, steps)):
+        int8 = runs * sum(work.gemm.get("int8", 0) for work in graph.stages.values())
+        size = runs * (sum(work.weight_bytes for work in graph.stages.values()) + m.cache_bytes)
+        flops = runs * graph.flops
+        compute_ms = 1e-6 * ((flops - int8) / floats + int8 / gflops.get("int8", floats))
+        memory_ms = 1e-6 * size / max(rates.copy_gbs)
+        share = max(compute_ms, memory_ms) / stages[stage].p50
+        found.append(Limit(stage, flops, int8, size, compute_ms, memory_ms, share))  # type: ignore[arg-type]
+    return tuple(found)
 
 
-if __name__ == "__main__":
-    main()
+def _ratio(runner: str, against: str, times: Mapping[str, Spread]) -> Ratio:
+    ratio = np.array(times[against].values) / np.array(times[runner].values)
+    p50, low, high = (float(x) for x in np.percentile(ratio, [50, 0, 100]))
+    return Ratio(runner, against, p50, low, high, tuple(np.round(ratio, 5).tolist()))
+
+
+def _require_same(process: ReferenceProcess, m: Manifest, reference: Reference) -> None:
+    if process.weights_sha256 != m.source.weights_sha256:
+        raise BenchError(
+            f"the bundle was exported from other weights ({m.source.checkpoint}) than --reference "
+            f"{reference.checkpoint}: name its own checkpoint"
+        )
+    if process.tokens != m.tokens.length:
+        raise BenchError(
+            f"{process.asked.name} takes {process.tokens} tokens, the bundle {m.tokens.length}: not the same work"
+        )
+
+
+def timed(run: Callable[[], object]) -> float:
+    """-> wall seconds."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,12 +1,16 @@
-"""What a benchmark ran on, how fast that multiplies matrices on this day, and the JSON every result ends with."""
+"""What a benchmark ran on, before and after, and how fast that multiplies and copies on this day."""
 
-import json
+import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,73 +18,156 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from .result import Machine, Rates, Readings
+
 ROWS, INNER, COLUMNS = 1024, 768, 3072  # the largest product of the policy: vision's first MLP layer
-_CARD = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"
+COPIED = 64 << 20  # float32 numbers: beyond every cache
 # Vector units that matrix products use, as Linux names them on x86 and on Arm.
 _FLAGS = "avx2 fma avx_vnni avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimd asimdhp asimddp i8mm bf16 sve"
+_PACKAGES = ("smolvla-edge", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "torch")
 
 
-def machine() -> str:
-    """CPU model, cores this process may use, vector units, the kernel's release, and NVIDIA cards if there are."""
-    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
-    cpu = {key.strip(): value.strip() for key, value in reversed(lines)}
-    numbers = [f"{key.split()[-1]} {cpu[key]}" for key in ("cpu family", "model", "stepping") if key in cpu]
-    has = f"{cpu.get('flags', '')} {cpu.get('Features', '')}".split()
-    parts = [cpu.get("model name", platform.machine()), *numbers, f"{len(os.sched_getaffinity(0))} cores"]
-    parts += [" ".join(f for f in _FLAGS.split() if f in has), f"Linux {platform.release()}"]
-    if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", f"--query-gpu={_CARD}", "--format=csv,noheader"]
-        parts += subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
-    return ", ".join(part for part in parts if part)
+def watched() -> Callable[[], dict[str, Any]]:
+    """Reads load, clocks and temperature now; what it gives reads them again: the fields of `Result`."""
+    load, before = os.getloadavg()[0], readings()
 
-
-def matmul_rates(seconds: float = 1.0) -> dict[str, float]:
-    """Median GFLOP/s of one product through ONNX Runtime on all cores, weights in cache; `seconds` for each.
-
-    float32: MatMul. int8: DynamicQuantizeMatMul with int8 weights, a scale per column; 1 multiply-add = 2 as well.
-    """
-    from onnx import NodeProto, TensorProto, helper, numpy_helper
-
-    x = np.ones((ROWS, INNER), np.float32)
-    weights = np.arange(INNER * COLUMNS, dtype=np.int64).reshape(INNER, COLUMNS).astype(np.int8)
-    scales = np.ones(COLUMNS, np.float32)
-    rates = {}
-    products: list[tuple[str, NodeProto, dict[str, NDArray[Any]]]] = [
-        ("float32", helper.make_node("MatMul", ["x", "w"], ["y"]), {"w": weights.astype(np.float32)}),
-        (
-            "int8",
-            helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft"),
-            {"w": weights, "s": scales},
-        ),
-    ]
-    for name, node, constants in products:
-        graph = helper.make_graph(
-            [node],
-            "product",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, (ROWS, COLUMNS))],
-            [numpy_helper.from_array(value, key) for key, value in constants.items()],
+    def head() -> dict[str, Any]:
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+        cpu = {key.strip(): value.strip() for key, value in reversed(lines)}
+        numbers = [f"{key.split()[-1]} {cpu[key]}" for key in ("cpu family", "model", "stepping") if key in cpu]
+        has = f"{cpu.get('flags', '')} {cpu.get('Features', '')}".split()
+        parts = [cpu.get("model name", platform.machine()), *numbers, " ".join(f for f in _FLAGS.split() if f in has)]
+        cores = len(os.sched_getaffinity(0))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
+        machine = Machine(
+            cpu=", ".join(parts),
+            cores=cores,
+            threads=cores,
+            memory_mb=round(memory),
+            gpu=_nvidia("name,driver_version,memory.total,clocks.max.sm,power.limit"),
+            board=_text("/proc/device-tree/model"),
+            power_mode=_text("/var/lib/nvpmodel/status"),
+            system=f"Linux {platform.release()}",
+            versions={"python": platform.python_version(), **_versions()},
+            load=round(load, 2),
+            before=before,
+            after=readings(),
         )
-        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        session.run(None, {"x": x})
-        taken: list[float] = []
-        end = time.perf_counter() + seconds
-        while not taken or time.perf_counter() < end:
-            start = time.perf_counter()
-            session.run(None, {"x": x})
-            taken.append(time.perf_counter() - start)
-        rates[name] = 2e-9 * ROWS * INNER * COLUMNS / float(np.median(taken))
-    return rates
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        return {"command": command, "made": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}", "machine": machine}
+
+    return head
 
 
-def report(kind: str, output: str | None, **fields: object) -> None:
-    """Print the result as one line of JSON, the last, and write it to the file `output` where one is named."""
-    result = {"format": "smolvla-edge-result", "version": 1, "kind": kind}
-    text = json.dumps(result | {"command": " ".join(sys.argv), "machine": machine()} | fields)
-    print(text)
-    if output:
-        Path(output).write_text(text + "\n")
+def readings() -> Readings:
+    """Clocks and temperature at this moment."""
+    cpus = Path("/sys/devices/system/cpu").glob("cpu*/cpufreq/scaling_cur_freq")
+    clocks = [float(p.read_text()) / 1e3 for p in cpus]
+    if not clocks:  # a virtual machine
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    degrees = [_text(p) for p in Path("/sys/class/thermal").glob("thermal_zone*/temp")]
+    gpu = _nvidia("clocks.sm", "nounits")
+    return Readings(
+        cpu_mhz=round(float(np.mean(clocks)), 1) if clocks else None,
+        gpu_mhz=float(gpu) if gpu and gpu.isdigit() else None,
+        temperature_c=max((int(d) / 1e3 for d in degrees if d), default=None),
+    )
+
+
+def power_w(root: Path = Path("/sys/class/hwmon")) -> float | None:
+    """What the whole board draws, by a Jetson's INA3221; None without one."""
+    for label in root.glob("hwmon*/in*_label"):
+        if _text(label) in ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0"):
+            channel = label.name.removeprefix("in").removesuffix("_label")
+            millivolts, milliamperes = (_text(label.with_name(f"{n}{channel}_input")) for n in ("in", "curr"))
+            if millivolts and milliamperes:
+                return 1e-6 * int(millivolts) * int(milliamperes)
+    return None
+
+
+def rates(device: str, seconds: float = 1.0) -> dict[str, float] | None:
+    """GFLOP/s of one product by dtype, 1 multiply-add = 2, and GB/s read and written by y = -x ("copy"); medians,
+    through ONNX Runtime with buffers on `device` (cpu | cuda). None without the onnx package, which makes the graphs.
+
+    int8: DynamicQuantizeMatMul with int8 weights, a scale per column.
+    """
+    if find_spec("onnx") is None:
+        return None
+    from onnx import helper
+
+    weights = np.arange(INNER * COLUMNS, dtype=np.int64).reshape(INNER, COLUMNS).astype(np.int8)
+    x, scales = np.ones((ROWS, INNER), np.float32), np.ones(COLUMNS, np.float32)
+    product, flops = helper.make_node("MatMul", ["x", "w"], ["y"]), 2e-9 * ROWS * INNER * COLUMNS
+    found = {"float32": flops / _seconds(product, x, {"w": weights.astype(np.float32)}, device, seconds)}
+    if device == "cpu":
+        product = helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft")
+        found["int8"] = flops / _seconds(product, x, {"w": weights, "s": scales}, device, seconds)
+    else:
+        x16, w16 = x.astype(np.float16), weights.astype(np.float16)
+        found["float16"] = flops / _seconds(product, x16, {"w": w16}, device, seconds)
+    large = np.ones((COPIED // COLUMNS, COLUMNS), np.float32)
+    copy = _seconds(helper.make_node("Neg", ["x"], ["y"]), large, {}, device, seconds)
+    return found | {"copy": 2e-9 * large.nbytes / copy}
+
+
+def both(before: dict[str, float] | None, after: dict[str, float] | None) -> Rates | None:
+    """What `rates` gave before and after."""
+    if before is None or after is None:
+        return None
+    pairs: dict[str, tuple[float, ...]] = {n: (round(before[n], 1), round(after[n], 1)) for n in before}
+    return Rates(copy_gbs=pairs.pop("copy"), gflops=pairs)
+
+
+def _seconds(node: Any, x: NDArray[Any], constants: dict[str, NDArray[Any]], device: str, seconds: float) -> float:
+    """Median time of one operator on all cores, or on the GPU."""
+    from onnx import helper, numpy_helper
+
+    shape = (x.shape[0], COLUMNS)
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info("x", kind, x.shape)],
+        [helper.make_tensor_value_info("y", kind, shape)],
+        [numpy_helper.from_array(value, key) for key, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    own = {"use_tf32": "0"} if device == "cuda" else {}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[(provider, own)])
+    binding = session.io_binding()
+    y = np.empty(shape, x.dtype)
+    for bind, name, value in ((binding.bind_ortvalue_input, "x", x), (binding.bind_ortvalue_output, "y", y)):
+        bind(name, onnxruntime.OrtValue.ortvalue_from_numpy(value, device, 0))
+    session.run_with_iobinding(binding)
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while not taken or time.perf_counter() < end:
+        start = time.perf_counter()
+        session.run_with_iobinding(binding)
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
+
+
+def _versions() -> dict[str, str]:
+    names = {str(d.metadata["Name"]).lower(): d.version for d in importlib.metadata.distributions()}
+    return {name: names[name] for name in _PACKAGES if name in names}
+
+
+def _nvidia(query: str, form: str = "") -> str | None:
+    """nvidia-smi's answer for the first card."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    line = ["nvidia-smi", f"--query-gpu={query}", f"--format=csv,noheader{',' if form else ''}{form}"]
+    return subprocess.run(line, capture_output=True, text=True).stdout.partition("\n")[0] or None
+
+
+def _text(path: str | Path) -> str | None:
+    try:
+        return Path(path).read_text().strip(" \n\0") or None
+    except OSError:  # not there, not permitted, or a sensor that is asleep
+        return None

@@ -75,10 +75,7 @@ def export(
     if made != "int8" and (calibration or gate or sensitivity):
         raise ExportError(f"--calibration, --gate and --sensitivity belong to int8, --precision is {precision}")
     judged_by = read_gate(gate) if gate else Gate()
-    if missing := [name for name in _NEEDS if find_spec(name) is None]:
-        raise ExportError(
-            f"exporting needs {', '.join(missing)}: install this package with its [export] extra (README)"
-        )
+    require_extra()
     command.terminate_like_interrupt()  # so that nothing half-written stays behind
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     say("loading torch")
@@ -129,6 +126,12 @@ def export(
             "note        no statistics match this checkpoint's state and action, so its outputs are not joint "
             "angles: the bundle runs and can be timed, but is refused on a real arm"
         )
+
+
+def require_extra() -> None:
+    """Raises ExportError where the [export] extra is not installed."""
+    if missing := [name for name in _NEEDS if find_spec(name) is None]:
+        raise ExportError(f"this needs {', '.join(missing)}: install the package with its [export] extra (README)")
 
 
 def sensitivity_table(int8: Int8) -> str:

@@ -37,12 +37,15 @@ _TOKENIZER_FILES = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json
 
 def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
     """Write a LeRobot checkpoint folder: config, weights (bfloat16), processors, tokenizer."""
-    cameras = {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, 480, 640]} for c in _CAMERAS}
+    features = {"observation.state": {"type": "STATE", "shape": [6]}}
+    features |= {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, 480, 640]} for c in _CAMERAS}
+    action = {"action": {"type": "ACTION", "shape": [6]}}
+    modes = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
     config = {
         "type": "smolvla",
-        "input_features": {"observation.state": {"type": "STATE", "shape": [6]}, **cameras},
-        "output_features": {"action": {"type": "ACTION", "shape": [6]}},
-        "normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
+        "input_features": features,
+        "output_features": action,
+        "normalization_mapping": modes,
         "vlm_model_name": "./vlm",
     }
     vlm = folder / "vlm"
@@ -50,14 +53,24 @@ def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: N
     _write_json(vlm / "config.json", {"model_type": "smolvlm", **KNOWN_VLMS[DEFAULT_VLM]})
     _write_json(folder / "config.json", config)
     _write_tokenizer(vlm, say)
-    text = [{"registry_name": "smolvla_new_line_processor"}, {"registry_name": "tokenizer_processor"}]
-    statistics = {
-        f"{k}.{n}": torch.tensor(v) for k in ("observation.state", "action") for n, v in _STATISTICS.items()
+    before = {
+        "rename_observations_processor": {"rename_map": {}},
+        "to_batch_processor": {},
+        "smolvla_new_line_processor": {},
+        "tokenizer_processor": {"max_length": 48, "padding": "longest", "tokenizer_name": "./vlm"},
+        "device_processor": {"device": "cpu"},
     }
-    save_file(statistics, folder / "statistics.safetensors")
-    for side, first, name in (("pre", text, "normalizer_processor"), ("post", [], "unnormalizer_processor")):
-        step = {"registry_name": name, "state_file": "statistics.safetensors"}
-        _write_json(folder / f"policy_{side}processor.json", {"steps": [*first, step]})
+    for kind, side, around in (("pre", "normalizer", before), ("post", "unnormalizer", {})):
+        state = f"policy_{kind}processor_{side}_processor.safetensors"
+        scaling = {
+            "registry_name": f"{side}_processor",
+            "config": {"features": features | action, "norm_map": modes},
+            "state_file": state,
+        }
+        steps = [*({"registry_name": name, "config": options} for name, options in around.items()), scaling]
+        _write_json(folder / f"policy_{kind}processor.json", {"name": f"policy_{kind}processor", "steps": steps})
+        keys = ("observation.state", "action")
+        save_file({f"{k}.{n}": torch.tensor(v) for k in keys for n, v in _STATISTICS.items()}, folder / state)
     say("drawing 403 million random weights")
     parsed = PolicyConfig.from_json(config)
     arch = Architecture.from_configs(

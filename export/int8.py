@@ -58,15 +58,16 @@ class HeldOut:
 
     def judge(self, policy: Policy) -> Errors:
         """What a bundle's own graphs answer."""
+        return self.compare(gates.answers((ask_policy(policy, s) for s in self.samples), self.noises))
 
-        def ask(sample: Sample) -> Asked:
-            policy.prefill(sample.images, sample.state, sample.task)
-            cache = policy.graphs.cache()
-            valid = cache.pop("prefix_mask")[0]
-            kept = {name: t[:, :, valid] for name, t in cache.items()}
-            return kept, lambda noise: policy.robot_units(policy.denoise(noise))
 
-        return self.compare(gates.answers(map(ask, self.samples), self.noises))
+def ask_policy(policy: Policy, o: Sample) -> Asked:
+    """What a bundle's own graphs make of an observation."""
+    policy.prefill(o.images, o.state, o.task)
+    cache = policy.graphs.cache()
+    valid = cache.pop("prefix_mask")[0]
+    kept = {name: t[:, :, valid] for name, t in cache.items()}
+    return kept, lambda noise: policy.robot_units(policy.denoise(noise))
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,10 @@ def plan_int8(
     """Measure the groups and choose; nothing may be left to choose."""
     checkpoint, arch = reference.checkpoint, reference.arch
     say(f"asking float32 on {len(data.held_out)} held-out observations, {gate.seeds} seeds each")
-    held_out = _hold_out(reference, data.held_out, gate.seeds)
+    held_out = hold_out(reference, data.held_out, gate.seeds)
     tried, seeds, spread_seeds = _TRIED
     tried = min(tried, len(data.calibration) - 1)
-    trial_on = _hold_out(reference, data.calibration[:tried], spread_seeds)  # others than calibrate and than judge
+    trial_on = hold_out(reference, data.calibration[:tried], spread_seeds)  # others than calibrate and than judge
     views = build_views(arch, checkpoint.tensors, FP32)  # of their own, to be smoothed in place
     smoothed = Reference(checkpoint, *views)
     layers, costs = _quantized(smoothed, data.calibration[tried:], target, say)
@@ -194,7 +195,8 @@ def _together(groups: Iterable[Layers]) -> Layers:
     return {path: layer for layers in groups for path, layer in layers.items()}
 
 
-def _hold_out(reference: Reference, samples: tuple[Sample, ...], seeds: int) -> HeldOut:
+def hold_out(reference: Reference, samples: tuple[Sample, ...], seeds: int) -> HeldOut:
+    """Ask float32 about samples, each with as many noises."""
     rng, shape = np.random.default_rng(2), reference.arch.noise_shape
     noises = [[rng.standard_normal(shape, dtype=np.float32) for _ in range(seeds)] for _ in samples]
     expected = _answers(reference, samples, noises)

@@ -35,7 +35,7 @@ def lerobot_actions(checkpoint: Checkpoint, observations: Sequence[Observation])
 
     names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
     answers = []
-    with tempfile.TemporaryDirectory() as scratch, _vision_positions():
+    with tempfile.TemporaryDirectory() as scratch, vision_positions():
         policy, preprocess = load_policy(checkpoint, Path(scratch) / "vlm")
         for observation in observations:
             batch: dict[str, Any] = {
@@ -100,7 +100,7 @@ def _processor_stub(checkpoint: Checkpoint) -> AbstractContextManager[object]:
     return patch.object(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
 
 
-def _vision_positions() -> AbstractContextManager[object]:
+def vision_positions() -> AbstractContextManager[object]:
     """Position ids 0..N-1, as trained: transformers 4.55 to 4.57 shift them by one row and column in float32
     (huggingface/transformers#41190)."""
     from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings

@@ -144,8 +144,8 @@ def relative_l2(reference: NDArray[Any], got: NDArray[Any]) -> float:
     return float(np.linalg.norm(got.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-12))
 
 
-def require(errors: Errors, gate: Gate, joints: Sequence[str]) -> None:
-    """Raises GateError that says what is over the gate."""
+def missed(errors: Errors, gate: Gate, joints: Sequence[str]) -> list[str]:
+    """What is over the gate, in words."""
     over = [
         f"{name} {p99:.3f} (at most {gate.action_p99 * spread:.3f})"
         for name, p99, spread in zip(joints, errors.p99, errors.spread, strict=True)
@@ -156,6 +156,11 @@ def require(errors: Errors, gate: Gate, joints: Sequence[str]) -> None:
     ]
     if (errors.flips or 0) > gate.gripper_flips:
         over.append(f"{errors.flips} gripper flips (at most {gate.gripper_flips})")
-    if over:
+    return over
+
+
+def require(errors: Errors, gate: Gate, joints: Sequence[str]) -> None:
+    """Raises GateError that says what is over the gate."""
+    if over := missed(errors, gate, joints):
         more = f" and {len(over) - 8} more" if len(over) > 8 else ""
         raise GateError(f"the gate is not met: {', '.join(over[:8])}{more}")

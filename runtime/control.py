@@ -114,7 +114,9 @@ class Log:
     late_ms: list[float] = field(default_factory=list)  # start of each tick after its due time
     busy_ms: list[float] = field(default_factory=list)  # work in each tick
     read_ms: list[float] = field(default_factory=list)
+    capture_ms: list[float] = field(default_factory=list)  # taking the cameras' newest pictures
     write_ms: list[float] = field(default_factory=list)
+    queued: list[int] = field(default_factory=list)  # actions left
     warnings: list[str] = field(default_factory=list)
 
 
@@ -231,6 +233,7 @@ class ControlLoop:
             self.log.warnings.append(text)
             self._event(f"warning: {text}")
         self.log.counts.ticks += 1
+        self.log.queued.append(len(rig.queue))
         elapsed = 0.0 if self._first_action_s is None else now - self._first_action_s
         rig.watch(Tick(elapsed, doing, state, emitted, len(rig.queue), self._seam_deg, tuple(self._events), self.log))
         return bool(done)
@@ -242,7 +245,7 @@ class ControlLoop:
     def _look(self, now: float) -> dict[str, NDArray[np.uint8]]:
         """The pictures the policy may see. A camera that gave none for too long ends the run, whatever the policy is
         doing; not during a stop, when somebody may be mending it."""
-        views = self.rig.cameras.look()
+        views = self._timed(self.log.capture_ms, self.rig.cameras.look)
         for name, view in views.items():
             if not view.problem or self._stopping:
                 self._usable_s[name] = now

@@ -1,0 +1,165 @@
+"""Is it still the same policy? A bundle against its checkpoint in float32, with the same noise.
+
+Beside it stand the same bundle with a mistake made on purpose: a table in which nothing can fail shows nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..export import parity
+from ..export.checkpoint import Checkpoint, load_checkpoint
+from ..export.int8 import HeldOut, ask_policy, hold_out, observations_for
+from ..export.reference import Observation
+from ..export.writer import reference_of
+from ..quantize import gate as gates
+from ..quantize.calibration import CalibrationSet
+from ..quantize.gate import TICK_DEG, Gate
+from ..quantize.sample import Sample
+from ..runtime import Bundle, CheckFailed, Policy
+from ..runtime.bundle import Manifest
+from . import machine
+from .errors import BenchError
+from .latency import Reference
+from .result import Accuracy, Comparison, Joint, Observations
+
+STAGES = 2  # observations that are compared stage by stage
+SAME = 1e-4  # as float32 rounds
+CONTROL_SEEDS = 2
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What errors are judged on and by. source: a LeRobot dataset, a recording, or `synthetic`."""
+
+    source: str
+    frames: int
+    gate: Gate
+
+    def draw(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> CalibrationSet:
+        """Its held-out part is what to judge on: a calibration on the same source does not see it.
+
+        Raises CalibrationError where the source is of no use.
+        """
+        data = observations_for(checkpoint, self.source, 4 * self.frames, say)
+        if len(data.held_out) < 2:
+            raise BenchError(f"{self.source} leaves {len(data.held_out)} frame to judge by, expected 2: record more")
+        return data
+
+    def drawn(self, data: CalibrationSet) -> Observations:
+        """What to tell of `draw`."""
+        r, kept = data.record, data.held_out
+        tasks = len({sample.task for sample in kept})
+        return Observations(r.source, r.kind, r.sha256, len(kept), r.episodes, tasks, self.gate.seeds)
+
+
+def measure(bundle: str, given: Reference, judge: Judge, device: str, say: Callable[[str], None]) -> Accuracy:
+    """Raises BenchError where the reference is another policy, CheckFailed where the bundle answers what is not
+    finite."""
+    head, opened = machine.watched(), Bundle.open(bundle)
+    say(f"reading {given.checkpoint}")
+    checkpoint = load(given)
+    require_source(opened, checkpoint)
+    data, gate = judge.draw(checkpoint, say), judge.gate
+    reference = reference_of(checkpoint, opened.manifest.target)
+    say(f"asking {given.checkpoint} in torch float32: {len(data.held_out)} observations, {gate.seeds} seeds each")
+    held_out = hold_out(reference, data.held_out, gate.seeds)
+    pairs = zip(data.held_out[:STAGES], held_out.noises, strict=False)
+    few = [Observation(s.images, s.state, s.task, noises[0]) for s, noises in pairs]
+    expected = [reference.run(o) for o in few]
+    del reference
+    policy = Policy.load(opened, device)
+    stages, _ = parity.measure(policy, few, expected)
+    say(f"asking {bundle}")
+    comparisons = [compare("bundle", policy, held_out, gate)]
+    for name in ("stale cache", "swapped cameras", "other seed"):
+        if name != "swapped cameras" or len(opened.manifest.cameras) > 1:
+            say(f"control: {name}")
+            comparisons.append(compare(name, policy, held_out, gate))
+    return Accuracy(
+        **head(),
+        bundle=bundle,
+        precision=opened.manifest.precision,
+        reference=f"{given.checkpoint} in torch float32",
+        observations=judge.drawn(data),
+        gate=asdict(gate),
+        stages=stages,
+        enters=enters(stages),
+        comparisons=tuple(comparisons),
+        passed=not comparisons[0].missed and all(c.missed for c in comparisons[1:]),
+    )
+
+
+def load(given: Reference) -> Checkpoint:
+    """Raises CheckpointError."""
+    return load_checkpoint(given.checkpoint, vlm=Path(given.vlm) if given.vlm else None)
+
+
+def require_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Raises BenchError where the bundle was made of other weights."""
+    source = bundle.manifest.source
+    if source.weights_sha256 != checkpoint.weights_sha256:
+        raise BenchError(
+            f"{bundle.folder} was exported from other weights ({source.checkpoint}) than --reference "
+            f"{checkpoint.name}: name its own checkpoint"
+        )
+
+
+def enters(stages: dict[str, float]) -> str:
+    """The first stage that differs by more than float32 rounds, and by how much."""
+    for name, error in stages.items():
+        if error > SAME:
+            return f"the error enters with the {name}: {error:.1e}, everything before it is within {SAME:.0e}"
+    return f"no stage differs by more than {SAME:.0e}"
+
+
+def compare(name: str, policy: Policy, held_out: HeldOut, gate: Gate) -> Comparison:
+    """name: bundle, or the control whose mistake is made."""
+    control = name != "bundle"
+    noises, rng = held_out.noises, np.random.default_rng(3)
+    asked = [_mistaken(name, held_out.samples, i) for i in range(len(noises))]
+    if control:
+        noises = [seeds[:CONTROL_SEEDS] for seeds in noises]
+    if name == "other seed":
+        noises = [[rng.standard_normal(n.shape, dtype=np.float32) for n in seeds] for seeds in noises]
+    got = gates.answers((ask_policy(policy, s) for s in asked), noises)
+    if not np.isfinite(got.chunks).all():
+        raise CheckFailed(f"{policy.bundle.folder} answers what is not finite ({name}): export it again")
+    found = held_out.compare(got)
+    names, spread = joint_names(policy.manifest), np.array(found.spread)
+    difference = np.abs(got.chunks - held_out.expected.chunks[:, : len(noises[0])]).astype(np.float64)
+    p50, largest = np.percentile(difference, 50, axis=(0, 1, 2)), difference.max(axis=(0, 1, 2))
+    ticks = [None if i in held_out.grippers else p99 / TICK_DEG for i, p99 in enumerate(found.p99)]
+    joints = [
+        Joint(n, float(p50[i]), p99, float(largest[i]), ticks[i], s, p99 / max(s, 1e-9))
+        for i, (n, p99, s) in enumerate(zip(names, found.p99, found.spread, strict=True))
+    ]
+    rms = np.sqrt((difference**2).mean(axis=(0, 1)))  # [chunk, dof]
+    return Comparison(
+        name=name,
+        control=control,
+        joints=tuple(joints),
+        worst=found.action,
+        flips=found.flips,
+        cache=found.worst_cache,
+        drift=tuple(np.round((rms / np.maximum(spread, 1e-9)).max(axis=1), 7).tolist()),
+        missed=tuple(gates.missed(found, gate, names)),
+    )
+
+
+def _mistaken(name: str, all_of_them: tuple[Sample, ...], i: int) -> Sample:
+    """Observation `i` as a policy with this mistake would see it."""
+    o = all_of_them[i]
+    if name == "stale cache":  # of another moment; under the same instruction, so that it has the same rows
+        other = all_of_them[i - len(all_of_them) // 2]
+        return replace(o, images=other.images, state=other.state)
+    if name == "swapped cameras":
+        first, *rest = o.images.values()
+        return replace(o, images=dict(zip(o.images, [*rest, first], strict=True)))
+    return o
+
+
+def joint_names(m: Manifest) -> tuple[str, ...]:
+    return m.joints or tuple(f"joint {i}" for i in range(m.action.dim))

@@ -1,0 +1,297 @@
+"""smolvla-bench: is it fast enough here, is it still the same policy, and what to give up to make it faster."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast, get_args
+
+import typer
+
+from ..export.cli import require_extra
+from ..export.errors import ExportError
+from ..quantize.errors import QuantizeError
+from ..quantize.gate import Gate, read_gate
+from ..runtime import CheckFailed, SafetyStop, SmolVLAError, command
+from ..runtime.bundle import Precision
+from ..runtime.chunks import Chunking
+from .errors import BenchError
+from .result import Accuracy, Control, Frontier, Latency, Result, Spread, write
+
+app = command.new_app()
+_BUNDLE = typer.Option("bundle", help="Bundle folder.")
+_DEVICE = typer.Option("auto", help="auto, cpu, cuda or jetson.")
+_VLM = typer.Option(None, help="Folder with the VLM's config.json and tokenizer, where the checkpoint has none.")
+_GATE = typer.Option(None, help="A gate.toml that says how far from the reference is too far.  [default: see README]")
+_FRAMES = typer.Option(8, min=2, help="Observations to judge on.")
+_TURNS = typer.Option(30, min=2, help="Timed runs of each.")
+_SECONDS = typer.Option(60.0, min=0.0, help="Fewer runs where they take longer than this, but at least three.")
+_WARMUP = typer.Option(3, min=0, help="Runs thrown away before.")
+_DEBUG = typer.Option(False, "--debug", help="Show tracebacks.")
+
+
+@app.callback()
+def bench(version: bool | None = command.version_option()) -> None:
+    """Measure a policy on this machine. Each measurement is written as JSON, and `report` draws it.
+
+    Exit status: 0 done, 1 a check failed, 2 something in the input is wrong.
+    """
+
+
+@app.command()
+def latency(
+    bundle: list[str] = typer.Option(["bundle"], help="Bundle folder; give it again for each to compare."),
+    reference: str | None = typer.Option(None, help="Their checkpoint: timed in turns with them, in PyTorch."),
+    vlm: str | None = _VLM,
+    lerobot: str | None = typer.Option(
+        None,
+        help="A Python that has lerobot 0.4.4 and this package (make lerobot-env).  [default: this one where it "
+        "has; else this project's torch views]",
+    ),
+    compiled: bool = typer.Option(False, "--compile", help="The reference through torch.compile as well."),
+    device: str = _DEVICE,
+    turns: int = _TURNS,
+    seconds: float = _SECONDS,
+    warmup: int = _WARMUP,
+    output: Path = typer.Option(Path("latency.json"), help="The result."),
+    debug: bool = _DEBUG,
+) -> None:
+    """How long a chunk takes: bundles and the PyTorch reference in turns, by stage, against 30 ms."""
+    from . import latency as lat
+
+    given = lat.Reference(reference, vlm, lerobot, compiled) if reference else None
+    if given is None and (vlm or lerobot or compiled):
+        raise BenchError("--vlm, --lerobot and --compile belong to --reference: name the checkpoint")
+    r = lat.measure(list(dict.fromkeys(bundle)), given, device, lat.Effort(warmup, turns, seconds), _say())
+    _finish(output, r, _latency_lines(r))
+
+
+@app.command()
+def accuracy(
+    reference: str = typer.Option(..., help="The bundle's checkpoint."),
+    bundle: str = _BUNDLE,
+    observations: str = typer.Option(
+        "synthetic", help="LeRobot dataset, folder of smolvla-run --record, or synthetic."
+    ),
+    frames: int = _FRAMES,
+    gate: Path | None = _GATE,
+    vlm: str | None = _VLM,
+    device: str = _DEVICE,
+    output: Path = typer.Option(Path("accuracy.json"), help="The result."),
+    debug: bool = _DEBUG,
+) -> None:
+    """Whether it is still the same policy: errors beside a servo tick, the seeds' spread, and mistakes on purpose."""
+    require_extra()
+    from . import accuracy as acc
+    from .latency import Reference
+
+    judge = acc.Judge(observations, frames, read_gate(gate) if gate else Gate())
+    r = acc.measure(bundle, Reference(reference, vlm), judge, device, _say())
+    _finish(output, r, _accuracy_lines(r))
+    if r.comparisons[0].missed:
+        raise CheckFailed(f"the gate is not met: {', '.join(r.comparisons[0].missed[:8])}")
+    if not r.passed:
+        blind = [c.name for c in r.comparisons[1:] if not c.missed]
+        raise CheckFailed(
+            f"the gate is also met with {', '.join(blind)}: these observations cannot tell, give others"
+        )
+
+
+@app.command()
+def frontier(
+    reference: str = typer.Option(..., help="The checkpoint."),
+    steps: str = typer.Option("1,2,4,5,10", help="Denoise steps."),
+    precisions: str = typer.Option("fp32,fp16,int8", help="Of fp32, fp16, int8."),
+    cameras: str | None = typer.Option(None, help="How many of the policy's cameras, e.g. 1,2.  [default: all]"),
+    calibration: str = typer.Option(
+        "synthetic", help="LeRobot dataset, folder of smolvla-run --record, or synthetic."
+    ),
+    budget_ms: float | None = typer.Option(None, min=0.0, help="Recommend what is closest within it."),
+    work: Path = typer.Option(
+        Path("frontier"), help="Bundles and finished cells are kept here: start again to go on."
+    ),
+    frames: int = _FRAMES,
+    gate: Path | None = _GATE,
+    vlm: str | None = _VLM,
+    device: str = _DEVICE,
+    turns: int = _TURNS,
+    seconds: float = _SECONDS,
+    warmup: int = _WARMUP,
+    output: Path = typer.Option(Path("frontier.json"), help="The result."),
+    debug: bool = _DEBUG,
+) -> None:
+    """What to give up to be faster: latency against error for steps, precision and cameras."""
+    require_extra()
+    from . import accuracy as acc
+    from . import frontier as front
+    from .latency import Effort, Reference
+
+    names = precisions.split(",")
+    if wrong := [n for n in names if n not in get_args(Precision)]:
+        raise BenchError(f"--precisions has {wrong[0]!r}, expected {', '.join(get_args(Precision))}")
+    grid = front.Grid(
+        _numbers("steps", steps), tuple(cast(list[Precision], names)), _numbers("cameras", cameras) if cameras else ()
+    )
+    judge = acc.Judge(calibration, frames, read_gate(gate) if gate else Gate())
+    effort = Effort(warmup, turns, seconds)
+    r = front.measure(Reference(reference, vlm), grid, judge, device, budget_ms, effort, work, _say())
+    _finish(output, r, _frontier_lines(r))
+
+
+@app.command()
+def control(
+    bundle: str = _BUNDLE,
+    fps: list[float] = typer.Option([30.0], help="Control rate; give it again for each to try."),
+    seconds: float = typer.Option(60.0, min=1.0, help="Of each run."),
+    chunking: Chunking = typer.Option("async", help="sync, async or rtc."),
+    device: str = _DEVICE,
+    output: Path = typer.Option(Path("control.json"), help="The result."),
+    debug: bool = _DEBUG,
+) -> None:
+    """Whether the control loop is on time beside the policy, on the virtual arm."""
+    from . import control as loop
+
+    command.terminate_like_interrupt()
+    r = loop.measure(bundle, device, fps, seconds, chunking)
+    _finish(output, r, _control_lines(r))
+
+
+@app.command()
+def report(
+    results: list[Path] = typer.Argument(..., help="What the other commands wrote."),
+    output: Path = typer.Option(Path("report.html"), help="The page; .md and .tables.json go beside it."),
+    debug: bool = _DEBUG,
+) -> None:
+    """One HTML page of plots and tables from results; the same tables as Markdown and JSON."""
+    from . import page
+    from .report import sections
+
+    if output.suffix != ".html":
+        raise BenchError(f"--output is {output}, expected a name that ends in .html")
+    found = sections(results)
+    output.write_text(page.html(found))
+    output.with_suffix(".md").write_text(page.markdown(found))
+    output.with_suffix(".tables.json").write_text(page.as_json(found))
+    print(f"report   {output}")
+
+
+@app.command()
+def table(
+    results: Path = typer.Option(Path("benchmarks/results"), help="Folder of results."),
+    readme: Path = typer.Option(Path("README.md"), help="Where the table is."),
+    check: bool = typer.Option(False, "--check", help="Write nothing: is it up to date?"),
+    debug: bool = _DEBUG,
+) -> None:
+    """Write the README's numbers from the results."""
+    from .page import into_readme
+    from .report import sections
+
+    if not results.is_dir():
+        raise BenchError(f"{results} is no folder: start this from the checkout, or name it with --results")
+    before = readme.read_text()
+    after = into_readme(before, sections(sorted(results.glob("*.json"))), str(readme))
+    if check and before != after:
+        raise CheckFailed(f"{readme} does not say what {results} does: smolvla-bench table")
+    if before != after:
+        readme.write_text(after)
+
+
+def _say() -> Callable[[str], None]:
+    start = time.monotonic()
+    return lambda line: print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise BenchError(f"--{name} is {text!r}, expected whole numbers such as 1,2,4") from None
+
+
+def _finish(output: Path, r: Result, lines: Sequence[str]) -> None:
+    write(output, r)
+    m = r.machine
+    parts = [m.cpu, f"{m.cores} cores", m.gpu, m.board, m.power_mode, m.system, f"load before {m.load:g}"]
+    print("\n" + "\n".join([*lines, f"machine  {', '.join(p for p in parts if p)}", f"result   {output}"]))
+
+
+def _latency_lines(r: Latency) -> list[str]:
+    lines = [f"{r.cameras} cameras, {r.tokens} tokens, {r.steps} steps; reference: {r.reference or 'none'}"]
+    lines.append(f"{'milliseconds a chunk':<40}{'p50':>10}{'p95':>10}{'p99':>10}{'max':>10}{'spread':>8}{'n':>5}")
+    lines += [f"{x.name}  {x.noise}" if x.noise else _row(x.name, x.chunk_ms) for x in r.runners]
+    for one in r.runners:
+        lines += [f"{one.name}: {one.note}"]
+        if one.stages_ms and not one.noise:
+            lines += [_row(f"  {stage}", t) for stage, t in one.stages_ms.items() if not stage.startswith("step ")]
+        lines += [
+            f"  {x.stage}: products alone {x.compute_ms:.1f} ms, memory alone {x.memory_ms:.1f} ms: {x.share:.0%}"
+            for x in one.limits
+        ]
+        if s := one.start:
+            lines.append(
+                f"  cold start: first chunk after {s.python_s + s.open_s + s.load_s + s.first_s:.2f} s, peak memory "
+                f"{s.peak_mb:.0f} MB, on disk {s.disk_mb:.0f} MB"
+            )
+        lines += [f"  energy {one.energy_j:.2f} J a chunk"] if one.energy_j else []
+        lines += [f"  {one.verdict.text}"] if one.verdict else []
+    lines += [
+        f"{x.runner} is {x.p50:.2f} times as fast as {x.against} ({x.min:.2f} to {x.max:.2f})" for x in r.ratios
+    ]
+    return lines
+
+
+def _row(name: str, t: Spread) -> str:
+    return f"{name:<40}{t.p50:>10.2f}{t.p95:>10.2f}{t.p99:>10.2f}{t.max:>10.2f}{t.spread:>8.0%}{len(t.values):>5}"
+
+
+def _accuracy_lines(r: Accuracy) -> list[str]:
+    o, ours = r.observations, r.comparisons[0]
+    lines = [
+        f"{r.bundle} ({r.precision}) against {r.reference}: {o.frames} frames of {o.source}, {o.seeds} seeds each"
+    ]
+    lines.append(f"{'joint':<18}{'p50':>10}{'p99':>10}{'max':>10}{'ticks':>8}{'spread':>10}{'share':>8}")
+    for j in ours.joints:
+        ticks = "" if j.ticks is None else f"{j.ticks:.1f}"
+        lines.append(
+            f"{j.name:<18}{j.p50:>10.4f}{j.p99:>10.4f}{j.max:>10.4f}{ticks:>8}{j.spread:>10.3f}{j.share:>8.3f}"
+        )
+    lines.append("(ticks: of 0.088 degrees, if degrees are the unit; share: p99 over the seeds' spread)")
+    lines.append(f"{'':<18}{'worst share':>12}{'cache':>10}{'flips':>8}{'drift: first':>14}{'last action':>13}")
+    for c in r.comparisons:
+        met = "misses the gate" if c.missed else "meets the gate"
+        flips = "-" if c.flips is None else c.flips
+        row = f"{c.name:<18}{c.worst:>12.4f}{c.cache:>10.4f}{flips:>8}{c.drift[0]:>14.4f}{c.drift[-1]:>13.4f}  {met}"
+        lines.append(row + (", as it should" if c.control and c.missed else ""))
+    return [*lines, ", ".join(f"{name} {error:.1e}" for name, error in r.stages.items()), r.enters]
+
+
+def _frontier_lines(r: Frontier) -> list[str]:
+    lines = [f"{'':<2}{'setting':<28}{'p50 ms':>10}{'p95 ms':>10}{'error':>10}{'cache':>9}{'flips':>7}"]
+    for i, c in enumerate(r.cells):
+        mark = "=>" if i == r.recommended else "* " if c.pareto else "  "
+        setting = f"{c.precision}, {c.cameras} cameras, {c.steps} steps"
+        cache, flips = "" if c.cache is None else f"{c.cache:.4f}", "" if c.flips is None else c.flips
+        noisy = "  noisy" if c.noise else ""
+        row = f"{mark}{setting:<28}{c.chunk_ms.p50:>10.1f}{c.chunk_ms.p95:>10.1f}{c.worst:>10.4f}{cache:>9}{flips:>7}"
+        lines.append(row + noisy)
+    lines += [f"left out: {name}: {why}" for name, why in r.skipped.items()]
+    return [
+        *lines,
+        "(*: nothing is faster and closer; error: the worst joint's p99 over the seeds' spread)",
+        r.reason,
+    ]
+
+
+def _control_lines(r: Control) -> list[str]:
+    lines = []
+    for loop in r.loops:
+        lines.append(f"{loop.fps:g} Hz: {', '.join(f'{n} {k}' for k, n in loop.counts.items() if n)}")
+        lines += [_row(f"  {name}", t) for name, t in vars(loop).items() if isinstance(t, Spread)]
+    return lines
+
+
+def main() -> None:
+    """Entry point of `smolvla-bench`."""
+    command.require_linux()
+    command.run(
+        app, mistakes=(BenchError, ExportError, QuantizeError, SmolVLAError), failures=(CheckFailed, SafetyStop)
+    )

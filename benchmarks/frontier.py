@@ -1,0 +1,219 @@
+"""What to give up to be faster: latency against error, for steps, precision and cameras.
+
+Bundles and finished cells are kept in a work folder, one file a cell, so that a crash loses one cell:
+
+    work.json                 which policy and observations these cells belong to
+    int8-2/                   the bundle in INT8 with two cameras, or int8-2.txt: why there is none
+    int8-2-10.json            its cell with ten steps
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..export.checkpoint import Checkpoint
+from ..export.int8 import HeldOut, ask_policy, hold_out
+from ..export.writer import reference_of, write_bundle
+from ..quantize import gate as gates
+from ..quantize.calibration import CalibrationSet
+from ..quantize.errors import GateError
+from ..quantize.gate import Answers, Gate
+from ..quantize.sample import Sample
+from ..runtime import Policy
+from ..runtime.backend import choose
+from ..runtime.bundle import Precision, Target
+from ..runtime.strict import encode
+from . import machine
+from .accuracy import Judge, load
+from .errors import BenchError
+from .latency import Effort, Reference, in_turns, noise, timed
+from .result import Cell, Frontier, decoded, read_json, spread, write_json
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried. cameras: how many of the policy's, the first ones; all of them where empty."""
+
+    steps: tuple[int, ...]
+    precisions: tuple[Precision, ...]
+    cameras: tuple[int, ...] = ()
+
+    def check(self, there: int) -> "Grid":
+        """Raises BenchError for a setting that cannot be had of a policy with `there` cameras."""
+        if wrong := [n for n in self.cameras if not 1 <= n <= there]:
+            raise BenchError(f"--cameras has {wrong[0]}, expected 1 to {there}, which the policy has")
+        if wrong := [n for n in self.steps if not 1 <= n <= 1000]:
+            raise BenchError(f"--steps has {wrong[0]}, expected 1 to 1000")
+        return replace(self, cameras=self.cameras or (there,))
+
+
+def measure(
+    given: Reference,
+    grid: Grid,
+    judge: Judge,
+    device: str,
+    budget_ms: float | None,
+    effort: Effort,
+    work: Path,
+    say: Callable[[str], None],
+) -> Frontier:
+    """`judge`'s source calibrates INT8 too. Raises BenchError where the work folder belongs to something else."""
+    head, gate = machine.watched(), judge.gate
+    target: Target = "cpu" if choose(device).backends[0] == "ort-cpu" else "portable"
+    say(f"reading {given.checkpoint}")
+    checkpoint = load(given)
+    grid = grid.check(len(checkpoint.config.cameras))
+    data = judge.draw(checkpoint, say)
+    _claim(work, {"weights": checkpoint.weights_sha256, "observations": data.record.sha256, "gate": encode(gate),
+                  "device": device})  # fmt: skip
+    held_out: HeldOut | None = None
+    cells, skipped = [], {}
+    for precision in grid.precisions:
+        for cameras in grid.cameras:
+            name = f"{precision}-{cameras}"
+            left = [n for n in grid.steps if not (work / f"{name}-{n}.json").is_file()]
+            if left and not (work / f"{name}.txt").is_file():
+                held_out = held_out or hold_out(reference_of(checkpoint, target), data.held_out, gate.seeds)
+                if _export(work / name, checkpoint, precision, cameras, target, data, gate, say):
+                    policy = Policy.load(work / name, device)
+                    for n in left:
+                        say(f"measuring {name}, {n} steps")
+                        cell = _cell(policy, held_out, precision, cameras, n, effort)
+                        write_json(work / f"{name}-{n}.json", encode(cell))
+                    del policy
+            if (work / f"{name}.txt").is_file():
+                skipped[name] = (work / f"{name}.txt").read_text()
+            else:
+                paths = [work / f"{name}-{n}.json" for n in grid.steps]
+                cells += [decoded(Cell, read_json(path), path) for path in paths]
+    cells = pareto(cells)
+    best, reason = recommend(cells, budget_ms, gate)
+    return Frontier(
+        **head(),
+        reference=f"{given.checkpoint} in torch float32",
+        observations=judge.drawn(data),
+        budget_ms=budget_ms,
+        cells=tuple(cells),
+        skipped=skipped,
+        recommended=best,
+        reason=reason,
+    )
+
+
+def pareto(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, marked where no other is at least as fast and as close, and better in one of them."""
+
+    def beaten(c: Cell) -> bool:
+        mine = c.chunk_ms.p50, c.worst
+        theirs = [(o.chunk_ms.p50, o.worst) for o in cells]
+        return any(o != mine and o[0] <= mine[0] and o[1] <= mine[1] for o in theirs)
+
+    return [replace(c, pareto=not beaten(c)) for c in cells]
+
+
+def recommend(cells: Sequence[Cell], budget_ms: float | None, gate: Gate) -> tuple[int | None, str]:
+    """-> the index of one cell, and why: the closest within the budget, or the fastest within the gate."""
+    if not cells:
+        return None, "nothing could be measured"
+    order = range(len(cells))
+    fastest = min(order, key=lambda i: cells[i].chunk_ms.p50)
+    if budget_ms is None:
+        kept = [i for i in order if cells[i].worst <= gate.action_p99]
+        if not kept:
+            return None, f"no setting is within the gate ({gate.action_p99:g} of the spread over seeds)"
+        best = min(kept, key=lambda i: cells[i].chunk_ms.p50)
+        return best, f"{_said(cells[best])}: the fastest within the gate ({gate.action_p99:g} of the spread)"
+    kept = [i for i in order if cells[i].chunk_ms.p95 <= budget_ms]
+    if not kept:
+        c = cells[fastest]
+        return (
+            None,
+            f"nothing is within {budget_ms:g} ms: the fastest, {_said(c)}, takes {c.chunk_ms.p95:.0f} ms (p95)",
+        )
+    best = min(kept, key=lambda i: (cells[i].worst, cells[i].chunk_ms.p50))
+    reason = f"{_said(cells[best])}: the closest to the reference within {budget_ms:g} ms"
+    if cells[best].worst > gate.action_p99:
+        reason += (
+            f"; but its error is over the gate ({cells[best].worst:.2f} of the spread, at most {gate.action_p99:g})"
+        )
+    return best, reason
+
+
+def _said(c: Cell) -> str:
+    return f"{c.precision}, {c.cameras} cameras, {c.steps} steps"
+
+
+def _claim(work: Path, ours: dict[str, Any]) -> None:
+    """Make the work folder ours, or find that it is."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "work.json"
+    if not path.is_file():
+        if any(work.iterdir()):
+            raise BenchError(f"{work} holds something else: give an empty folder with --work")
+        write_json(path, ours)
+    theirs = read_json(path)
+    if others := [key for key in ours if theirs.get(key) != ours[key]]:
+        raise BenchError(f"the cells in {work} were measured with another {', '.join(others)}: give another --work")
+
+
+def _export(
+    folder: Path,
+    checkpoint: Checkpoint,
+    precision: Precision,
+    cameras: int,
+    target: Target,
+    data: CalibrationSet,
+    gate: Gate,
+    say: Callable[[str], None],
+) -> bool:
+    """Make a bundle of the policy's first cameras, unless it is there; whether there is one now."""
+    if folder.is_dir():
+        return True
+    say(f"exporting {folder.name}")
+    first = checkpoint.processors.camera_names[:cameras]
+    dropped = checkpoint.config.cameras[cameras:]
+    features = {n: f for n, f in checkpoint.config.input_features.items() if n not in dropped}
+    fewer = replace(
+        checkpoint,
+        config=replace(checkpoint.config, input_features=features),
+        processors=replace(checkpoint.processors, camera_names=first),
+    )
+    parts = [
+        tuple(replace(s, images={name: s.images[name] for name in first}) for s in part)
+        for part in (data.calibration, data.held_out)
+    ]
+    given = replace(data, calibration=parts[0], held_out=parts[1]) if precision == "int8" else None
+    try:
+        write_bundle(fewer, folder, precision, target=target, calibration=given, gate=gate, say=say)
+    except GateError as e:
+        say(f"left out: {e}")
+        folder.with_suffix(".txt").write_text(str(e))
+        return False
+    return True
+
+
+def _cell(policy: Policy, held_out: HeldOut, precision: Precision, cameras: int, n: int, effort: Effort) -> Cell:
+    names = [c.name for c in policy.manifest.cameras]
+    asked = [replace(s, images={name: s.images[name] for name in names}) for s in held_out.samples]
+    whole = len(held_out.samples[0].images) == cameras
+
+    def ask(sample: Sample) -> gates.Asked:
+        cache, _ = ask_policy(policy, sample)
+        return cache if whole else {}, lambda x: policy.robot_units(policy.denoise(x, n))
+
+    got = gates.answers(map(ask, asked), held_out.noises)
+    expected = held_out.expected if whole else Answers([{} for _ in asked], held_out.expected.chunks)
+    errors = replace(held_out, expected=expected).compare(got)
+    o, x = asked[0], held_out.noises[0][0]
+
+    def chunk() -> float:
+        return 1e3 * timed(lambda: policy.predict_chunk(o.images, o.state, o.task, x, n))
+
+    t = spread(in_turns({"": chunk}, effort)[""])
+    if not np.isfinite(errors.action):
+        raise BenchError(f"{policy.bundle.folder} answers what is not finite with {n} steps: leave it out")
+    cache = errors.worst_cache if whole else None
+    return Cell(precision, cameras, n, "euler", t, noise(t), errors.action, cache, errors.flips, pareto=False)

@@ -1,0 +1,74 @@
+"""Sections as one HTML page, as Markdown and as JSON; and the README's part of them."""
+
+import json
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from ..runtime.strict import encode
+from .errors import BenchError
+from .report import Cell, Section
+
+BEGIN, END = "<!-- smolvla-bench table: begin -->\n", "<!-- smolvla-bench table: end -->\n"
+
+
+def html(sections: Sequence[Section]) -> str:
+    """One page that needs nothing else: styles and plots are in it."""
+    body = []
+    for section in sections:
+        level = "h2" if section.command else "h3"
+        body.append(f"<{level}>{escape(section.heading)}</{level}>")
+        if section.command:
+            body.append(f"<p>{_element('code', section.command)}</p>")
+        body += [_element("p", cell) for cell in section.sentences]
+        if section.plot:
+            body.append(section.plot())
+        if section.table:
+            head, rows = section.table.head, section.table.rows
+            lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
+            for *first, last in rows:
+                span = len(head) - len(first)
+                lines.append("".join(_element("td", cell) for cell in first) + _element("td", last, span))
+            body.append(f"<div><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>")
+    return Template(files(__package__).joinpath("page.html").read_text()).substitute(body="\n".join(body))
+
+
+def _element(tag: str, cell: Cell, span: int = 1) -> str:
+    field = f' data-field="{escape(cell.field)}"' if cell.field else ""
+    across = f' colspan="{span}"' if span > 1 else ""
+    return f"<{tag}{field}{across}>{escape(cell.text)}</{tag}>"
+
+
+def markdown(sections: Sequence[Section]) -> str:
+    """The same without plots."""
+    lines = []
+    for section in sections:
+        lines += ["", f"{'###' if section.command else '####'} {section.heading}", ""]
+        if section.command:
+            lines += [f"    {section.command.text}", ""]
+        lines += [f"{cell.text}  " for cell in section.sentences]
+        if section.table:
+            head, rows = section.table.head, section.table.rows
+            lines += [""] * bool(section.sentences) + [_row(head), "|" + "---|" * len(head)]
+            lines += [_row([cell.text for cell in row] + [""] * (len(head) - len(row))) for row in rows]
+    return "".join(f"{line}\n" for line in lines[1:])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def as_json(sections: Sequence[Section]) -> str:
+    """Headings, sentences and tables, each cell with its text and its field."""
+    kept = ("heading", "command", "sentences", "table")
+    return json.dumps([{name: encode(getattr(section, name)) for name in kept} for section in sections], indent=1)
+
+
+def into_readme(readme: str, sections: Sequence[Section], name: str) -> str:
+    """`readme` with what results say in short between its two markers. Raises BenchError where they are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise BenchError(f"{name} lacks the lines {BEGIN.strip()} and {END.strip()}: the table goes between them")
+    return before + begin + markdown([section for section in sections if section.headline]) + end + after

@@ -1,0 +1,199 @@
+"""The report's plots, one function each: numbers -> inline SVG. Needs matplotlib, of the [bench] extra.
+
+Colours are CSS variables of the page, so that a plot follows its theme; text stays text.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+from io import StringIO
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quantize.gate import TICK_DEG
+from .errors import BenchError
+from .result import Cell, Comparison, Loop
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+INK, FAINT, *SERIES = (f"#fe000{i}" for i in range(6))  # stand for var(--p0) ... var(--p5)
+WIDTH_IN, ROW_IN, MARGIN_IN = 7.2, 0.28, 0.7
+FLOOR = 1e-7  # where a logarithmic axis shows less, and 0
+STYLE: Any = {
+    "font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 4, "legend.frameon": False, "axes.grid": True,
+    "grid.linewidth": 0.5, "axes.spines.right": False, "axes.spines.top": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "grid.color": FAINT, "axes.edgecolor": FAINT,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "text.parse_math": False,  # names are the user's, with their dollars
+    "svg.fonttype": "none", "svg.hashsalt": "smolvla-edge",
+}  # fmt: skip
+
+
+def _plot(draw: "Callable[Concatenate[Figure, P], str]") -> Callable[P, str]:
+    """`draw` puts a plot on a figure and returns what it shows, in words; what is made of it returns the SVG."""
+
+    @wraps(draw)
+    def svg(*args: P.args, **kwargs: P.kwargs) -> str:
+        try:
+            from matplotlib import rc_context
+            from matplotlib.figure import Figure
+        except ImportError as e:
+            raise BenchError(f"plots need matplotlib ({e}): pip install 'smolvla-edge[bench]'") from e
+        file = StringIO()
+        with rc_context(STYLE):
+            figure = Figure(layout="constrained")
+            title = draw(figure, *args, **kwargs)
+            figure.savefig(file, format="svg", metadata={"Title": title, "Date": None})
+        unwanted = r' width="\S+pt" height="\S+pt"|<metadata>.*</metadata>|(?<=<g) id="\S+"'
+        text = re.sub(unwanted, "", file.getvalue(), flags=re.DOTALL)
+        return re.sub(r"#fe000(\d)", r"var(--p\1)", text[text.index("<svg") :])
+
+    return svg
+
+
+def _axes(figure: "Figure", height_in: float, number: int = 1) -> "list[Axes]":
+    figure.set_size_inches(WIDTH_IN, height_in)
+    return list(figure.subplots(number, sharex=True, squeeze=False)[:, 0])
+
+
+def _names(ax: "Axes", names: Sequence[str]) -> None:
+    """A row for each, the first on top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+
+
+def _line(ax: "Axes", x: float, name: str) -> None:
+    """A vertical line to compare with."""
+    ax.axvline(x, color=SERIES[1], linestyle="--")
+    ax.annotate(name, (x, 1), (3, 3), ("data", "axes fraction"), "offset points", color=SERIES[1])
+
+
+def _log(ax: "Axes", which: str) -> None:
+    """A logarithmic axis, x or y, of whole decades."""
+    ax.set(**{f"{which}scale": "log"})
+    low, high = np.log10(getattr(ax, f"get_{which}lim")())
+    ax.set(**{f"{which}lim": (10.0 ** np.floor(low), 10.0 ** np.ceil(high))})
+    getattr(ax, f"{which}axis").set_major_formatter("{x:g}")
+
+
+def _legend(figure: "Figure") -> None:
+    figure.legend(loc="outside upper left", ncols=5, columnspacing=1.4)
+
+
+@_plot
+def strips(
+    figure: "Figure",
+    rows: Sequence[tuple[str, Sequence[float], str]],
+    unit: str,
+    log: bool = False,
+    line: tuple[float, str] | None = None,
+) -> str:
+    """rows: name, measurements, what to write beside them. A dot for each measurement, a bar for their median."""
+    (ax,) = _axes(figure, len(rows) * ROW_IN + MARGIN_IN)
+    for y, (_, values, said) in enumerate(rows):
+        v = np.maximum(values, FLOOR if log else -np.inf)
+        ax.plot(v, y + 0.2 * np.sin(2.4 * np.arange(len(v))), ".", color=SERIES[0], alpha=0.5)
+        ax.vlines(float(np.median(v)), y - 0.36, y + 0.36, color=INK, linewidth=1.6)
+        ax.annotate(said, (float(v.max()), y), (6, 0), textcoords="offset points", va="center")
+    _names(ax, [name for name, *_ in rows])
+    ax.set_xlabel(unit)
+    if log:
+        _log(ax, "x")
+    else:
+        ax.set_xlim(left=0)
+    if line:
+        _line(ax, *line)
+    return f"every measurement of {', '.join(name for name, *_ in rows)}"
+
+
+@_plot
+def joints(figure: "Figure", comparisons: Sequence[Comparison]) -> str:
+    """Each joint's error beside what it is to be judged by: a servo tick, the spread over seeds, wrong on purpose."""
+    bundle, *controls = comparisons
+    y = np.arange(len(bundle.joints))
+    (ax,) = _axes(figure, len(y) * ROW_IN + MARGIN_IN)
+
+    def errors(field: str, of: Comparison = bundle) -> NDArray[np.float64]:
+        return np.maximum([getattr(joint, field) for joint in of.joints], FLOOR)
+
+    ax.hlines(y, errors("p50"), errors("max"), color=SERIES[0], linewidth=4, alpha=0.4, label="p50 to max")
+    ax.plot(errors("p99"), y, "o", color=SERIES[0], label="p99")
+    ax.vlines(errors("spread"), y - 0.3, y + 0.3, color=INK, linewidth=2, label="spread over seeds")
+    for i, control in enumerate(controls):
+        name = "" if i else "p99 of what is wrong on purpose"
+        ax.plot(errors("p99", control), y, "x", color=SERIES[1], label=name)
+    if len(ticked := y[[joint.ticks is not None for joint in bundle.joints]]):
+        ax.vlines([TICK_DEG] * len(ticked), ticked - 0.5, ticked + 0.5, color=SERIES[2], ls="--", label="servo tick")
+    _names(ax, [joint.name for joint in bundle.joints])
+    _log(ax, "x")
+    ax.set_xlabel("error, robot units (degrees where there is a tick)")
+    _legend(figure)
+    return "error of each joint"
+
+
+@_plot
+def drift(figure: "Figure", comparisons: Sequence[Comparison]) -> str:
+    """RMS error along the chunk."""
+    (ax,) = _axes(figure, 2.4)
+    for i, comparison in enumerate(comparisons):
+        ax.plot(np.maximum(comparison.drift, FLOOR), color=SERIES[i % len(SERIES)], label=comparison.name)
+    _log(ax, "y")
+    ax.set_xlabel("action of the chunk")
+    ax.set_ylabel("RMS error / spread over seeds")
+    _legend(figure)
+    return "error along the chunk"
+
+
+@_plot
+def frontier(figure: "Figure", cells: Sequence[Cell], recommended: Cell | None, budget_ms: float | None) -> str:
+    """Latency against error; a line for each precision and number of cameras, the steps beside its points."""
+    (ax,) = _axes(figure, 3.4)
+    lines: dict[tuple[str, int], list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.steps):
+        lines.setdefault((cell.precision, cell.cameras), []).append(cell)
+    precisions = list(dict.fromkeys(precision for precision, _ in lines))
+    for (precision, cameras), line in lines.items():
+        look: dict[str, Any] = {"color": SERIES[precisions.index(precision) % len(SERIES)]}
+        x, y = [cell.chunk_ms.p50 for cell in line], [max(cell.worst, 1e-3) for cell in line]
+        dashes = "-" if cameras == max(cell.cameras for cell in cells) else ":"
+        ax.plot(x, y, linestyle=dashes, label=f"{precision}, {cameras} cameras", **look)
+        for cell, at in zip(line, zip(x, y, strict=True), strict=True):
+            ax.plot(*at, "o", fillstyle="full" if cell.pareto else "none", markersize=6 if cell.pareto else 4, **look)
+            ax.annotate(str(cell.steps), at, (5, 3), textcoords="offset points", **look)
+            if cell == recommended:
+                ax.plot(*at, "o", color=INK, fillstyle="none", markersize=12)
+                ax.annotate("recommended", at, (-8, -11), textcoords="offset points", ha="right")
+    ax.set_xlim(left=0)
+    _log(ax, "y")
+    ax.set_ylim(bottom=7e-4)
+    ax.set_xlabel("chunk, p50, ms (numbers are steps; filled: nothing is both faster and closer)")
+    ax.set_ylabel("worst joint, p99 / spread (or below 0.001)")
+    if budget_ms is not None:
+        ax.axvline(budget_ms, color=INK, linestyle="--")
+        ax.annotate(f"budget {budget_ms:g} ms", (budget_ms, 0), (3, 3), ("data", "axes fraction"), "offset points")
+    _legend(figure)
+    return "latency against error"
+
+
+@_plot
+def loop(figure: "Figure", run: Loop) -> str:
+    """How far each period was off, and the actions left, over time."""
+    above, below = _axes(figure, 3.0, 2)
+    if run.period_error_ms:
+        values = run.period_error_ms.values
+        above.plot(np.arange(1, len(values) + 1) / run.fps, np.maximum(values, 1e-3), color=SERIES[0], linewidth=0.7)
+        _log(above, "y")
+        above.set_ylim(bottom=7e-4)
+    above.set_ylabel("period off by, ms")
+    below.plot(np.arange(len(run.queued)) / run.fps, run.queued, color=SERIES[2], linewidth=0.9)
+    below.set_ylabel("actions queued")
+    below.set_ylim(bottom=0)
+    below.set_xlabel("seconds")
+    return f"period and queue at {run.fps:g} Hz"

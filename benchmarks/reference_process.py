@@ -93,6 +93,8 @@ def observation(bundle: Bundle) -> tuple[dict[str, Any], Any, str, Any]:
 
 def main() -> None:
     """Serve chunks until stdin ends."""
+    import torch
+
     from ..export.checkpoint import load_checkpoint
 
     asked = Asked(**json.loads(sys.argv[1]))
@@ -100,6 +102,7 @@ def main() -> None:
     with ExitStack() as stack:
         serve = _lerobot if asked.kind == "lerobot" else _views
         chunk, tokens, note = serve(asked, checkpoint, Bundle.open(asked.bundle), stack)
+        note = f"torch {torch.__version__}, {torch.get_num_threads()} threads{note}"
         print(_ANSWER, json.dumps([checkpoint.weights_sha256, tokens, note]), sep="", flush=True)
         for _ in sys.stdin:
             start = time.perf_counter()
@@ -138,7 +141,7 @@ def _views(asked: Asked, checkpoint: Any, bundle: Bundle, stack: ExitStack) -> S
         return m.action.normalization.unnormalize(x.cpu().numpy()[0, :, : m.action.dim])
 
     tokens = int(preprocessor.feeds(images, state, task)["token_mask"].sum())
-    return chunk, tokens, f"torch {torch.__version__}"
+    return chunk, tokens, ""
 
 
 def _lerobot(asked: Asked, checkpoint: Any, bundle: Bundle, stack: ExitStack) -> Served:
@@ -155,7 +158,7 @@ def _lerobot(asked: Asked, checkpoint: Any, bundle: Bundle, stack: ExitStack) ->
         names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255 for name, image in images.items()
     }
     batch |= {"observation.state": torch.from_numpy(state), "task": task}
-    note = f"lerobot {lerobot.__version__}, transformers {transformers.__version__}, torch {torch.__version__}; "
+    note = f", lerobot {lerobot.__version__}, transformers {transformers.__version__}; "
     note += "patched: two token ids in place of the VLM's processor"
     if asked.dtype == "float32" and transformers.__version__.startswith(("4.55", "4.56", "4.57")):
         stack.enter_context(vision_positions())

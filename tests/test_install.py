@@ -79,9 +79,12 @@ def test_exporting_from_the_lean_runtime_says_what_to_install(lean, tmp_path):
     assert "with its [export] extra" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["smolvla-audit", "smolvla-doctor", "smolvla-export", "smolvla-run"])
-def test_every_command_has_a_version_and_a_help_with_defaults(lean, tmp_path, command):
+@pytest.mark.parametrize(
+    "line", ["smolvla-audit", "smolvla-bench latency", "smolvla-doctor", "smolvla-export", "smolvla-run"]
+)
+def test_every_command_has_a_version_and_a_help_with_defaults(lean, tmp_path, line):
+    command, *more = line.split()
     assert run(lean / command, "--version", cwd=tmp_path).stdout.startswith("smolvla-edge 0.")
-    shown = run(lean / command, "--help", cwd=tmp_path)
+    shown = run(lean / command, *more, "--help", cwd=tmp_path)
     assert shown.returncode == 0
     assert "default:" in shown.stdout

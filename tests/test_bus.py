@@ -13,23 +13,15 @@ from smolvla_edge.devices.bus import FeetechBus, Reading
 from smolvla_edge.devices.errors import ArmError, BusError
 from smolvla_edge.devices.port import Port
 from smolvla_edge.devices.sts3215 import Register
-from smolvla_edge.devices.virtual_arm import VirtualArm
 
 IDS = (1, 2, 3, 4, 5, 6)
 TIOCGEXCL = 0x80045440
 POSITION = Register.PRESENT_POSITION
 
 
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
 @pytest.fixture
-def arm(started):
-    started.reset()
-    return started
+def arm(virtual):
+    return virtual
 
 
 @pytest.fixture

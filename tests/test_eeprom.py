@@ -8,26 +8,19 @@ from smolvla_edge.devices.eeprom import configuration, write_differences
 from smolvla_edge.devices.errors import ArmError
 from smolvla_edge.devices.inspection import inspect
 from smolvla_edge.devices.sts3215 import Register
-from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
+from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
 
 EPROM = [register for register in Register if register.area == "EPROM"]
 
 
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
 @pytest.fixture
-def virtual(started):
+def virtual(virtual):
     """Servos as they come from the factory, but calibrated, and locked."""
-    started.reset()
     for servo_id in IDS:
-        for register in (*configuration(6, started.registers(servo_id)), Register.LOCK):
+        for register in (*configuration(6, virtual.registers(servo_id)), Register.LOCK):
             factory = {Register.LOCK: 1, Register.PHASE: 12}.get(register, register.default)
-            started.set_register(servo_id, register, factory)
-    return started
+            virtual.set_register(servo_id, register, factory)
+    return virtual
 
 
 @pytest.fixture

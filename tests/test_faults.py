@@ -27,18 +27,6 @@ def from_home(*degrees):
     return HOME + np.array([*degrees, *[0] * (6 - len(degrees))])
 
 
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
-@pytest.fixture
-def virtual(started):
-    started.reset()
-    return started
-
-
 @pytest.fixture
 def arm(virtual):
     """An energised arm; afterwards every servo is off, and nothing was seen that must not be."""

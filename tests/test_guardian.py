@@ -51,16 +51,9 @@ with FeetechBus(sys.argv[1], reply_margin_s=0.05) as bus:
 """
 
 
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
 @pytest.fixture
-def arm(started):
-    started.reset()
-    return started
+def arm(virtual):
+    return virtual
 
 
 class Host:

@@ -21,18 +21,6 @@ MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
 HOME = [0.0, 0.0, 0.0, 0.0, 0.0, 50.0]
 
 
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
-@pytest.fixture
-def virtual(started):
-    started.reset()
-    return started
-
-
 def driver(virtual, calibration=VIRTUAL_CALIBRATION, units=Units.DEGREES, **options):
     return SO101(virtual.port, calibration, units, **options)
 

@@ -11,23 +11,11 @@ from smolvla_edge.devices.errors import BusError
 from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.telemetry import Telemetry
 from smolvla_edge.devices.units import Units, to_values
-from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
+from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
 
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
 PERIOD_S = 1 / 30
-
-
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
-@pytest.fixture
-def virtual(started):
-    started.reset()
-    return started
 
 
 class Reader:

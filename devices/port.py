@@ -19,6 +19,7 @@ from .errors import BusError, BusLost
 
 # A hung-up port raises termios.error too, which is no OSError, and one that another thread closes TypeError.
 PORT_ERRORS = (serial.SerialException, OSError, termios.error, TypeError)
+BAUDRATE, WRITE_TIMEOUT_S = 1_000_000, 0.1
 # By (vendor, product) id: the servo boards of Waveshare and Seeed carry the first, older adapters the second.
 ADAPTERS = {(0x1A86, 0x55D3): "CH343", (0x1A86, 0x7523): "CH340"}
 BY_ID = Path("/dev/serial/by-id")
@@ -41,14 +42,14 @@ def find_port() -> tuple[str, str]:
 class Port:
     """An open serial port. BusError when it cannot be opened, BusLost from any method once it is gone."""
 
-    def __init__(self, path: str, baudrate: int, write_timeout_s: float) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
         try:
             self._serial: Any = serial.Serial(
-                path, baudrate, timeout=0, write_timeout=write_timeout_s, exclusive=True
+                path, BAUDRATE, timeout=0, write_timeout=WRITE_TIMEOUT_S, exclusive=True
             )
         except (*PORT_ERRORS, ValueError) as error:
-            raise BusError(_open_problem(path, baudrate, error)) from error
+            raise BusError(_open_problem(path, error)) from error
         try:
             with self._mapped():
                 # exclusive=True is only flock, which plain opens ignore.
@@ -96,7 +97,7 @@ class Port:
             ) from error
 
 
-def _open_problem(port: str, baudrate: int, error: BaseException) -> str:
+def _open_problem(port: str, error: BaseException) -> str:
     code = getattr(error, "errno", None) or (error.args[0] if error.args else None)
     if code == errno.ENOENT:
         return f"no port {port}. Serial ports here: {_listing(list_ports.comports())}. Check the USB cable."
@@ -108,7 +109,7 @@ def _open_problem(port: str, baudrate: int, error: BaseException) -> str:
     if code in (errno.EBUSY, errno.EAGAIN) or "exclusively lock" in str(error):
         holders = ", ".join(_holders(port)) or "unknown (other users' processes are not visible)"
         return f"{port} is in use. Open in: {holders}. Close that program first."
-    return f"cannot open {port} at {baudrate} baud: {error}. Expected the serial port of the servo board."
+    return f"cannot open {port} at {BAUDRATE} baud: {error}. Expected the serial port of the servo board."
 
 
 def _lasting_path(port: Any) -> str:

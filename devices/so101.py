@@ -341,7 +341,7 @@ class SO101:
                 }
                 for servo_id, goal, velocity in zip(IDS, emitted.raw, self._goal_velocities, strict=True)
             }
-            self.bus.sync_write_block(Register.ACCELERATION, Register.GOAL_VELOCITY, block)
+            self.bus.sync_write_block(block)
         return emitted
 
     def _require_enabled(self, action: str) -> JointState:

@@ -6,6 +6,7 @@ since the last one is not believed.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class Telemetry:
         self._jumps = dict.fromkeys(IDS, 0)
         self.unbelieved = self.unanswered = 0
 
-    def read(self, budget_s: float | None = None) -> JointState:
+    def read(self, budget_s: float = math.inf) -> JointState:
         """All joints in one request; `budget_s` bounds how long missing ones are asked again."""
         time_s = time.monotonic()
         blocks = self._bus.sync_read(IDS, FIRST, LAST, budget_s)
@@ -74,9 +75,9 @@ class Telemetry:
             self._take(servo_id, blocks.get(servo_id), time_s)
         return self._state(time_s)
 
-    def powered_off(self, budget_s: float | None = None) -> tuple[int, ...]:
+    def powered_off(self, budget_s: float = math.inf) -> tuple[int, ...]:
         """Ids of the servos whose torque is off; those that do not answer are left out."""
-        blocks = self._bus.sync_read(IDS, Register.TORQUE_ENABLE, None, budget_s)
+        blocks = self._bus.sync_read(IDS, Register.TORQUE_ENABLE, budget_s=budget_s)
         return tuple(i for i, block in blocks.items() if block.values[Register.TORQUE_ENABLE] == 0)
 
     def trust(self) -> None:

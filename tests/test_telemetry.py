@@ -1,5 +1,6 @@
 """What the servos report, read from the virtual arm: decoded, aged, and not believed when it cannot be."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ class Reader:
         self.time_s = 100.0
         self.telemetry = Telemetry(bus, VIRTUAL_CALIBRATION, units)
 
-    def read(self, after_s=PERIOD_S, budget_s=None):
+    def read(self, after_s=PERIOD_S, budget_s=math.inf):
         self.time_s += after_s
         return self.telemetry.read(budget_s)
 
@@ -101,7 +102,7 @@ def test_a_joint_that_falls_silent_keeps_its_last_values_and_their_age_tells(vir
 
 def test_a_joint_is_asked_again_only_within_the_budget(virtual, reader):
     reader.read()
-    for budget_s, missed in ((None, 0), (0.0, 1)):
+    for budget_s, missed in ((math.inf, 0), (0.0, 1)):
         virtual.inject("mute", 3)
         assert reader.read(budget_s=budget_s).missed[2] == missed
 

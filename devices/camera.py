@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CameraError
-from .shared_frame import SharedFrameReader
+from .shared_frame import read_frame
 
 # Seconds OpenCV waits for a stalled V4L2 device, 10 unless told; it looks once, before the first capture.
 SELECT_TIMEOUT_VARIABLE, SELECT_TIMEOUT_S = "OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT", "2"
@@ -234,29 +234,19 @@ class SharedFrameCamera:
     def __init__(self, name: str, path: str | Path) -> None:
         self.name = name
         self._path = Path(path)
-        self._reader: SharedFrameReader | None = None
+        self._frame: Frame | None = None
 
     def open(self) -> None:
-        if self._reader is not None:
-            return
-        self._reader = SharedFrameReader(self._path)
-        deadline = time.monotonic() + OPEN_LIMIT_S
-        while self._reader.read() is None:
-            if time.monotonic() > deadline:
-                self.close()
-                raise CameraError(f"camera {self.name}: no picture in {self._path} for {OPEN_LIMIT_S} s.")
-            time.sleep(0.01)
+        self.latest()
 
     def latest(self) -> Frame:
-        picture = self._reader.read() if self._reader else None
-        if picture is None:
-            raise CameraError(f"camera {self.name} is not open. Call open() first.")
-        return Frame(*picture)
+        image, time_s, number = read_frame(self._path)
+        if self._frame is None or number != self._frame.number:
+            self._frame = Frame(image, time_s, number)
+        return self._frame
 
     def close(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
+        self._frame = None
 
 
 def open_camera(name: str, source: str | int, width: int = 640, height: int = 480, fps: float = 30.0) -> Camera:

@@ -18,7 +18,6 @@ ENCODER_MAX = TICKS_PER_TURN - 1
 NO_LOAD_TICKS_PER_S = 3400
 # The current position becomes 2048 when this is written to Torque_Enable: it rewrites the calibration.
 TORQUE_ENABLE_RECENTRE = 128
-PHASE_ZERO_SPEED_IS_MAX = 0x08
 PHASE_MULTI_TURN = 0x10
 
 Area = Literal["EPROM", "SRAM", "FACTORY"]

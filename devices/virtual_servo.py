@@ -18,7 +18,6 @@ from .sts3215 import (
     FORBIDDEN_WRITES,
     NO_LOAD_TICKS_PER_S,
     PHASE_MULTI_TURN,
-    PHASE_ZERO_SPEED_IS_MAX,
     TICKS_PER_TURN,
     TORQUE_ENABLE_RECENTRE,
     Register,
@@ -67,20 +66,19 @@ class VirtualServo:
         self.stuck = False
         self.error = 0
         self._forced: dict[Register, bytes] = {}
-        self._pending: tuple[int, bytes] | None = None
         self._memory = bytearray(MEMORY_BYTES)
         values = VARIANT_VALUES | (GRIPPER_VALUES if servo_id == IDS[-1] else {})
         for register in Register:
-            self.poke(register, values.get(register, register.default or 0))
-        self.poke(Register.ID, servo_id)
-        self.poke(Register.HOMING_OFFSET, joint.homing_offset)
-        self.poke(Register.MIN_POSITION_LIMIT, joint.range_min)
-        self.poke(Register.MAX_POSITION_LIMIT, joint.range_max)
+            self.set_register(register, values.get(register, register.default or 0))
+        self.set_register(Register.ID, servo_id)
+        self.set_register(Register.HOMING_OFFSET, joint.homing_offset)
+        self.set_register(Register.MIN_POSITION_LIMIT, joint.range_min)
+        self.set_register(Register.MAX_POSITION_LIMIT, joint.range_max)
         self._lasting = bytes(self._memory)
         self._velocity = 0.0  # ticks/s
         self._angle = 0.0  # of the shaft, ticks; the encoder shows it modulo a turn
         self._last_goal = 0  # the one that was sent, even if it was lost
-        self.poke(Register.PRESENT_POSITION, pose)
+        self.set_register(Register.PRESENT_POSITION, pose)
 
     @property
     def position(self) -> float:
@@ -90,7 +88,7 @@ class VirtualServo:
     def peek(self, register: Register) -> int:
         return decode(register, bytes(self._memory[register.address : register.end]))
 
-    def poke(self, register: Register, value: int) -> None:
+    def set_register(self, register: Register, value: int) -> None:
         """Set any register from outside, as no bus can; Present_Position moves the servo there."""
         self._memory[register.address : register.end] = encode(register, value)
         if register is Register.PRESENT_POSITION:
@@ -105,9 +103,9 @@ class VirtualServo:
         if value is not None:
             self._forced[register] = encode(register, value)
 
-    def registers(self) -> dict[str, int]:
-        """Every register by name, as it is: nothing forced."""
-        return {register.name: self.peek(register) for register in Register}
+    def registers(self) -> dict[Register, int]:
+        """Every register as it is: nothing forced."""
+        return {register: self.peek(register) for register in Register}
 
     def read(self, address: int, size: int) -> bytes:
         """`size` bytes from `address`; addresses that do not exist read 0."""
@@ -164,27 +162,15 @@ class VirtualServo:
                     lasting[at] = data[at - address]
         self._lasting = bytes(lasting)
         if self.peek(Register.TORQUE_ENABLE) == TORQUE_ENABLE_RECENTRE:
-            self.poke(Register.TORQUE_ENABLE, torque)
-
-    def prepare(self, address: int, data: bytes) -> None:
-        """Keep a write until `act`."""
-        self._pending = (address, data)
-        self.poke(Register.ASYNC_WRITE_FLAG, 1)
-
-    def act(self) -> tuple[int, bytes] | None:
-        """Hand out the kept write, once."""
-        pending, self._pending = self._pending, None
-        self.poke(Register.ASYNC_WRITE_FLAG, 0)
-        return pending
+            self.set_register(Register.TORQUE_ENABLE, torque)
 
     def reboot(self) -> None:
         """Lose power and come back: torque off, volatile registers as at power-up, goal at the position."""
         self._memory[:] = self._lasting
-        self._pending = None
         self._velocity = 0.0
         self._show(0.0)
-        self.poke(Register.GOAL_POSITION, self.peek(Register.PRESENT_POSITION))
-        self.poke(Register.TORQUE_LIMIT, self.peek(Register.MAX_TORQUE_LIMIT))
+        self.set_register(Register.GOAL_POSITION, self.peek(Register.PRESENT_POSITION))
+        self.set_register(Register.TORQUE_LIMIT, self.peek(Register.MAX_TORQUE_LIMIT))
 
     def advance(self, dt_s: float) -> None:
         """Move on by `dt_s` and bring the Present registers up to date."""
@@ -194,10 +180,7 @@ class VirtualServo:
         if low < high:
             goal = min(high, max(low, goal))
         distance = goal - self.position if energised else 0.0
-        speed_limit = float(abs(self.peek(Register.GOAL_VELOCITY)))
-        if speed_limit == 0 and self.peek(Register.PHASE) & PHASE_ZERO_SPEED_IS_MAX:
-            speed_limit = NO_LOAD_TICKS_PER_S
-        speed_limit = min(speed_limit, NO_LOAD_TICKS_PER_S)
+        speed_limit = min(abs(self.peek(Register.GOAL_VELOCITY)), NO_LOAD_TICKS_PER_S)
         # 0 means no limit; 254 is as good as none.
         acceleration = (self.peek(Register.ACCELERATION) or 254) * ACCELERATION_UNIT
         wanted = math.copysign(min(speed_limit, math.sqrt(2 * acceleration * abs(distance))), distance)

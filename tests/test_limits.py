@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from smolvla_edge.devices.errors import ArmError
-from smolvla_edge.devices.limits import BOUNDS, NOT_ABOVE, Limits
+from smolvla_edge.devices.limits import NOT_ABOVE, Limits
 from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
+
+BOUNDS = {limit.name: limit.metadata["bounds"] for limit in dataclasses.fields(Limits)}
 
 
 def refusal(**values):

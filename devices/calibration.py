@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from .errors import CalibrationError
 from .sts3215 import ENCODER_MAX, Register
@@ -22,7 +21,6 @@ IDS = tuple(range(1, len(JOINT_NAMES) + 1))
 ROBOT_NAMES = ("so101_follower", "so_follower", "so100_follower")
 MAX_OFFSET = 2047
 MIN_SPAN = 100
-_KEYS = ("id", "drive_mode", "homing_offset", "range_min", "range_max")
 
 
 def joint_label(servo_id: int) -> str:
@@ -76,25 +74,16 @@ class Calibration:
         """From the parsed JSON of a calibration file."""
         if not isinstance(data, dict):
             raise CalibrationError(_refusal(source, ["not a JSON object of six joints"]))
+        keys = tuple(field.name for field in fields(JointCalibration))
         problems = [f"unknown joint {name!r}" for name in data if name not in JOINT_NAMES]
         joints = []
-        for name in JOINT_NAMES:
+        for number, name in enumerate(JOINT_NAMES, start=1):
             entry = data.get(name)
-            if not isinstance(entry, dict):
-                problems.append(f"{name}: missing" if name not in data else f"{name}: not an object")
-                continue
-            missing = [key for key in _KEYS if key not in entry]
-            unknown = [str(key) for key in entry if key not in _KEYS]
-            wrong = [key for key in _KEYS if key in entry and type(entry[key]) is not int]
-            for label, keys in (("missing", missing), ("unknown", unknown), ("not an integer:", wrong)):
-                if keys:
-                    problems.append(f"{name}: {label} {', '.join(keys)}")
-            if not missing and not wrong:
-                joint = JointCalibration(**{key: entry[key] for key in _KEYS})
-                joints.append(joint)
-                if len(problems) > 0:
-                    # __post_init__ will not run: name the values' problems now, with the others.
-                    problems += [f"{name}: {p}" for p in _joint_problems(JOINT_NAMES.index(name) + 1, joint)]
+            if isinstance(entry, dict) and {*entry} == {*keys} and {*map(type, entry.values())} == {int}:
+                joints.append(JointCalibration(**entry))
+                problems += [f"{name}: {problem}" for problem in _joint_problems(number, joints[-1])]
+            else:
+                problems.append(f"{name}: {entry!r}, expected integers for {', '.join(keys)}")
         if problems:
             raise CalibrationError(_refusal(source, problems))
         return cls(tuple(joints), source)
@@ -123,19 +112,21 @@ def load_calibration(path_or_id: str | Path, environ: Mapping[str, str] = os.env
     Raises CalibrationError when none or several are found, or the file is not sane.
     """
     text = str(path_or_id)
-    path = Path(text).expanduser()
-    if path.is_file():
-        return _load(path)
-    if not text or path.suffix == ".json" or len(path.parts) != 1:
+    given = Path(text).expanduser()
+    if not given.is_file() and (not text or given.suffix == ".json" or len(given.parts) != 1):
         raise CalibrationError(f"no calibration file {text!r}. Give an existing file or a robot id.")
-    found = _saved(text, environ)
-    if found is None:
+    path = given if given.is_file() else _saved(text, environ)
+    if path is None:
         listing = "\n  ".join(map(str, _places(text, environ)))
         raise CalibrationError(
             f"no calibration for id {text!r}. Calibrate the arm (smolvla-calibrate --id {text}) or give a file. "
             f"Looked at:\n  {listing}"
         )
-    return _load(found)
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"cannot read calibration {path}: {error}.") from error
+    return Calibration.from_dict(data, str(path))
 
 
 def calibration_path(robot_id: str, environ: Mapping[str, str] = os.environ) -> Path:
@@ -165,14 +156,6 @@ def _calibration_folder(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HF_LEROBOT_HOME") or f"{home}/lerobot").expanduser() / "calibration"
 
 
-def _load(path: Path) -> Calibration:
-    try:
-        data: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"cannot read calibration {path}: {error}.") from error
-    return Calibration.from_dict(data, str(path))
-
-
 def _joint_problems(number: int, joint: JointCalibration) -> list[str]:
     problems = []
     if joint.id != number:
@@ -182,10 +165,8 @@ def _joint_problems(number: int, joint: JointCalibration) -> list[str]:
     if abs(joint.homing_offset) > MAX_OFFSET:
         problems.append(f"homing_offset {joint.homing_offset}, expected -{MAX_OFFSET} to {MAX_OFFSET}")
     low, high = joint.range_min, joint.range_max
-    if not 0 <= low < high <= ENCODER_MAX:
-        problems.append(f"range {low} to {high}, expected 0 <= range_min < range_max <= {ENCODER_MAX}")
-    elif high - low < MIN_SPAN:
-        problems.append(f"range {low} to {high} spans {high - low} ticks, expected {MIN_SPAN} or more")
+    if not 0 <= low <= high - MIN_SPAN <= ENCODER_MAX - MIN_SPAN:
+        problems.append(f"range {low} to {high}, expected {MIN_SPAN} ticks or more within 0 to {ENCODER_MAX}")
     return problems
 
 

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from .calibration import JOINT_NAMES, Calibration
 from .errors import ArmError
 from .limits import JOINTS, TICKS_PER_DEG, Limits
-from .units import Scale, Units, to_raw, to_values
+from .units import Units, to_raw, to_values
 
 # Far outside any range, yet small enough that the conversion to ticks cannot overflow.
 LARGEST_VALUE = 1e6
@@ -87,6 +87,9 @@ class MotionShaper:
         self._pause_s = max(limits.action_max_age_s, 2 / rate_hz)
         self._low = np.array([j.range_min for j in calibration.joints], np.int64) + limits.margin_ticks
         self._high = np.array([j.range_max for j in calibration.joints], np.int64) - limits.margin_ticks
+        # Beyond these, the conversion itself clamps.
+        whole = math.inf if units is Units.DEGREES else 100.0
+        self._smallest, self._largest = np.array([-whole] * 5 + [0]), np.array([whole] * 5 + [100])
         self._speed = limits.ticks_per_s(calibration)
         self._first_speed = limits.ticks_per_s(calibration, first_move=True)
         self._accel = limits.accel_deg_s2 * TICKS_PER_DEG or math.inf
@@ -166,7 +169,7 @@ class MotionShaper:
         far[-1] &= not self._gripper_led  # a gripper that holds something never arrives
         self._ramping = (self._ramping or paused) and bool(far.any())
         self._accepted, self._accepted_s = aim, time_s
-        clipped = (aim != wanted) | self._outside_scale(values)
+        clipped = (aim != wanted) | (values < self._smallest) | (values > self._largest)
         return self._step(aim, present_raw, time_s, clipped)
 
     def hold(self, present_raw: ArrayLike, time_s: float, reason: str = "") -> Emitted:
@@ -236,14 +239,6 @@ class MotionShaper:
                 result[joint] = present[joint] + sign * min(EASED_LEAD_TICKS, abs(goal[joint] - present[joint]))
         return np.asarray(result, np.float64)
 
-    def _outside_scale(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Joints whose conversion itself has clamped the value, [6] bool."""
-        low = {Scale.DEGREES: -math.inf, Scale.RANGE_M100_100: -100.0, Scale.RANGE_0_100: 0.0}
-        high = {Scale.DEGREES: math.inf, Scale.RANGE_M100_100: 100.0, Scale.RANGE_0_100: 100.0}
-        scales = self._units.scales
-        outside = [not low[s] <= v <= high[s] for s, v in zip(scales, values, strict=True)]
-        return np.array(outside, np.bool_)
-
 
 def _checked(target: ArrayLike) -> tuple[NDArray[np.float64], str]:
     """The target as [6] float64, or the reason why it is none."""
@@ -252,11 +247,8 @@ def _checked(target: ArrayLike) -> tuple[NDArray[np.float64], str]:
         array = np.asarray(target)
     except (TypeError, ValueError):
         return nothing, f"target is not an array of {JOINTS} numbers"
-    if array.dtype.kind not in "fiu":
-        return nothing, f"target is {array.dtype}, expected {JOINTS} numbers"
-    if array.shape != (JOINTS,):
-        return nothing, f"target has shape {list(array.shape)}, expected [{JOINTS}]"
+    if array.dtype.kind not in "fiu" or array.shape != (JOINTS,):
+        return nothing, f"target is {array.dtype} {list(array.shape)}, expected {JOINTS} numbers"
     if not np.isfinite(array).all():
-        names = [name for name, value in zip(JOINT_NAMES, array, strict=True) if not np.isfinite(value)]
-        return nothing, f"target is not finite for {', '.join(names)}"
+        return nothing, f"target is not finite for {', '.join(np.array(JOINT_NAMES)[~np.isfinite(array)])}"
     return array.astype(np.float64), ""

@@ -53,9 +53,6 @@ def test_a_picture_file_is_a_camera_in_rgb(tmp_path):
     assert 0 <= time.monotonic() - frame.time_s < 1
     frame.image[:] = 0
     assert np.array_equal(camera.latest().image, red_picture())
-    camera.close()
-    with pytest.raises(CameraError, match="not open"):
-        camera.latest()
 
 
 def test_a_file_that_is_no_picture_is_refused(tmp_path):
@@ -95,8 +92,6 @@ def test_a_video_file_is_shown_when_it_is_due_and_ends_with_its_camera(video):
         assert camera.latest().time_s <= time.monotonic()
     camera.close()
     assert threading.active_count() == threads
-    with pytest.raises(CameraError, match="not open"):
-        camera.latest()
 
 
 def test_a_video_file_with_an_absurd_rate_is_shown_at_thirty(tmp_path):

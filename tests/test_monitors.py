@@ -271,8 +271,8 @@ def test_a_gripper_that_presses_hard_is_eased_before_it_trips_and_the_arm_goes_o
 def test_a_gripper_around_something_hard_is_eased_once_and_keeps_a_light_pressure(own):
     """Shaper, monitors and a blocked servo in a loop, for 20 s: no hunting between pressing and easing."""
     servo = VirtualServo(6, VIRTUAL_CALIBRATION.joints[5], 2748)
-    servo.poke(Register.TORQUE_ENABLE, 1)
-    servo.poke(Register.TORQUE_LIMIT, 500)
+    servo.set_register(Register.TORQUE_ENABLE, 1)
+    servo.set_register(Register.TORQUE_LIMIT, 500)
     servo.stuck = True
     watched = monitors(own=own)
     shaper = MotionShaper(VIRTUAL_CALIBRATION, Units.DEGREES, Limits(), 30.0)
@@ -282,7 +282,7 @@ def test_a_gripper_around_something_hard_is_eased_once_and_keeps_a_light_pressur
     for tick in range(1, 600):
         raw = np.array([*middle[:5], servo.peek(Register.PRESENT_POSITION)])
         goal = shaper.shape([0, 0, 0, 0, 0, 0.0], raw, tick / 30).raw
-        servo.poke(Register.GOAL_POSITION, goal[5])
+        servo.set_register(Register.GOAL_POSITION, goal[5])
         servo.advance(1 / 30)
         load, current = servo.peek(Register.PRESENT_LOAD) / 10, servo.peek(Register.PRESENT_CURRENT) * MA_PER_STEP
         state = dataclasses.replace(reading(tick / 30, 5, load=load, current=current), raw=raw)

@@ -84,6 +84,7 @@ class FeetechBus:
     reply_margin_s: how long an answer may be late beyond wire time and servo turnaround.
     reply_gap_s: how long the next answer to a sync read may be later than the one before; a bus whose first
     answer took longer is given twice that, up to the margin.
+    fd: the port, opened by another process; what it still had to send is thrown away.
     on_write: called with (id, register, value) before each register write, id 254 for all; a journal. Sync
     writes, the goals of every tick, are not reported.
     Methods raise BusError when servos do not answer, asked twice, or more than DESYNCS_LIMIT exchanges within a
@@ -91,8 +92,10 @@ class FeetechBus:
     for a call from another thread. Error bits of a servo are data: they are returned beside the value.
     """
 
-    def __init__(self, port: str, *, reply_margin_s: float = 0.008, reply_gap_s: float = 0.003) -> None:
-        self.path = port
+    def __init__(
+        self, port: str, *, reply_margin_s: float = 0.008, reply_gap_s: float = 0.003, fd: int | None = None
+    ) -> None:
+        self.path, self._fd = port, fd
         self.counters = BusCounters()
         self.echo = False
         self.on_write: Callable[[int, Register, int], None] = lambda *_: None
@@ -121,12 +124,14 @@ class FeetechBus:
         if self._port is not None:
             return
         self._owner = threading.current_thread()
-        self._port = port = Port(self.path)
+        self._port = port = Port(self.path, self._fd)
         self.counters = BusCounters()
         self._late_until_s.clear()
         self._desyncs_s.clear()
         self._busy_s = time.monotonic()
         try:
+            if self._fd is not None:
+                port.flush()
             self._drain(port)
             self.echo = self._hears_itself(port)
         except BaseException:

@@ -33,13 +33,12 @@ _FACTORY = (
 class Findings:
     """`problems` forbid to energise the arm, `warnings` do not.
 
-    values: {id: registers 0 to 70} of every servo that answered. energised: ids of those with torque on.
+    values: {id: registers 0 to 70} of every servo that answered.
     """
 
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
     values: Mapping[int, Mapping[Register, int]]
-    energised: tuple[int, ...]
 
 
 def inspect(bus: FeetechBus, calibration: Calibration | None) -> Findings:
@@ -73,23 +72,23 @@ def inspect(bus: FeetechBus, calibration: Calibration | None) -> Findings:
     if absent:
         answered = ", ".join(joint_label(i) for i in IDS if i not in absent) or "none"
         garbled = bus.counters.bad_checksums or bus.counters.stray_bytes
-        problems.insert(
-            0,
-            f"no answer from {', '.join(map(joint_label, absent))} (found: {answered}). "
-            "Check power and the cable before the first one missing"
-            + ("; bytes came garbled: two servos may share an id." if garbled else "."),
-        )
-    energised = tuple(i for i in values if values[i][Register.TORQUE_ENABLE])
-    on = [f"{joint_label(i)} is energised already, until a run ends or its power is off" for i in energised]
+        hint = "; bytes came garbled: two servos may share an id." if garbled else "."
+        missing = f"no answer from {', '.join(map(joint_label, absent))} (found: {answered})"
+        problems.insert(0, f"{missing}. Check power and the cable before the first one missing{hint}")
+    on = [
+        f"{joint_label(i)} is energised already, until a run ends or its power is off"
+        for i in values
+        if values[i][Register.TORQUE_ENABLE]
+    ]
     known = {i: v for i, v in values.items() if v[Register.MODEL_NUMBER] == MODEL_NUMBER}
     warnings = list(_warnings(known))
     if calibration is None:
-        return Findings((*problems, *on), tuple(warnings), values, energised)
+        return Findings((*problems, *on), tuple(warnings), values)
     changes = differences(known, {i: configuration(i, v) for i, v in known.items()})
     if changes:
         names = ", ".join(dict.fromkeys(str(change.register) for change in changes))
         warnings.append(f"EPROM is not as LeRobot sets it up: {names}. --write-eeprom writes it, once")
-    return Findings(tuple(problems), (*on, *warnings), values, energised)
+    return Findings(tuple(problems), (*on, *warnings), values)
 
 
 def _warnings(values: Mapping[int, Mapping[Register, int]]) -> Iterator[str]:

@@ -16,8 +16,6 @@ TICKS_PER_TURN = 4096
 ENCODER_MAX = TICKS_PER_TURN - 1
 # About 50 rpm without load at 7.4 V.
 NO_LOAD_TICKS_PER_S = 3400
-# The current position becomes 2048 when this is written to Torque_Enable: it rewrites the calibration.
-TORQUE_ENABLE_RECENTRE = 128
 PHASE_MULTI_TURN = 0x10
 
 Area = Literal["EPROM", "SRAM", "FACTORY"]

@@ -3,9 +3,8 @@
 Only as much of a servo as a host can see on the bus. Torque off means that it stands still, wherever it is.
 
 What nobody has proven on a real servo is assumed here as everybody does: the firmware clamps goals to the
-position limits (the register keeps what was written), and with single-turn feedback (bit 4 of Phase clear)
-Present_Position is angle - Homing_Offset modulo a turn, as LeRobot's users report (its #3373, #3587); with
-multi-turn feedback it counts on below 0 and above 4095.
+position limits (the register keeps what was written), and Present_Position is angle - Homing_Offset modulo a turn,
+as LeRobot's users report (its #3373, #3587).
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from .calibration import IDS, JointCalibration
 from .sts3215 import (
     FORBIDDEN_WRITES,
     NO_LOAD_TICKS_PER_S,
-    PHASE_MULTI_TURN,
     TICKS_PER_TURN,
-    TORQUE_ENABLE_RECENTRE,
     Register,
     decode,
     encode,
@@ -67,14 +64,11 @@ class VirtualServo:
         self.error = 0
         self._forced: dict[Register, bytes] = {}
         self._memory = bytearray(MEMORY_BYTES)
-        values = VARIANT_VALUES | (GRIPPER_VALUES if servo_id == IDS[-1] else {})
+        own = (GRIPPER_VALUES if servo_id == IDS[-1] else {}) | {Register.ID: servo_id} | joint.registers
+        values = VARIANT_VALUES | own
         for register in Register:
             self.set_register(register, values.get(register, register.default or 0))
-        self.set_register(Register.ID, servo_id)
-        self.set_register(Register.HOMING_OFFSET, joint.homing_offset)
-        self.set_register(Register.MIN_POSITION_LIMIT, joint.range_min)
-        self.set_register(Register.MAX_POSITION_LIMIT, joint.range_max)
-        self._lasting = bytes(self._memory)
+        self._lasting = bytearray(self._memory)
         self._velocity = 0.0  # ticks/s
         self._angle = 0.0  # of the shaft, ticks; the encoder shows it modulo a turn
         self._last_goal = 0  # the one that was sent, even if it was lost
@@ -83,7 +77,7 @@ class VirtualServo:
     @property
     def position(self) -> float:
         """Exact position, raw ticks."""
-        return self._seen(self._angle)
+        return (self._angle - self.peek(Register.HOMING_OFFSET)) % TICKS_PER_TURN
 
     def peek(self, register: Register) -> int:
         return decode(register, bytes(self._memory[register.address : register.end]))
@@ -149,20 +143,15 @@ class VirtualServo:
 
     def write(self, address: int, data: bytes, lost: Collection[Register] = ()) -> None:
         """Take the bytes where registers are writable and not `lost`. EPROM bytes last only while Lock is 0."""
-        torque = self.peek(Register.TORQUE_ENABLE)
         unlocked = self.peek(Register.LOCK) == 0
-        self._last_goal = self.touched(address, data).get(Register.GOAL_POSITION, self._last_goal)
-        lasting = bytearray(self._lasting)
-        for register in Register:
-            if not register.writable or register in lost:
-                continue
-            for at in range(max(address, register.address), min(address + len(data), register.end)):
-                self._memory[at] = data[at - address]
+        written = self.touched(address, data)
+        self._last_goal = written.get(Register.GOAL_POSITION, self._last_goal)
+        for register, value in written.items():
+            if register.writable and register not in lost:
+                place = slice(register.address, register.end)
+                self._memory[place] = encode(register, value)
                 if register.area != "SRAM" and unlocked:
-                    lasting[at] = data[at - address]
-        self._lasting = bytes(lasting)
-        if self.peek(Register.TORQUE_ENABLE) == TORQUE_ENABLE_RECENTRE:
-            self.set_register(Register.TORQUE_ENABLE, torque)
+                    self._lasting[place] = self._memory[place]
 
     def reboot(self) -> None:
         """Lose power and come back: torque off, volatile registers as at power-up, goal at the position."""
@@ -202,7 +191,7 @@ class VirtualServo:
         load = round(min(limit, max(-limit, load)))
         current = abs(load) * (BLOCKED_CURRENT_PER_LOAD if self.stuck else FREE_CURRENT_PER_LOAD)
         for register, value in (
-            (Register.PRESENT_POSITION, min(32767, max(-32767, round(self._seen(round(self._angle)))))),
+            (Register.PRESENT_POSITION, round(self.position) % TICKS_PER_TURN),
             (Register.PRESENT_VELOCITY, velocity),
             (Register.PRESENT_LOAD, load),
             (Register.PRESENT_CURRENT, round(current)),
@@ -210,11 +199,6 @@ class VirtualServo:
             (Register.STATUS, self.error),
         ):
             self._memory[register.address : register.end] = encode(register, value)
-
-    def _seen(self, angle: float) -> float:
-        """The position that a shaft angle is, in raw ticks after the homing offset."""
-        ticks = angle - self.peek(Register.HOMING_OFFSET)
-        return ticks if self.peek(Register.PHASE) & PHASE_MULTI_TURN else ticks % TICKS_PER_TURN
 
     def _outside(self, ticks: float) -> float:
         """How far a position lies outside the limits, in ticks."""

@@ -191,7 +191,8 @@ def test_a_servo_that_jumps_when_switched_on_switches_all_off(virtual):
         hand.join()
         assert pushed == [[1, 1, 1, 0, 0, 0]]
         assert torque(virtual) == [0] * 6
-        assert not arm.enabled
+        with pytest.raises(ArmError, match="not energised"):
+            arm.hold()
 
 
 @pytest.mark.parametrize("bit", [0x04, 0x20])

@@ -478,15 +478,6 @@ def test_a_joint_turned_by_hand_past_the_end_of_a_turn_reads_0_again(bus):
     assert servo.peek(Register.PRESENT_POSITION) == 997
 
 
-def test_with_multi_turn_feedback_positions_go_on_beyond_a_turn(bus):
-    servo = bus.servos[1]
-    servo.set_register(Register.PHASE, servo.peek(Register.PHASE) | 0x10)
-    for turned in (4200, -100):
-        servo.set_register(Register.PRESENT_POSITION, turned)
-        assert servo.peek(Register.PRESENT_POSITION) == turned
-    assert answers(ask(bus, ASK))[0].params == b"\x64\x80"
-
-
 def test_a_servo_does_not_turn_past_its_limits_and_keeps_the_goal_it_was_told(bus):
     servo = energised(bus, 3400)
     bus.advance(5.0)

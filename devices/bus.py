@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,14 +33,8 @@ SPARE_LENGTHS = 16
 DESYNCS_LIMIT = 10
 DESYNCS_WINDOW_S = 1.0
 ECHO_PROBE_ID = 0xFD
-
-
-@dataclass(frozen=True)
-class StatusReply:
-    """Answer to a ping. `answers` above 1 means that several servos share the id."""
-
-    error: int
-    answers: int
+# What came and was no answer. A servo that is merely silent disturbs nothing.
+DISTURBANCES = ("bad_checksums", "stray_bytes", "foreign_frames", "repeated_frames")
 
 
 @dataclass(frozen=True)
@@ -59,25 +53,6 @@ class BlockReading:
     error: int
 
 
-@dataclass
-class BusCounters:
-    """Anomalies since the port was opened. A healthy bus keeps all of them at 0."""
-
-    timeouts: int = 0
-    bad_checksums: int = 0
-    stray_bytes: int = 0
-    foreign_frames: int = 0
-    repeated_frames: int = 0
-    retries: int = 0
-    drains: int = 0
-    unacknowledged_writes: int = 0
-
-    @property
-    def disturbances(self) -> int:
-        """Everything that came and was no answer. A servo that is merely silent disturbs nothing."""
-        return self.bad_checksums + self.stray_bytes + self.foreign_frames + self.repeated_frames
-
-
 class FeetechBus:
     """A bus of STS servos on `port`. The thread that opens it is the only one that may use it; any may close it.
 
@@ -85,6 +60,7 @@ class FeetechBus:
     reply_gap_s: how long the next answer to a sync read may be later than the one before; a bus whose first
     answer took longer is given twice that, up to the margin.
     fd: the port, opened by another process; what it still had to send is thrown away.
+    counters: anomalies since the port was opened, by name. A healthy bus has none.
     on_write: called with (id, register, value) before each register write, id 254 for all; a journal. Sync
     writes, the goals of every tick, are not reported.
     Methods raise BusError when servos do not answer, asked twice, or more than DESYNCS_LIMIT exchanges within a
@@ -96,7 +72,7 @@ class FeetechBus:
         self, port: str, *, reply_margin_s: float = 0.008, reply_gap_s: float = 0.003, fd: int | None = None
     ) -> None:
         self.path, self._fd = port, fd
-        self.counters = BusCounters()
+        self.counters = Counter[str]()
         self.echo = False
         self.on_write: Callable[[int, Register, int], None] = lambda *_: None
         self._reply_margin_s, self._reply_gap_s = reply_margin_s, reply_gap_s
@@ -125,7 +101,7 @@ class FeetechBus:
             return
         self._owner = threading.current_thread()
         self._port = port = Port(self.path, self._fd)
-        self.counters = BusCounters()
+        self.counters = Counter[str]()
         self._late_until_s.clear()
         self._desyncs_s.clear()
         self._busy_s = time.monotonic()
@@ -148,17 +124,17 @@ class FeetechBus:
         """File descriptor of the open port, for the guardian to inherit."""
         return self._open_port().fileno()
 
-    def ping(self, servo_id: int) -> StatusReply | None:
-        """The servo's answer, or None."""
+    def ping(self, servo_id: int) -> tuple[int, int] | None:
+        """ERROR byte and how many servos answered (more than 1 share the id); None without an answer."""
         for _ in self._tries():
             late = self._owes(servo_id)
-            repeated = self.counters.repeated_frames
+            repeated = self.counters["repeated_frames"]
             reply = self._exchange(frames.ping(servo_id), {servo_id: 0}).get(servo_id)
             if reply is not None:
                 more = frames.status_parser().feed(self._drain(self._open_port()))
-                twins = self.counters.repeated_frames - repeated + sum(frame.id == servo_id for frame in more)
+                twins = self.counters["repeated_frames"] - repeated + sum(frame.id == servo_id for frame in more)
                 # After a late answer, a second one is no second servo.
-                return StatusReply(reply.code, 1 if late else 1 + twins)
+                return reply.code, 1 if late else 1 + twins
         return None
 
     def read(self, servo_id: int, register: Register) -> Reading:
@@ -170,10 +146,7 @@ class FeetechBus:
         for _ in self._tries():
             for reply in self._ask(servo_id, first, last).values():
                 return _block(first, last, reply)
-        raise BusError(
-            f"servo {servo_id} on {self.path} did not answer a read of {first}, asked {1 + RETRIES} times. "
-            "Check its cable and power."
-        )
+        raise BusError(f"servo {servo_id} on {self.path} did not answer a read of {first}. Check cable and power.")
 
     def write(self, servo_id: int, register: Register, value: int) -> int:
         """Write and have it confirmed: by the servo's acknowledgement or, without one, by reading back.
@@ -190,12 +163,9 @@ class FeetechBus:
             # Response_Status_Level 0 never acknowledges, and an acknowledgement can be lost, or an older one.
             reading = self.read(servo_id, register)
             if reading.value == value:
-                self.counters.unacknowledged_writes += 1
+                self.counters["unacknowledged_writes"] += 1
                 return reading.error
-        raise BusError(
-            f"servo {servo_id} on {self.path} did not take {register} = {value}: "
-            f"it still reads {reading.value}. Check the servo."
-        )
+        raise BusError(f"servo {servo_id} on {self.path} did not take {register} = {value}, it reads {reading.value}")
 
     def sync_read(
         self, ids: Sequence[int], first: Register, last: Register | None = None, budget_s: float = math.inf
@@ -211,7 +181,7 @@ class FeetechBus:
         for _ in range(RETRIES):
             for servo_id in [i for i in ids if i not in replies]:
                 if time.monotonic() < until_s:
-                    self.counters.retries += 1
+                    self.counters["retries"] += 1
                     replies |= self._ask(servo_id, first, last, until_s)
         return {servo_id: _block(first, last, replies[servo_id]) for servo_id in ids if servo_id in replies}
 
@@ -236,7 +206,7 @@ class FeetechBus:
     def _tries(self) -> Iterator[None]:
         yield
         for _ in range(RETRIES):
-            self.counters.retries += 1
+            self.counters["retries"] += 1
             yield
 
     def _checked(self, register: Register, value: int) -> bytes:
@@ -256,7 +226,7 @@ class FeetechBus:
     ) -> dict[int, frames.Frame]:
         """Send, then collect an answer per id in `expected`, {id: bytes of params}; missing ones stay out."""
         port = self._open_port()
-        before = self.counters.disturbances
+        before = self._disturbances()
         if self._disturbed or port.waiting():
             self._drain(port, until_s)
         # Until all is collected: an interrupt here must not leave an answer to the next request.
@@ -278,12 +248,12 @@ class FeetechBus:
             echo_bytes, answer = max(0, echo_bytes - len(chunk)), chunk[echo_bytes:]
             for frame in parser.feed(answer):
                 if expected.get(frame.id) != len(frame.params):
-                    self.counters.foreign_frames += 1
+                    self.counters["foreign_frames"] += 1
                     continue
                 if not replies:
                     wait_s = max(self._reply_gap_s, min(self._reply_margin_s, 2 * (now_s - sent_s)))
                 # A servo answers in order: the later of two answers is the one to this request.
-                self.counters.repeated_frames += frame.id in replies
+                self.counters["repeated_frames"] += frame.id in replies
                 replies[frame.id] = frame
                 deadline = min(until_s, now_s + answer_s + wait_s)
             if chunk:
@@ -295,11 +265,11 @@ class FeetechBus:
         if missing:
             self._late_until_s |= dict.fromkeys(missing, sent_s + LATE_WINDOW_S)
             self._spare = (self._spare + 1) % SPARE_LENGTHS
-        self.counters.timeouts += len(missing)
-        self.counters.bad_checksums += parser.bad_checksums
-        self.counters.stray_bytes += parser.discarded_bytes + parser.pending_bytes
+        self.counters["timeouts"] += len(missing)
+        self.counters["bad_checksums"] += parser.bad_checksums
+        self.counters["stray_bytes"] += parser.discarded_bytes + parser.pending_bytes
         self._disturbed = bool(missing or parser.discarded_bytes or parser.pending_bytes)
-        if self.counters.disturbances > before:
+        if self._disturbances() > before:
             self._note_desync()
         return replies
 
@@ -310,10 +280,12 @@ class FeetechBus:
             # What follows, above all switching off, gets another chance.
             self._desyncs_s.clear()
             raise BusError(
-                f"the line on {self.path} is too noisy: {DESYNCS_LIMIT + 1} disturbed exchanges within "
-                f"{DESYNCS_WINDOW_S:.0f} s, expected at most {DESYNCS_LIMIT} ({self.counters}). Check cable and "
-                "power, and that no second program and no two servos with one id use this bus."
+                f"the line on {self.path} is too noisy: {dict(self.counters)}. Check cable and power, and that no "
+                "second program and no two servos with one id use this bus."
             )
+
+    def _disturbances(self) -> int:
+        return sum(self.counters[name] for name in DISTURBANCES)
 
     def _owes(self, servo_id: int) -> bool:
         """Whether an answer to an earlier request may still come."""
@@ -327,10 +299,7 @@ class FeetechBus:
         if self._port is None:
             raise BusError(f"the bus on {self.path} is not open. Call open() first.")
         if threading.current_thread() is not self._owner:
-            raise ArmError(
-                f"the bus on {self.path} was opened by thread {self._owner.name} and asked by thread "
-                f"{threading.current_thread().name}. Use it from the thread that opened it."
-            )
+            raise ArmError(f"the bus on {self.path} belongs to the thread that opened it, {self._owner.name}.")
         return self._port
 
     def _drain(self, port: Port, until_s: float = math.inf) -> bytes:
@@ -340,8 +309,7 @@ class FeetechBus:
         while time.monotonic() < limit and (chunk := port.receive(min(limit, self._busy_s + SILENCE_S))):
             self._busy_s = time.monotonic()
             drained += chunk
-        self.counters.drains += 1
-        self.counters.stray_bytes += len(drained)
+        self.counters["stray_bytes"] += len(drained)
         self._disturbed = False
         return drained
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .errors import CalibrationError
+from .errors import CalibrationError, listed
 from .sts3215 import ENCODER_MAX, Register
 
 JOINT_NAMES = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -117,11 +117,8 @@ def load_calibration(path_or_id: str | Path, environ: Mapping[str, str] = os.env
         raise CalibrationError(f"no calibration file {text!r}. Give an existing file or a robot id.")
     path = given if given.is_file() else _saved(text, environ)
     if path is None:
-        listing = "\n  ".join(map(str, _places(text, environ)))
-        raise CalibrationError(
-            f"no calibration for id {text!r}. Calibrate the arm (smolvla-calibrate --id {text}) or give a file. "
-            f"Looked at:\n  {listing}"
-        )
+        head = f"no calibration for id {text!r}. Make one (smolvla-calibrate --id {text}) or give a file. None at:"
+        raise CalibrationError(listed(head, _places(text, environ)))
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -143,8 +140,7 @@ def _places(robot_id: str, environ: Mapping[str, str]) -> list[Path]:
 def _saved(robot_id: str, environ: Mapping[str, str]) -> Path | None:
     found = [place for place in _places(robot_id, environ) if place.is_file()]
     if len(found) > 1:
-        listing = "\n  ".join(map(str, found))
-        raise CalibrationError(f"several calibrations for id {robot_id!r}; give the file you mean:\n  {listing}")
+        raise CalibrationError(listed(f"several calibrations for id {robot_id!r}; give the file you mean:", found))
     return found[0] if found else None
 
 
@@ -171,5 +167,4 @@ def _joint_problems(number: int, joint: JointCalibration) -> list[str]:
 
 
 def _refusal(source: str, problems: list[str]) -> str:
-    listing = "\n  ".join(problems)
-    return f"calibration {source} cannot be used. Calibrate the arm again (smolvla-calibrate).\n  {listing}"
+    return listed(f"calibration {source} cannot be used. Calibrate the arm again (smolvla-calibrate).", problems)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .bus import FeetechBus
 from .calibration import IDS, joint_label
-from .errors import ArmError
+from .errors import ArmError, listed
 from .sts3215 import MODEL_NUMBER, PHASE_MULTI_TURN, Register, encode
 
 # Source: lerobot 0.4.4 `SO101Follower.configure`; the gripper must not burn out while it holds something.
@@ -80,8 +80,7 @@ def write_differences(bus: FeetechBus, wanted: Mapping[int, Mapping[Register, in
             except ArmError as error:
                 problems.append(f"{joint_label(servo_id)}: {error}")
     if problems:
-        listing = "\n  ".join(problems)
-        raise ArmError(f"the EPROM of the arm on {bus.path} was not written:\n  {listing}")
+        raise ArmError(listed(f"the EPROM of the arm on {bus.path} was not written:", problems))
     changes = differences(found, wanted)
     for servo_id in dict.fromkeys(change.id for change in changes):
         try:

@@ -54,24 +54,25 @@ def inspect(bus: FeetechBus, calibration: Calibration | None) -> Findings:
         if reply is None:
             absent.append(servo_id)
             continue
-        if reply.answers > 1:
-            problems.append(f"{joint_label(servo_id)}: {reply.answers} servos share id {servo_id}")
+        error, answers = reply
+        if answers > 1:
+            problems.append(f"{joint_label(servo_id)}: {answers} servos share id {servo_id}")
         try:
             fixed = bus.read_block(servo_id, Register.FIRMWARE_MAJOR_VERSION, Register.VELOCITY_I)
             live = bus.read_block(servo_id, Register.TORQUE_ENABLE, Register.PRESENT_CURRENT)
         except BusLost:
             raise
-        except BusError as error:
-            problems.append(f"{joint_label(servo_id)}: {error}")
+        except BusError as silent:
+            problems.append(f"{joint_label(servo_id)}: {silent}")
             continue
         values[servo_id] = {**fixed.values, **live.values}
-        if bits := reply.error | fixed.error | live.error | live.values[Register.STATUS]:
+        if bits := error | fixed.error | live.error | live.values[Register.STATUS]:
             problems.append(f"{joint_label(servo_id)}: reports {', '.join(error_names(bits))}. {ERROR_ADVICE}")
         found = _servo_problems(servo_id, values[servo_id], calibration)
         problems += [f"{joint_label(servo_id)}: {problem}" for problem in found]
     if absent:
         answered = ", ".join(joint_label(i) for i in IDS if i not in absent) or "none"
-        garbled = bus.counters.bad_checksums or bus.counters.stray_bytes
+        garbled = bus.counters["bad_checksums"] or bus.counters["stray_bytes"]
         hint = "; bytes came garbled: two servos may share an id." if garbled else "."
         missing = f"no answer from {', '.join(map(joint_label, absent))} (found: {answered})"
         problems.insert(0, f"{missing}. Check power and the cable before the first one missing{hint}")

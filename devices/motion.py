@@ -98,7 +98,7 @@ class MotionShaper:
         # A gripper may open or close within one target.
         self._jump = limits.ticks(calibration, limits.jump_deg, math.inf)
         # The exact goal behind the rounded one: at small dt a step may be a fraction of a tick.
-        self._goal: Ticks | None = None
+        self.goal: Ticks = np.zeros(JOINTS)  # the last one emitted, [6] raw ticks
         self._velocity: Ticks = np.zeros(JOINTS)
         self._accepted: Ticks | None = None
         self._accepted_s = self._time_s = 0.0
@@ -111,10 +111,8 @@ class MotionShaper:
     def start(self, goal_raw: ArrayLike, time_s: float, *, far: bool = False) -> None:
         """Begin at the goal the servos hold, [6] raw ticks; the next target is approached slowly. far: that target
         may be further than a jump away."""
-        goal = np.array(goal_raw, np.float64)
-        assert goal.shape == (JOINTS,), f"a start goal has {JOINTS} joints, not shape {goal.shape}"
         self.counts = MotionCounts()
-        self._goal, self._velocity = goal, np.zeros(JOINTS)
+        self.goal, self._velocity = np.array(goal_raw, np.float64), np.zeros(JOINTS)
         self._time_s = time_s
         self.resume()
         if far:
@@ -138,12 +136,6 @@ class MotionShaper:
     def ease(self, joint: int, present_raw: ArrayLike) -> None:
         """`joint` presses against something: it keeps a light pressure until a target leads away."""
         self._eased[joint] = float(np.sign(self.goal[joint] - np.asarray(present_raw)[joint]))
-
-    @property
-    def goal(self) -> Ticks:
-        """Last goal emitted, [6] raw ticks, exact."""
-        assert self._goal is not None, "start() comes first"
-        return self._goal
 
     def shape(self, target: ArrayLike, present_raw: ArrayLike, time_s: float, due_s: float | None = None) -> Emitted:
         """The goal to emit at `time_s` for `target`, [6] robot units, that was meant for `due_s` (both monotonic;
@@ -198,7 +190,7 @@ class MotionShaper:
         # The lead gives way to the speed: a joint that was pushed far is led back, not followed in one step.
         bounded = np.clip(leading, last - reach, last + reach)
         self._velocity = (bounded - last) / dt_s if dt_s else self._velocity
-        self._goal = bounded
+        self.goal = bounded
         slewed, slowed, led = slewed_to != aim, goal != slewed_to, leading != goal
         self._gripper_led = bool(led[-1])
         counts = self.counts
@@ -209,16 +201,9 @@ class MotionShaper:
             counts.ramped += ramping
             counts.limited += bool((clipped | slewed | slowed | led).any()) and not ramping
         raw = np.rint(bounded).astype(np.int64)
-        return Emitted(
-            tuple(raw.tolist()),
-            to_values(raw, self._calibration, self._units),
-            rejected,
-            clipped=tuple(clipped.tolist()),
-            slewed=tuple(slewed.tolist()),
-            slowed=tuple(slowed.tolist()),
-            led=tuple(led.tolist()),
-            ramping=ramping,
-        )
+        values = to_values(raw, self._calibration, self._units)
+        clip, slew, slow, lead = (tuple(hit.tolist()) for hit in (clipped, slewed, slowed, led))
+        return Emitted(tuple(raw.tolist()), values, rejected, clip, slew, slow, lead, ramping)
 
     def _limit_acceleration(self, aim: Ticks, slewed_to: Ticks, dt_s: float) -> Ticks:
         if self._accel == math.inf:

@@ -27,10 +27,7 @@ class Park:
         usual_s = min(LIMIT_S, float(way.max()) / (SPEED_DEG_S * TICKS_PER_DEG))
         # Never faster than a goal may go: it must have arrived before it is let go.
         self.duration_s = max(usual_s, float((way / limit_ticks_s).max()))
-
-    @property
-    def end_s(self) -> float:
-        return self._start_s + self.duration_s
+        self.end_s = start_s + self.duration_s
 
     def goal(self, time_s: float) -> NDArray[np.float64]:
         """Where the joints should be at `time_s`, [6] raw ticks."""

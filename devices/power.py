@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .bus import FeetechBus
-from .errors import ArmError, DeviceError
+from .errors import ArmError, DeviceError, listed
 from .frames import BROADCAST_ID
 from .inspection import ERROR_ADVICE, IDS, joint_label
 from .sts3215 import Register, error_names
@@ -25,8 +25,8 @@ class ReleaseResult:
 
     @property
     def message(self) -> str:
-        listing = "\n  ".join(f"{name}: {reason}" for name, reason in self.unconfirmed.items())
-        return f"these servos may still be energised. Switch the arm's power off.\n  {listing}"
+        unconfirmed = (f"{name}: {reason}" for name, reason in self.unconfirmed.items())
+        return listed("these servos may still be energised. Switch the arm's power off.", unconfirmed)
 
 
 def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: int, beat: Callable[[], None]) -> int:
@@ -47,10 +47,7 @@ def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: 
     bus.write(servo_id, Register.GOAL_POSITION, present)
     goal = bus.read(servo_id, Register.GOAL_POSITION).value
     if goal != present:
-        raise ArmError(
-            f"{label} holds the goal {goal}, expected its position {present}: it would jump. "
-            "Power the arm off and on."
-        )
+        raise ArmError(f"{label} holds goal {goal}, expected its position {present}. Power the arm off and on.")
     error = bus.write(servo_id, Register.TORQUE_ENABLE, 1)
     if error:
         raise ArmError(f"{label} reports {', '.join(error_names(error))} when switched on. {ERROR_ADVICE}")

@@ -19,7 +19,7 @@ from . import power
 from .bus import FeetechBus
 from .calibration import JOINT_NAMES as JOINT_NAMES
 from .calibration import Calibration
-from .errors import ArmError, DeviceError
+from .errors import ArmError, DeviceError, listed
 from .inspection import IDS, inspect, joint_label
 from .limits import JOINTS, Limits
 from .monitors import STOPPING_BITS, Monitors
@@ -112,12 +112,7 @@ class SO101:
     @property
     def anomalies(self) -> dict[str, int]:
         """What went wrong on the line since `connect`, by name; only what did."""
-        ours = {
-            "unanswered_readings": self._telemetry.unanswered,
-            "unbelieved_positions": self._telemetry.unbelieved,
-        }
-        found = vars(self.bus.counters) | ours
-        return {name: count for name, count in found.items() if count and name != "drains"}
+        return dict(+self.bus.counters)
 
     def connect(self) -> tuple[str, ...]:
         """Open the bus and check the arm without writing anything; returns warnings.
@@ -129,8 +124,8 @@ class SO101:
             findings = inspect(self.bus, self.calibration)
             if findings.problems:
                 # The warnings too: that motors are on already matters most when the run does not start.
-                listing = "\n  ".join((*findings.problems, *findings.warnings))
-                raise ArmError(f"the arm on {self.bus.path} is refused, nothing was written:\n  {listing}")
+                head = f"the arm on {self.bus.path} is refused, nothing was written:"
+                raise ArmError(listed(head, findings.problems + findings.warnings))
             self._monitors = Monitors(self.limits, findings.values)
         except BaseException:
             self.bus.close()

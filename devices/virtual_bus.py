@@ -174,7 +174,7 @@ class VirtualBus:
         lost = {r for r in touched if r.address == lost_at and self._strikes("lost_write", servo.id)}
         self.violations += servo.objections(address, data)
         servo.write(address, data, lost)
-        self.eprom_writes += sum(register.area != "SRAM" for register in touched)
+        self.eprom_writes += sum(register.area == "EPROM" for register in touched)
         self.writes += [Write(self._now_s, servo.id, r, v) for r, v in touched.items() if r not in unlogged]
         if Register.GOAL_POSITION in touched:
             self.goals.append(Goal(self._now_s, servo.id, touched[Register.GOAL_POSITION]))

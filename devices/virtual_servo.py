@@ -39,9 +39,6 @@ GRIPPER_VALUES = {Register.MAX_TORQUE_LIMIT: 500, Register.PROTECTION_CURRENT: 2
 ACCELERATION_UNIT = 100
 # A goal counts as the present position within this many ticks.
 SAME_TICKS = 5
-# First address behind the EPROM, and the factory area, which is as lasting.
-EPROM_END = 40
-FACTORY_START = 80
 # A crude motor. Moving freely it needs duty for its speed (25 % at 90 deg/s, at most half of what it may) and
 # little current against its own voltage (0.3 A). Blocked it pushes in proportion to the error, fully from 9
 # degrees on, and draws what its coil lets through: 3.9 A (600 units of 6.5 mA) at full duty, above the 3.25 A of
@@ -121,10 +118,11 @@ class VirtualServo:
     def objections(self, address: int, data: bytes) -> list[str]:
         """What a careful host would not have written to this servo now."""
         written = self.touched(address, data)
-        found = [f"write to {register}" for register in written if register in FORBIDDEN_WRITES]
+        found = [] if written else [f"write to no known register at {address}"]
+        found += [f"write to {register}" for register in written if register in FORBIDDEN_WRITES]
         found += [f"write to read-only {register}" for register in written if not register.writable]
         energised = self.peek(Register.TORQUE_ENABLE) == 1
-        if energised and (address < EPROM_END or address + len(data) > FACTORY_START):
+        if energised and any(register.area == "EPROM" for register in written):
             found.append(f"EPROM write at {address} while energised")
         torque = written.get(Register.TORQUE_ENABLE)
         if torque is not None and torque not in (0, 1):
@@ -150,7 +148,7 @@ class VirtualServo:
             if register.writable and register not in lost:
                 place = slice(register.address, register.end)
                 self._memory[place] = encode(register, value)
-                if register.area != "SRAM" and unlocked:
+                if register.area == "EPROM" and unlocked:
                     self._lasting[place] = self._memory[place]
 
     def reboot(self) -> None:

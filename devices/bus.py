@@ -12,8 +12,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from . import frames
 from .errors import ArmError, BusError
@@ -37,16 +37,14 @@ ECHO_PROBE_ID = 0xFD
 DISTURBANCES = ("bad_checksums", "stray_bytes", "foreign_frames", "repeated_frames")
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """One register, sign applied, and the ERROR byte that came with it."""
 
     value: int
     error: int
 
 
-@dataclass(frozen=True)
-class BlockReading:
+class BlockReading(NamedTuple):
     """Neighbouring registers of one servo, signs applied, and the ERROR byte that came with them."""
 
     values: Mapping[Register, int]
@@ -101,7 +99,6 @@ class FeetechBus:
             return
         self._owner = threading.current_thread()
         self._port = port = Port(self.path, self._fd)
-        self.counters = Counter[str]()
         self._late_until_s.clear()
         self._desyncs_s.clear()
         self._busy_s = time.monotonic()
@@ -110,6 +107,7 @@ class FeetechBus:
                 port.flush()
             self._drain(port)
             self.echo = self._hears_itself(port)
+            self.counters.clear()
         except BaseException:
             self.close()
             raise
@@ -264,7 +262,7 @@ class FeetechBus:
         missing = expected.keys() - replies.keys()
         if missing:
             self._late_until_s |= dict.fromkeys(missing, sent_s + LATE_WINDOW_S)
-            self._spare = (self._spare + 1) % SPARE_LENGTHS
+            self._spare = self._spare % SPARE_LENGTHS + 1
         self.counters["timeouts"] += len(missing)
         self.counters["bad_checksums"] += parser.bad_checksums
         self.counters["stray_bytes"] += parser.discarded_bytes + parser.pending_bytes
@@ -318,11 +316,8 @@ class FeetechBus:
         register = Register.PRESENT_POSITION
         request = frames.sync_read(register.address, register.size, [ECHO_PROBE_ID])
         port.write(request)
-        heard = b""
-        deadline = time.monotonic() + len(request) * BYTE_S + self._reply_margin_s
-        while len(heard) < len(request) and (chunk := port.receive(deadline)):
-            heard += chunk
-        return heard.startswith(request)
+        self._busy_s = time.monotonic() + len(request) * BYTE_S + self._reply_margin_s
+        return self._drain(port).startswith(request)
 
 
 def _block(first: Register, last: Register, reply: frames.Frame) -> BlockReading:

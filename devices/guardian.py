@@ -13,6 +13,7 @@ lock of a frozen host.
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -66,18 +67,18 @@ class Guardian:
     ) -> None:
         self._action, self._timeout_s = action, timeout_s
         self._unanswered_s: float | None = None
-        limits = ",".join(str(torque_limits[servo_id]) for servo_id in IDS)
-        command = [sys.executable, "-m", __name__, str(port_fd), path, action.value, str(timeout_s), limits]
+        arguments = json.dumps((port_fd, path, action.value, timeout_s, [*torque_limits.items()]))
+        command = [sys.executable, "-m", __name__, arguments]
         # A session of its own: Ctrl-C is for the host.
         self._process = Popen(
             command, stdin=PIPE, stdout=PIPE, bufsize=0, pass_fds=(port_fd,), start_new_session=True
         )
         assert self._process.stdin and self._process.stdout
-        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._to, False)
-        os.set_blocking(self._from, False)
+        self._to, self._from = self._process.stdin, self._process.stdout
+        for pipe in (self._to, self._from):
+            os.set_blocking(pipe.fileno(), False)
         try:
-            if not select.select([self._from], [], [], START_LIMIT_S)[0] or os.read(self._from, 1) != READY:
+            if not select.select([self._from], [], [], START_LIMIT_S)[0] or self._from.read(1) != READY:
                 raise GuardianLost(f"the guardian of {path} did not start within {START_LIMIT_S:.0f} s. Try again.")
         except BaseException:
             self._end()
@@ -90,13 +91,8 @@ class Guardian:
     def beat(self) -> None:
         """Once per control tick; does not block. GuardianLost when nobody watches any more: stop the arm."""
         now_s = time.monotonic()
-        try:
-            heard = os.read(self._from, 65536)
-        except BlockingIOError:
-            heard = None
-        except OSError:
-            heard = b""
-        if heard is not None:
+        heard = b"" if self._from.closed else self._from.read(65536)
+        if heard is not None:  # not that there is nothing yet
             if TAKEN in heard:
                 raise GuardianLost(
                     f"this program stood still for more than {self._timeout_s} s, so the guardian has taken the arm "
@@ -111,12 +107,12 @@ class Guardian:
             raise GuardianLost(f"the guardian process has not answered for {ECHO_LIMIT_S} s. Start again.")
         # What goes wrong here is told by the next read.
         with suppress(OSError):
-            os.write(self._to, BEAT)
+            self._to.write(BEAT)
 
     def dismiss(self) -> None:
         """Say goodbye; after it the port may be closed. May be called again, and when the guardian is gone."""
         with suppress(OSError, ValueError):
-            os.write(self._to, GOODBYE)
+            self._to.write(GOODBYE)
         self._end(DISMISS_LIMIT_S)
 
     def _end(self, limit_s: float = 0.0) -> None:
@@ -125,19 +121,16 @@ class Guardian:
         except TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe
-            pipe.close()
-        self._to = self._from = -1
+        self._to.close()
+        self._from.close()
 
 
 def main() -> int:
-    """The process. Arguments: file descriptor and path of the port, action, timeout in seconds, torque limits."""
+    """The process. Argument: JSON of the port (file descriptor, path), action, timeout in seconds, torque limits."""
     # SIGTERM too: a service manager sends it to all, and the host still has to park.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    fd, path, action, timeout_s = int(sys.argv[1]), sys.argv[2], GuardianAction(sys.argv[3]), float(sys.argv[4])
-    limits = dict(zip(IDS, map(int, sys.argv[5].split(",")), strict=True))
+    fd, path, action, timeout_s, limits = json.loads(sys.argv[1])
     os.write(1, READY)
     reason = _watch(timeout_s)
     if not reason:
@@ -145,7 +138,7 @@ def main() -> int:
     with suppress(OSError):
         os.write(1, TAKEN)
     try:
-        done = _act(fd, path, action, limits)
+        done = _act(fd, path, GuardianAction(action), dict(limits))
     except DeviceError as error:
         done = f"the port failed ({error}). The servos may still be energised: switch the power off"
     with suppress(OSError):

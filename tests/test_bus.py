@@ -191,7 +191,9 @@ def test_a_late_reply_is_not_taken_for_the_next_answer(arm, bus):
     assert 1 in blocks
 
 
-def test_a_late_reply_inside_the_next_request_is_not_its_answer(wired):
+@pytest.mark.parametrize("lengths", [1, 16])
+def test_a_late_reply_inside_the_next_request_is_not_its_answer(wired, monkeypatch, lengths):
+    monkeypatch.setattr("smolvla_edge.devices.bus.SPARE_LENGTHS", lengths)
     late = []
 
     def script(request):

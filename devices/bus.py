@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -61,9 +61,9 @@ class FeetechBus:
     counters: anomalies since the port was opened, by name. A healthy bus has none.
     on_write: called with (id, register, value) before each register write, id 254 for all; a journal. Sync
     writes, the goals of every tick, are not reported.
-    Methods raise BusError when servos do not answer, asked twice, or more than DESYNCS_LIMIT exchanges within a
-    second were disturbed, BusLost when the port is gone, ArmError for a write that this package never performs and
-    for a call from another thread. Error bits of a servo are data: they are returned beside the value.
+    Methods raise BusError when servos do not answer, or more than DESYNCS_LIMIT exchanges in a second were disturbed,
+    BusLost when the port is gone, ArmError for a write that this package never performs and for a call from another
+    thread. Error bits of a servo are data: they are returned beside the value.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class FeetechBus:
         self._busy_s = 0.0  # monotonic: when the last byte was on the line
         self._late_until_s: dict[int, float] = {}  # id -> until when an answer to an earlier request may come
         self._spare = 0
-        self._desyncs_s: deque[float] = deque(maxlen=DESYNCS_LIMIT + 1)
+        self._desyncs_s: list[float] = []
 
     def __enter__(self) -> FeetechBus:
         self.open()
@@ -95,13 +95,9 @@ class FeetechBus:
 
     def open(self) -> None:
         """Open the port for this process alone and find out whether the adapter echoes what is sent."""
-        if self._port is not None:
-            return
         self._owner = threading.current_thread()
         self._port = port = Port(self.path, self._fd)
-        self._late_until_s.clear()
-        self._desyncs_s.clear()
-        self._busy_s = time.monotonic()
+        self._late_until_s, self._desyncs_s, self._busy_s = {}, [], time.monotonic()
         try:
             if self._fd is not None:
                 port.flush()
@@ -229,7 +225,7 @@ class FeetechBus:
             self._drain(port, until_s)
         # Until all is collected: an interrupt here must not leave an answer to the next request.
         self._disturbed = True
-        sent_s = time.monotonic()
+        sent_s = now_s = time.monotonic()
         if sent_s >= until_s:
             return {}
         port.write(request)
@@ -268,19 +264,15 @@ class FeetechBus:
         self.counters["stray_bytes"] += parser.discarded_bytes + parser.pending_bytes
         self._disturbed = bool(missing or parser.discarded_bytes or parser.pending_bytes)
         if self._disturbances() > before:
-            self._note_desync()
+            self._desyncs_s = [s for s in self._desyncs_s if s > now_s - DESYNCS_WINDOW_S] + [now_s]
+            if len(self._desyncs_s) > DESYNCS_LIMIT:
+                # What follows, above all switching off, gets another chance.
+                self._desyncs_s = []
+                raise BusError(
+                    f"the line on {self.path} is too noisy: {dict(self.counters)}. Check cable and power, and that "
+                    "no second program and no two servos with one id use this bus."
+                )
         return replies
-
-    def _note_desync(self) -> None:
-        self._desyncs_s.append(time.monotonic())
-        many = len(self._desyncs_s) > DESYNCS_LIMIT
-        if many and self._desyncs_s[-1] - self._desyncs_s[0] < DESYNCS_WINDOW_S:
-            # What follows, above all switching off, gets another chance.
-            self._desyncs_s.clear()
-            raise BusError(
-                f"the line on {self.path} is too noisy: {dict(self.counters)}. Check cable and power, and that no "
-                "second program and no two servos with one id use this bus."
-            )
 
     def _disturbances(self) -> int:
         return sum(self.counters[name] for name in DISTURBANCES)

@@ -62,9 +62,9 @@ class Calibration:
         if len(self.joints) != len(JOINT_NAMES):
             raise CalibrationError(f"{self.source}: {len(self.joints)} joints, expected {len(JOINT_NAMES)}.")
         problems = [
-            f"{name}: {problem}"
-            for number, (name, joint) in enumerate(zip(JOINT_NAMES, self.joints, strict=True), start=1)
-            for problem in _joint_problems(number, joint)
+            problem
+            for name, joint in zip(JOINT_NAMES, self.joints, strict=True)
+            for problem in _joint_problems(name, joint)
         ]
         if problems:
             raise CalibrationError(_refusal(self.source, problems))
@@ -77,11 +77,11 @@ class Calibration:
         keys = tuple(field.name for field in fields(JointCalibration))
         problems = [f"unknown joint {name!r}" for name in data if name not in JOINT_NAMES]
         joints = []
-        for number, name in enumerate(JOINT_NAMES, start=1):
+        for name in JOINT_NAMES:
             entry = data.get(name)
             if isinstance(entry, dict) and {*entry} == {*keys} and {*map(type, entry.values())} == {int}:
                 joints.append(JointCalibration(**entry))
-                problems += [f"{name}: {problem}" for problem in _joint_problems(number, joints[-1])]
+                problems += _joint_problems(name, joints[-1])
             else:
                 problems.append(f"{name}: {entry!r}, expected integers for {', '.join(keys)}")
         if problems:
@@ -152,10 +152,10 @@ def _calibration_folder(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HF_LEROBOT_HOME") or f"{home}/lerobot").expanduser() / "calibration"
 
 
-def _joint_problems(number: int, joint: JointCalibration) -> list[str]:
+def _joint_problems(name: str, joint: JointCalibration) -> list[str]:
     problems = []
-    if joint.id != number:
-        problems.append(f"id {joint.id}, expected {number}")
+    if joint.id != IDS[JOINT_NAMES.index(name)]:
+        problems.append(f"id {joint.id}, expected {IDS[JOINT_NAMES.index(name)]}")
     if joint.drive_mode not in (0, 1):
         problems.append(f"drive_mode {joint.drive_mode}, expected 0 or 1")
     if abs(joint.homing_offset) > MAX_OFFSET:
@@ -163,7 +163,7 @@ def _joint_problems(number: int, joint: JointCalibration) -> list[str]:
     low, high = joint.range_min, joint.range_max
     if not 0 <= low <= high - MIN_SPAN <= ENCODER_MAX - MIN_SPAN:
         problems.append(f"range {low} to {high}, expected {MIN_SPAN} ticks or more within 0 to {ENCODER_MAX}")
-    return problems
+    return [f"{name}: {problem}" for problem in problems]
 
 
 def _refusal(source: str, problems: list[str]) -> str:

@@ -109,15 +109,13 @@ class _Watched:
             self._changed = self.frame
         if old_problem:
             self._rated = self.frame  # a pause is not a slow camera
+        same = 1 + self.frame.number - self._changed.number
         if now_s - self.frame.time_s > STALE_S:
             self.problem = f"stalled: no new picture for more than {STALE_S} s"
         elif self.frame.image.shape != self._shape:
             (height, width), (old_height, old_width) = self.frame.image.shape[:2], self._shape[:2]
             self.problem = f"resized: {width} x {height}, was {old_width} x {old_height}"
-        elif (
-            self.frame.number - self._changed.number >= FROZEN_PICTURES - 1
-            and self.frame.time_s - self._changed.time_s >= FROZEN_S
-        ):
+        elif same >= FROZEN_PICTURES and self.frame.time_s - self._changed.time_s >= FROZEN_S:
             self.problem = "frozen: the same picture again and again"
 
     def rate(self) -> list[str]:

@@ -52,27 +52,23 @@ class GuardianAction(Enum):
 class Guardian:
     """Starts the process and returns once it watches; GuardianLost when it does not start.
 
-    port_fd: the open port, kept open by the host until `dismiss`. path: its name, for messages. torque_limits:
+    port_fd: the open port, kept open by the host until `dismiss`. path: its name, for messages. limits:
     what Torque_Limit is to be afterwards, {id: 0.1 %}. The time counts from the first `beat`; from then on the
     host beats more often than every `timeout_s`.
     """
 
     def __init__(
-        self,
-        port_fd: int,
-        path: str,
-        action: GuardianAction,
-        torque_limits: Mapping[int, int],
-        timeout_s: float = 0.8,
+        self, port_fd: int, path: str, action: GuardianAction, limits: Mapping[int, int], timeout_s: float = 0.8
     ) -> None:
         self._action, self._timeout_s = action, timeout_s
         self._unanswered_s: float | None = None
-        arguments = json.dumps((port_fd, path, action.value, timeout_s, [*torque_limits.items()]))
+        arguments = json.dumps((port_fd, path, action.value, timeout_s, [*limits.items()]))
         command = [sys.executable, "-m", __name__, arguments]
         # A session of its own: Ctrl-C is for the host.
         self._process = Popen(
             command, stdin=PIPE, stdout=PIPE, bufsize=0, pass_fds=(port_fd,), start_new_session=True
         )
+        self.pid = self._process.pid
         assert self._process.stdin and self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
         for pipe in (self._to, self._from):
@@ -83,10 +79,6 @@ class Guardian:
         except BaseException:
             self._end()
             raise
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def beat(self) -> None:
         """Once per control tick; does not block. GuardianLost when nobody watches any more: stop the arm."""

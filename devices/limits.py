@@ -20,18 +20,11 @@ JOINTS = len(JOINT_NAMES)
 TICKS_PER_DEG = ENCODER_MAX / 360
 # The servo's own top speed without load (3400 step/s); a higher limit would limit nothing.
 TOP_SPEED_DEG_S = NO_LOAD_TICKS_PER_S / TICKS_PER_DEG
-NOT_ABOVE = {
-    "first_move_speed_deg_s": "speed_deg_s",
-    "first_move_gripper_pct_s": "gripper_speed_pct_s",
-    "temperature_warn_c": "temperature_stop_c",
-    "load_warn_pct": "load_stop_pct",
-    "following_warn_deg": "following_stop_deg",
-}
 
 
-def _within(low: float, high: float, default: float) -> Any:
-    """A field from `low` to `high`."""
-    return field(default=default, metadata={"bounds": (low, high)})
+def _within(low: float, high: float, default: float, not_above: str = "") -> Any:
+    """A field from `low` to `high`, and not above another one."""
+    return field(default=default, metadata={"bounds": (low, high), "not_above": not_above})
 
 
 @dataclass(frozen=True)
@@ -42,8 +35,8 @@ class Limits:
     speed_deg_s: float = _within(1, TOP_SPEED_DEG_S, 90.0)
     gripper_speed_pct_s: float = _within(1, 500, 200.0)
     accel_deg_s2: float = _within(0, 10_000, 0.0)  # 0: no limit
-    first_move_speed_deg_s: float = _within(1, TOP_SPEED_DEG_S, 30.0)
-    first_move_gripper_pct_s: float = _within(1, 500, 60.0)
+    first_move_speed_deg_s: float = _within(1, TOP_SPEED_DEG_S, 30.0, "speed_deg_s")
+    first_move_gripper_pct_s: float = _within(1, 500, 60.0, "gripper_speed_pct_s")
     ramp_threshold_deg: float = _within(1, 30, 5.0)  # the first move is over when every joint is this close
     jump_deg: float = _within(1, 360, 60.0)  # between one target and the next
     # Of a goal before the joint: bounds the torque. Below 5, the few degrees that gravity pulls a joint off its goal
@@ -55,13 +48,13 @@ class Limits:
     action_max_age_s: float = _within(0.05, 1, 0.25)  # after the time an action was meant for
     torque_pct: float = _within(5, 100, 100.0)
     gripper_torque_pct: float = _within(5, 100, 50.0)
-    temperature_warn_c: float = _within(20, 80, 55.0)
+    temperature_warn_c: float = _within(20, 80, 55.0, "temperature_stop_c")
     temperature_stop_c: float = _within(20, 80, 65.0)
     voltage_drop_v: float = _within(0.5, 20, 2.0)  # within 0.2 s
     current_warn_pct: float = _within(1, 100, 50.0)  # of the servo's protection current
-    load_warn_pct: float = _within(1, 100, 60.0)
+    load_warn_pct: float = _within(1, 100, 60.0, "load_stop_pct")
     load_stop_pct: float = _within(1, 100, 80.0)
-    following_warn_deg: float = _within(1, 90, 10.0)
+    following_warn_deg: float = _within(1, 90, 10.0, "following_stop_deg")
     following_stop_deg: float = _within(1, 90, 25.0)
 
     def __post_init__(self) -> None:
@@ -76,8 +69,8 @@ class Limits:
                 problems.append(f"{limit.name} is {value!r}, expected {kind} from {low:g} to {high:g}")
         problems += [
             f"{name} ({getattr(self, name):g}) is above {other} ({getattr(self, other):g})"
-            for name, other in NOT_ABOVE.items()
-            if not {name, other} & wrong and getattr(self, name) > getattr(self, other)
+            for name, other in [(limit.name, limit.metadata["not_above"]) for limit in fields(self)]
+            if other and not {name, other} & wrong and getattr(self, name) > getattr(self, other)
         ]
         if problems:
             raise ArmError(f"limits cannot be used: {'; '.join(problems)}.")

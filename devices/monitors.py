@@ -62,9 +62,8 @@ class Monitors:
         """goal_raw: the goals the joints should follow, [6] raw ticks; None while the arm is limp."""
         self._volts = [(t, s) for t, s in self._volts if state.time_s - t <= VOLTAGE_DROP_S] + [(state.time_s, state)]
         verdict = Verdict([], [], [], [])
-        error_deg = np.zeros(JOINTS)
-        if goal_raw is not None:
-            error_deg = np.abs(np.asarray(goal_raw) - state.raw) / TICKS_PER_DEG
+        goal = state.raw if goal_raw is None else np.asarray(goal_raw)
+        error_deg = np.abs(goal - state.raw) / TICKS_PER_DEG
         for joint in range(JOINTS):
             for signal, is_stop, text in self._joint(joint, state, error_deg[joint], verdict):
                 if (signal, joint, is_stop) not in self._told:

@@ -33,6 +33,7 @@ RAMP_THRESHOLD_PCT = 10.0
 EASED_LEAD_TICKS = 20
 
 Ticks = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 NONE = (False,) * JOINTS
 
 
@@ -140,10 +141,11 @@ class MotionShaper:
     def shape(self, target: ArrayLike, present_raw: ArrayLike, time_s: float, due_s: float | None = None) -> Emitted:
         """The goal to emit at `time_s` for `target`, [6] robot units, that was meant for `due_s` (both monotonic;
         None: for now), with the joints at `present_raw`."""
-        values, problem = _checked(target)
-        if problem:
+        try:
+            values = _checked(target)
+        except (TypeError, ValueError) as problem:
             self.counts.malformed += 1
-            return self.hold(present_raw, time_s, problem)
+            return self.hold(present_raw, time_s, f"no target: {problem}")
         age_s = 0.0 if due_s is None else time_s - due_s
         if age_s > self._limits.action_max_age_s:
             self.counts.stale += 1
@@ -169,13 +171,7 @@ class MotionShaper:
         return self._step(self.goal, present_raw, time_s, np.zeros(JOINTS, np.bool_), reason, holding=True)
 
     def _step(
-        self,
-        aim: Ticks,
-        present_raw: ArrayLike,
-        time_s: float,
-        clipped: NDArray[np.bool_],
-        rejected: str = "",
-        holding: bool = False,
+        self, aim: Ticks, present_raw: ArrayLike, time_s: float, clipped: Flags, why: str = "", holding: bool = False
     ) -> Emitted:
         last, present = self.goal, np.asarray(present_raw, np.float64)
         dt_s = min(max(time_s - self._time_s, 0.0), self._max_dt_s)
@@ -203,7 +199,7 @@ class MotionShaper:
         raw = np.rint(bounded).astype(np.int64)
         values = to_values(raw, self._calibration, self._units)
         clip, slew, slow, lead = (tuple(hit.tolist()) for hit in (clipped, slewed, slowed, led))
-        return Emitted(tuple(raw.tolist()), values, rejected, clip, slew, slow, lead, ramping)
+        return Emitted(tuple(raw.tolist()), values, why, clip, slew, slow, lead, ramping)
 
     def _limit_acceleration(self, aim: Ticks, slewed_to: Ticks, dt_s: float) -> Ticks:
         if self._accel == math.inf:
@@ -225,15 +221,11 @@ class MotionShaper:
         return np.asarray(result, np.float64)
 
 
-def _checked(target: ArrayLike) -> tuple[NDArray[np.float64], str]:
-    """The target as [6] float64, or the reason why it is none."""
-    nothing = np.zeros(0)
-    try:
-        array = np.asarray(target)
-    except (TypeError, ValueError):
-        return nothing, f"target is not an array of {JOINTS} numbers"
+def _checked(target: ArrayLike) -> NDArray[np.float64]:
+    """The target as [6] float64; ValueError or TypeError when it is none."""
+    array = np.asarray(target)
     if array.dtype.kind not in "fiu" or array.shape != (JOINTS,):
-        return nothing, f"target is {array.dtype} {list(array.shape)}, expected {JOINTS} numbers"
+        raise ValueError(f"{array.dtype} {list(array.shape)}, expected {JOINTS} numbers")
     if not np.isfinite(array).all():
-        return nothing, f"target is not finite for {', '.join(np.array(JOINT_NAMES)[~np.isfinite(array)])}"
-    return array.astype(np.float64), ""
+        raise ValueError(f"not finite for {', '.join(np.array(JOINT_NAMES)[~np.isfinite(array)])}")
+    return array.astype(np.float64)

@@ -37,12 +37,9 @@ def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: 
     """
     label = joint_label(servo_id)
     beat()
-    for register, value in (
-        (Register.ACCELERATION, RAMP_ACCELERATION),
-        (Register.GOAL_VELOCITY, goal_velocity),
-        (Register.TORQUE_LIMIT, torque_limit),
-    ):
-        bus.write(servo_id, register, value)
+    bus.write(servo_id, Register.ACCELERATION, RAMP_ACCELERATION)
+    bus.write(servo_id, Register.GOAL_VELOCITY, goal_velocity)
+    bus.write(servo_id, Register.TORQUE_LIMIT, torque_limit)
     present = bus.read(servo_id, Register.PRESENT_POSITION).value
     bus.write(servo_id, Register.GOAL_POSITION, present)
     goal = bus.read(servo_id, Register.GOAL_POSITION).value
@@ -82,21 +79,18 @@ def switch_off(bus: FeetechBus) -> ReleaseResult:
     """Switch every servo off and verify it; never skips a servo because of another, and raises nothing but an
     interrupt, which waits until the last servo has been tried."""
     interrupt: BaseException | None = None
-    unconfirmed: dict[str, str] = {}
+    unconfirmed: dict[int, str] = {}
     # Broadcast first: it reaches all servos at once and needs no answer.
     for servo_id in (BROADCAST_ID, *IDS):
-        reason = ""
         try:
             _switch_off(bus, servo_id)
         except DeviceError as error:
-            reason = str(error)
+            unconfirmed[servo_id] = str(error)
         except BaseException as error:
-            interrupt, reason = error, "interrupted"
-        if reason and servo_id in IDS:
-            unconfirmed[joint_label(servo_id)] = reason
+            interrupt, unconfirmed[servo_id] = error, "interrupted"
     if interrupt is not None:
         raise interrupt
-    return ReleaseResult(unconfirmed)
+    return ReleaseResult({joint_label(i): unconfirmed[i] for i in IDS if i in unconfirmed})
 
 
 def _switch_off(bus: FeetechBus, servo_id: int) -> None:

@@ -26,7 +26,7 @@ from .monitors import STOPPING_BITS, Monitors
 from .motion import Emitted, MotionCounts, MotionShaper
 from .park import Park
 from .power import ReleaseResult
-from .sts3215 import NO_LOAD_TICKS_PER_S, Register
+from .sts3215 import NO_LOAD_TICKS_PER_S, STREAMED, Register
 from .telemetry import JointState, Telemetry
 from .units import Units, to_values
 
@@ -67,9 +67,7 @@ class SO101:
             raise ArmError(f"units is {units!r}, expected {' or '.join(map(str, Units))}.")
         self.limits = limits or Limits()
         self.bus = FeetechBus(port, reply_margin_s=REPLY_MARGIN_S)
-        self.calibration = calibration
-        self.units = units
-        self.motors_off = motors_off
+        self.calibration, self.units, self.motors_off = calibration, units, motors_off
         self.beat: Callable[[], None] = lambda: None
         self.stopped = ""  # why the arm holds until `resume`
         self._shaper = MotionShaper(calibration, units, self.limits, rate_hz)
@@ -297,16 +295,10 @@ class SO101:
         if not self.motors_off:
             self.beat()
             acceleration = power.RAMP_ACCELERATION if emitted.ramping else ACCELERATION
-            block = {
-                servo_id: {
-                    Register.ACCELERATION: acceleration,
-                    Register.GOAL_POSITION: goal,
-                    Register.GOAL_TIME: 0,
-                    Register.GOAL_VELOCITY: int(velocity),
-                }
-                for servo_id, goal, velocity in zip(IDS, emitted.raw, self._goal_velocities, strict=True)
-            }
-            self.bus.sync_write_block(block)
+            goals = zip(IDS, emitted.raw, self._goal_velocities, strict=True)
+            self.bus.sync_write_block(
+                {i: dict(zip(STREAMED, (acceleration, goal, 0, int(speed)), strict=True)) for i, goal, speed in goals}
+            )
         return emitted
 
     def _require_enabled(self, action: str) -> JointState:

@@ -77,17 +77,10 @@ class Register(Enum):
     GOAL_POSITION_2 = (71, 2, "R", None, None)
 
     def __init__(self, address: int, size: int, access: str, default: int | None, sign_bit: int | None) -> None:
-        self.address = address
-        self.size = size
+        self.address, self.size, self.default, self.sign_bit = address, size, default, sign_bit
+        self.end = address + size  # first address after this register
         self.area = "EPROM" if address < 40 else "SRAM"
         self.writable = access == "RW"
-        self.default = default
-        self.sign_bit = sign_bit
-
-    @property
-    def end(self) -> int:
-        """First address after this register."""
-        return self.address + self.size
 
     def __str__(self) -> str:
         return f"{self.name.title()} ({self.address})"
@@ -97,6 +90,8 @@ FORBIDDEN_WRITES = frozenset(
     {Register.ID, Register.BAUD_RATE, Register.MINIMUM_STARTUP_FORCE, Register.INTEGRAL_LIMIT}
 )
 
+# What a goal is sent with, every control tick.
+STREAMED = (Register.ACCELERATION, Register.GOAL_POSITION, Register.GOAL_TIME, Register.GOAL_VELOCITY)
 # The ERROR byte of a status frame, and registers 65 and 19, use the same bits.
 ERROR_BITS = {0x01: "voltage", 0x02: "encoder", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
 

@@ -76,8 +76,7 @@ class Telemetry:
     def trust(self) -> None:
         """Begin anew with whatever the joints report next, as after a stop that somebody has looked into."""
         self._fresh = set(IDS)  # whose next position is believed whatever it is
-        self._jumps = dict.fromkeys(IDS, 0)
-        self._missed = dict.fromkeys(IDS, 0)
+        self._jumps, self._missed = dict.fromkeys(IDS, 0), dict.fromkeys(IDS, 0)
 
     def _take(self, servo_id: int, block: BlockReading | None, time_s: float) -> None:
         if block is None:

@@ -50,9 +50,9 @@ MOTION_PERIOD_S = 0.005
 class VirtualArm:
     """Starts the process and waits until it is ready; `close` (or leaving the context) ends it.
 
-    port: path of its serial port. calibration: what its servos hold. camera_sources: {name: source for
-    open_camera}. Names with a view of their own: see virtual_view. pose: where the servos start, [6] raw ticks; the
-    middle of each range unless given. DeviceError when it does not start.
+    pid: of the process. port: path of its serial port. calibration: what its servos hold. camera_sources: {name:
+    source for open_camera}. Names with a view of their own: see virtual_view. pose: where the servos start, [6] raw
+    ticks; the middle of each range unless given. DeviceError when it does not start.
 
     All other attributes are calls into the process: of a method of VirtualRig, of a method or value of VirtualBus,
     or, with its id first, of a method of a VirtualServo.
@@ -75,6 +75,7 @@ class VirtualArm:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
+        self.pid = self._process.pid
         assert self._process.stdin and self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
         try:
@@ -90,11 +91,6 @@ class VirtualArm:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def pid(self) -> int:
-        """Process id of the arm."""
-        return self._process.pid
 
     def close(self) -> None:
         """End the process, which removes its pictures. May be called again."""

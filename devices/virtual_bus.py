@@ -13,7 +13,7 @@ from . import frames
 from .calibration import Calibration
 from .errors import BusError
 from .frames import Instruction
-from .sts3215 import TICKS_PER_TURN, Register
+from .sts3215 import STREAMED, TICKS_PER_TURN, Register
 from .virtual_servo import VirtualServo
 
 LOG_LENGTH = 100_000
@@ -22,8 +22,6 @@ LONGEST_STEP_S = 0.01
 # body joints, 200 %/s of its range for the gripper. Rounding adds a tick.
 STEP_S, BODY_TICKS_S, GRIPPER_RANGES_S, ROUNDING_TICKS = 0.1, 90 / 360 * TICKS_PER_TURN, 2.0, 1
 NOISE_BYTES = 5
-# A sync write of these is the traffic of every control tick and would bury the other writes.
-STREAMED = (Register.ACCELERATION, Register.GOAL_POSITION, Register.GOAL_TIME, Register.GOAL_VELOCITY)
 
 
 class Goal(NamedTuple):
@@ -63,8 +61,7 @@ class VirtualBus:
             for joint, pose in zip(self._calibration.joints, self._pose, strict=True)
         }
         self.expect_steps([STEP_S * BODY_TICKS_S] * (len(self.servos) - 1) + [STEP_S * gripper_ticks_s])
-        self.frames_seen = 0
-        self.eprom_writes = 0
+        self.frames_seen = self.eprom_writes = 0
         self.violations: deque[str] = deque(maxlen=LOG_LENGTH)
         self.goals: deque[Goal] = deque(maxlen=LOG_LENGTH)
         self.writes: deque[Write] = deque(maxlen=LOG_LENGTH)

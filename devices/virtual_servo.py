@@ -12,18 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from .calibration import IDS, JointCalibration
-from .sts3215 import (
-    FORBIDDEN_WRITES,
-    NO_LOAD_TICKS_PER_S,
-    TICKS_PER_TURN,
-    Register,
-    decode,
-    encode,
-)
+from .calibration import JointCalibration
+from .eeprom import configuration
+from .sts3215 import FORBIDDEN_WRITES, NO_LOAD_TICKS_PER_S, TICKS_PER_TURN, Register, decode, encode
 
 MEMORY_BYTES = 128
-# Values of a 7.4 V servo where the vendor's table names no default, and of one that LeRobot has set up.
+# Values of a 7.4 V servo where the vendor's table names no default; the rest is as LeRobot sets it up.
 VARIANT_VALUES = {
     Register.FIRMWARE_MAJOR_VERSION: 3,
     Register.FIRMWARE_MINOR_VERSION: 10,
@@ -32,10 +26,7 @@ VARIANT_VALUES = {
     Register.PHASE: 12,
     Register.PRESENT_VOLTAGE: 74,
     Register.PRESENT_TEMPERATURE: 30,
-    Register.RETURN_DELAY_TIME: 0,
-    Register.P_COEFFICIENT: 16,
 }
-GRIPPER_VALUES = {Register.MAX_TORQUE_LIMIT: 500, Register.PROTECTION_CURRENT: 250, Register.OVERLOAD_TORQUE: 25}
 ACCELERATION_UNIT = 100
 # A goal counts as the present position within this many ticks.
 SAME_TICKS = 5
@@ -56,13 +47,10 @@ class VirtualServo:
 
     def __init__(self, servo_id: int, joint: JointCalibration, pose: int) -> None:
         self.id = servo_id
-        self.max_step = math.inf
-        self.stuck = False
-        self.error = 0
+        self.max_step, self.stuck, self.error = math.inf, False, 0
         self._forced: dict[Register, bytes] = {}
         self._memory = bytearray(MEMORY_BYTES)
-        own = (GRIPPER_VALUES if servo_id == IDS[-1] else {}) | {Register.ID: servo_id} | joint.registers
-        values = VARIANT_VALUES | own
+        values = VARIANT_VALUES | configuration(servo_id, VARIANT_VALUES) | joint.registers | {Register.ID: servo_id}
         for register in Register:
             self.set_register(register, values.get(register, register.default or 0))
         self._lasting = bytearray(self._memory)

@@ -373,7 +373,6 @@ def test_a_closed_bus_says_so(arm):
     with pytest.raises(BusError, match="not open"):
         bus.ping(1)
     bus.open()
-    bus.open()
     bus.close()
     bus.close()
     with pytest.raises(BusError, match="not open"):

@@ -245,8 +245,6 @@ def test_any_stream_gives_frames_that_were_in_it_and_loses_no_byte(count):
         lambda: frames.ping(255),
         lambda: frames.ping(-1),
         lambda: frames.write(1, 0, bytes(248)),
-        lambda: frames.sync_write(42, {1: b"\0\0", 2: b"\0"}),
-        lambda: frames.sync_write(42, {}),
     ],
 )
 def test_a_frame_that_cannot_be_on_the_wire_is_refused(make):

@@ -379,9 +379,8 @@ def test_a_servo_that_stays_locked_is_told_and_the_file_is_kept_for_later(raw, p
 
 
 def test_positions_that_do_not_follow_from_the_offset_are_told(virtual):
-    # With multi-turn feedback the seam stays in: the elbow is a turn away from where the arithmetic has it.
-    virtual.set_register(ELBOW, Register.PHASE, 0x1C)
-    virtual.set_register(ELBOW, Register.PRESENT_POSITION, 2000 + 4096)
+    # As with multi-turn feedback: the elbow is a turn away from where the arithmetic has it.
+    virtual.force(ELBOW, Register.PRESENT_POSITION, 6106)
     wanted = {ELBOW: {Register.HOMING_OFFSET: -68}}
     with FeetechBus(virtual.port) as bus, pytest.raises(ArmError, match=r"elbow_flex \(3\) reports position 6106"):
         write_calibration(bus, wanted)

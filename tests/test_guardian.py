@@ -92,6 +92,13 @@ def torque(arm):
     return [arm.registers(servo_id)[Register.TORQUE_ENABLE] for servo_id in IDS]
 
 
+def assert_unmarked(port):
+    """Anybody may open it: the mark on the port is gone, and its lock."""
+    fd = os.open(port, os.O_RDWR | os.O_NOCTTY)
+    assert struct.unpack("i", fcntl.ioctl(fd, TIOCGEXCL, b"\0" * 4))[0] == 0
+    os.close(fd)
+
+
 def wait_until(condition, limit_s=10.0):
     """Seconds until it held."""
     start = time.monotonic()
@@ -129,10 +136,7 @@ def test_the_arm_is_off_soon_after_its_host_died_or_froze(arm, blow, action):
     if blow is signal.SIGSTOP:
         assert "lost: this program stood still for more than 0.8 s" in out
     assert arm.violations() == []
-    # The mark on the port and its lock are gone too.
-    fd = os.open(arm.port, os.O_RDWR | os.O_NOCTTY)
-    assert struct.unpack("i", fcntl.ioctl(fd, TIOCGEXCL, b"\0" * 4))[0] == 0
-    os.close(fd)
+    assert_unmarked(arm.port)
     with FeetechBus(arm.port) as bus:
         assert bus.ping(1)
 
@@ -163,6 +167,7 @@ def test_holding_writes_nothing_and_says_so(arm):
         os.kill(host.pid, signal.SIGKILL)
         _, error = host.told()
     assert "the arm holds its last goal, energised" in error
+    assert_unmarked(arm.port)
     assert arm.frames_seen() == before
     assert torque(arm) == [1] * 6
 

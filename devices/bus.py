@@ -269,8 +269,8 @@ class FeetechBus:
                 # What follows, above all switching off, gets another chance.
                 self._desyncs_s = []
                 raise BusError(
-                    f"the line on {self.path} is too noisy: {dict(self.counters)}. Check cable and power, and that "
-                    "no second program and no two servos with one id use this bus."
+                    f"the line on {self.path} is too noisy: {dict(+self.counters)}. Check cable and power, that no "
+                    "second program and no two servos with one id use this bus."
                 )
         return replies
 

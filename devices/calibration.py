@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from .errors import CalibrationError
+from .errors import CalibrationError, listed
 from .sts3215 import ENCODER_MAX, Register
 
 JOINT_NAMES = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -22,7 +21,6 @@ IDS = tuple(range(1, len(JOINT_NAMES) + 1))
 ROBOT_NAMES = ("so101_follower", "so_follower", "so100_follower")
 MAX_OFFSET = 2047
 MIN_SPAN = 100
-_KEYS = ("id", "drive_mode", "homing_offset", "range_min", "range_max")
 
 
 def joint_label(servo_id: int) -> str:
@@ -64,9 +62,9 @@ class Calibration:
         if len(self.joints) != len(JOINT_NAMES):
             raise CalibrationError(f"{self.source}: {len(self.joints)} joints, expected {len(JOINT_NAMES)}.")
         problems = [
-            f"{name}: {problem}"
-            for number, (name, joint) in enumerate(zip(JOINT_NAMES, self.joints, strict=True), start=1)
-            for problem in _joint_problems(number, joint)
+            problem
+            for name, joint in zip(JOINT_NAMES, self.joints, strict=True)
+            for problem in _joint_problems(name, joint)
         ]
         if problems:
             raise CalibrationError(_refusal(self.source, problems))
@@ -76,25 +74,16 @@ class Calibration:
         """From the parsed JSON of a calibration file."""
         if not isinstance(data, dict):
             raise CalibrationError(_refusal(source, ["not a JSON object of six joints"]))
+        keys = tuple(field.name for field in fields(JointCalibration))
         problems = [f"unknown joint {name!r}" for name in data if name not in JOINT_NAMES]
         joints = []
         for name in JOINT_NAMES:
             entry = data.get(name)
-            if not isinstance(entry, dict):
-                problems.append(f"{name}: missing" if name not in data else f"{name}: not an object")
-                continue
-            missing = [key for key in _KEYS if key not in entry]
-            unknown = [str(key) for key in entry if key not in _KEYS]
-            wrong = [key for key in _KEYS if key in entry and type(entry[key]) is not int]
-            for label, keys in (("missing", missing), ("unknown", unknown), ("not an integer:", wrong)):
-                if keys:
-                    problems.append(f"{name}: {label} {', '.join(keys)}")
-            if not missing and not wrong:
-                joint = JointCalibration(**{key: entry[key] for key in _KEYS})
-                joints.append(joint)
-                if len(problems) > 0:
-                    # __post_init__ will not run: name the values' problems now, with the others.
-                    problems += [f"{name}: {p}" for p in _joint_problems(JOINT_NAMES.index(name) + 1, joint)]
+            if isinstance(entry, dict) and {*entry} == {*keys} and {*map(type, entry.values())} == {int}:
+                joints.append(JointCalibration(**entry))
+                problems += _joint_problems(name, joints[-1])
+            else:
+                problems.append(f"{name}: {entry!r}, expected integers for {', '.join(keys)}")
         if problems:
             raise CalibrationError(_refusal(source, problems))
         return cls(tuple(joints), source)
@@ -123,19 +112,18 @@ def load_calibration(path_or_id: str | Path, environ: Mapping[str, str] = os.env
     Raises CalibrationError when none or several are found, or the file is not sane.
     """
     text = str(path_or_id)
-    path = Path(text).expanduser()
-    if path.is_file():
-        return _load(path)
-    if not text or path.suffix == ".json" or len(path.parts) != 1:
+    given = Path(text).expanduser()
+    if not given.is_file() and (not text or given.suffix == ".json" or len(given.parts) != 1):
         raise CalibrationError(f"no calibration file {text!r}. Give an existing file or a robot id.")
-    found = _saved(text, environ)
-    if found is None:
-        listing = "\n  ".join(map(str, _places(text, environ)))
-        raise CalibrationError(
-            f"no calibration for id {text!r}. Calibrate the arm (smolvla-calibrate --id {text}) or give a file. "
-            f"Looked at:\n  {listing}"
-        )
-    return _load(found)
+    path = given if given.is_file() else _saved(text, environ)
+    if path is None:
+        head = f"no calibration for id {text!r}. Make one (smolvla-calibrate --id {text}) or give a file. None at:"
+        raise CalibrationError(listed(head, _places(text, environ)))
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"cannot read calibration {path}: {error}.") from error
+    return Calibration.from_dict(data, str(path))
 
 
 def calibration_path(robot_id: str, environ: Mapping[str, str] = os.environ) -> Path:
@@ -158,8 +146,7 @@ def _places(robot_id: str, environ: Mapping[str, str]) -> list[Path]:
 def _saved(robot_id: str, environ: Mapping[str, str]) -> Path | None:
     found = [place for place in _places(robot_id, environ) if place.is_file()]
     if len(found) > 1:
-        listing = "\n  ".join(map(str, found))
-        raise CalibrationError(f"several calibrations for id {robot_id!r}; give the file you mean:\n  {listing}")
+        raise CalibrationError(listed(f"several calibrations for id {robot_id!r}; give the file you mean:", found))
     return found[0] if found else None
 
 
@@ -171,30 +158,19 @@ def _calibration_folder(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HF_LEROBOT_HOME") or f"{home}/lerobot").expanduser() / "calibration"
 
 
-def _load(path: Path) -> Calibration:
-    try:
-        data: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"cannot read calibration {path}: {error}.") from error
-    return Calibration.from_dict(data, str(path))
-
-
-def _joint_problems(number: int, joint: JointCalibration) -> list[str]:
+def _joint_problems(name: str, joint: JointCalibration) -> list[str]:
     problems = []
-    if joint.id != number:
-        problems.append(f"id {joint.id}, expected {number}")
+    if joint.id != IDS[JOINT_NAMES.index(name)]:
+        problems.append(f"id {joint.id}, expected {IDS[JOINT_NAMES.index(name)]}")
     if joint.drive_mode not in (0, 1):
         problems.append(f"drive_mode {joint.drive_mode}, expected 0 or 1")
     if abs(joint.homing_offset) > MAX_OFFSET:
         problems.append(f"homing_offset {joint.homing_offset}, expected -{MAX_OFFSET} to {MAX_OFFSET}")
     low, high = joint.range_min, joint.range_max
-    if not 0 <= low < high <= ENCODER_MAX:
-        problems.append(f"range {low} to {high}, expected 0 <= range_min < range_max <= {ENCODER_MAX}")
-    elif high - low < MIN_SPAN:
-        problems.append(f"range {low} to {high} spans {high - low} ticks, expected {MIN_SPAN} or more")
-    return problems
+    if not 0 <= low <= high - MIN_SPAN <= ENCODER_MAX - MIN_SPAN:
+        problems.append(f"range {low} to {high}, expected {MIN_SPAN} ticks or more within 0 to {ENCODER_MAX}")
+    return [f"{name}: {problem}" for problem in problems]
 
 
 def _refusal(source: str, problems: list[str]) -> str:
-    listing = "\n  ".join(problems)
-    return f"calibration {source} cannot be used. Calibrate the arm again (smolvla-calibrate).\n  {listing}"
+    return listed(f"calibration {source} cannot be used. Calibrate the arm again (smolvla-calibrate).", problems)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CameraError
-from .shared_frame import SharedFrameReader
+from .shared_frame import read_frame
 
 # Seconds OpenCV waits for a stalled V4L2 device, 10 unless told; it looks once, before the first capture.
 SELECT_TIMEOUT_VARIABLE, SELECT_TIMEOUT_S = "OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT", "2"
@@ -48,7 +48,7 @@ class Camera(Protocol):
     def name(self) -> str: ...
 
     def open(self) -> None:
-        """Return when the first picture is there. May be called again."""
+        """Return when the first picture is there. Once."""
 
     def latest(self) -> Frame:
         """The newest picture, at once; the caller judges its age."""
@@ -74,15 +74,11 @@ class OpenCVCamera:
         self._thread: threading.Thread | None = None
 
     def open(self) -> None:
-        if self._thread is not None:
-            return
         device = Path(f"/dev/video{self._source}" if isinstance(self._source, int) else self._source)
         if not device.exists():
             present = ", ".join(sorted(map(str, Path("/dev").glob("video*")))) or "none"
             raise CameraError(f"camera {self.name}: no {device}. Video devices here: {present}.")
         os.environ.setdefault(SELECT_TIMEOUT_VARIABLE, SELECT_TIMEOUT_S)
-        self._frame, self._error = None, ""
-        self._stopping.clear()
         self._thread = threading.Thread(target=self._run, name=f"camera {self.name}", daemon=True)
         self._thread.start()
         with self._changed:
@@ -103,8 +99,6 @@ class OpenCVCamera:
         with self._changed:
             if self._error:
                 raise CameraError(self._error)
-            if self._thread is None:
-                raise CameraError(f"camera {self.name} is not open. Call open() first.")
             if self._frame is None:
                 raise CameraError(
                     f"camera {self.name}: no picture from {self._source} in {OPEN_LIMIT_S} s. "
@@ -113,26 +107,28 @@ class OpenCVCamera:
             return self._frame
 
     def close(self) -> None:
-        thread, self._thread = self._thread, None
         self._stopping.set()
-        if thread is not None:
+        if self._thread is not None:
             # A thread inside a stalled driver ends by itself; it holds nothing anybody waits for.
-            thread.join(STOP_LIMIT_S)
+            self._thread.join(STOP_LIMIT_S)
 
     def _run(self) -> None:
         capture = cv2.VideoCapture()
         try:
-            self._read(capture)
+            problem = self._read(capture)
         except cv2.error as error:
-            self._fail(f"OpenCV failed: {error}")
+            problem = f"OpenCV failed: {error}"
         finally:
             capture.release()
+        with self._changed:
+            self._error = f"camera {self.name} ({self._source}): {problem}"
+            self._changed.notify_all()
 
-    def _read(self, capture: cv2.VideoCapture) -> None:
+    def _read(self, capture: cv2.VideoCapture) -> str:
+        """Show picture after picture; returns why no more will come."""
         is_device = isinstance(self._source, int) or str(self._source).startswith("/dev/")
         if not capture.open(self._source, cv2.CAP_V4L2 if is_device else cv2.CAP_ANY):
-            self._fail("cannot be opened. Is it the device's first node, and free of other programs?")
-            return
+            return "cannot be opened. Is it the device's first node, and free of other programs?"
         if is_device:
             # In this order: uncompressed pictures eat the bandwidth of the others, and on some cameras the
             # rate cannot be set before the size.
@@ -143,28 +139,19 @@ class OpenCVCamera:
             # One picture in the queue: the newest, not one from a backlog.
             capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
         failed = 0
-        while not self._stopping.is_set():
+        while failed < FAILED_READS_LIMIT:
             ok, image = capture.read()
-            time_s = time.monotonic()
-            if not ok:
-                failed += 1
-                if failed == FAILED_READS_LIMIT:
-                    self._fail(f"{failed} reads in a row failed. Check its cable")
-                    return
-                self._stopping.wait(FAILED_READ_PAUSE_S)
-                continue
-            failed = 0
-            self._show(image, time_s)
+            failed = 0 if ok else failed + 1
+            if ok:
+                self._show(image, time.monotonic())
+            if self._stopping.wait(0.0 if ok else FAILED_READ_PAUSE_S):
+                return "closed"
+        return f"{failed} reads in a row failed. Check its cable"
 
     def _show(self, bgr: cv2.typing.MatLike, time_s: float) -> None:
         rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
         with self._changed:
             self._frame = Frame(rgb, time_s, self._frame.number + 1 if self._frame else 1)
-            self._changed.notify_all()
-
-    def _fail(self, what: str) -> None:
-        with self._changed:
-            self._error = f"camera {self.name} ({self._source}): {what}"
             self._changed.notify_all()
 
 
@@ -176,7 +163,7 @@ class VideoFileCamera(OpenCVCamera):
     def __init__(self, name: str, path: str | Path) -> None:
         super().__init__(name, str(path), 0, 0)
 
-    def _read(self, capture: cv2.VideoCapture) -> None:
+    def _read(self, capture: cv2.VideoCapture) -> str:
         due_s = time.monotonic()
         while not self._stopping.is_set():
             capture.open(str(self._source))  # again at the end: not every format can be wound back
@@ -184,13 +171,13 @@ class VideoFileCamera(OpenCVCamera):
             self.asked_fps = fps if 0 < fps <= HIGHEST_VIDEO_FPS else VIDEO_FPS
             ok, image = capture.read()
             if not ok:
-                self._fail("no picture and no video that OpenCV reads")
-                return
+                return "no picture and no video that OpenCV reads"
             while ok and not self._stopping.wait(max(0.0, due_s - time.monotonic())):
                 self._show(image, due_s)
                 # Pictures that come too late move all others: no burst to catch up.
                 due_s = max(due_s + 1 / self.asked_fps, time.monotonic())
                 ok, image = capture.read()
+        return "closed"
 
 
 class ImageFileCamera:
@@ -206,23 +193,17 @@ class ImageFileCamera:
         self._number = 0
 
     def open(self) -> None:
-        try:
-            data = np.frombuffer(self._path.read_bytes(), np.uint8)
-        except OSError as error:
-            raise CameraError(f"camera {self.name}: cannot read {self._path}: {error}.") from error
-        bgr = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+        bgr = cv2.imread(str(self._path), cv2.IMREAD_COLOR)
         if bgr is None:
             raise CameraError(f"camera {self.name}: {self._path} is no picture that OpenCV reads.")
         self._image = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
     def latest(self) -> Frame:
-        if self._image is None:
-            raise CameraError(f"camera {self.name} is not open. Call open() first.")
+        assert self._image is not None, "open() comes first"
         self._number += 1
         return Frame(self._image.copy(), time.monotonic(), self._number)
 
-    def close(self) -> None:
-        self._image = None
+    def close(self) -> None: ...
 
 
 class SharedFrameCamera:
@@ -234,29 +215,18 @@ class SharedFrameCamera:
     def __init__(self, name: str, path: str | Path) -> None:
         self.name = name
         self._path = Path(path)
-        self._reader: SharedFrameReader | None = None
+        self._frame: Frame | None = None
 
     def open(self) -> None:
-        if self._reader is not None:
-            return
-        self._reader = SharedFrameReader(self._path)
-        deadline = time.monotonic() + OPEN_LIMIT_S
-        while self._reader.read() is None:
-            if time.monotonic() > deadline:
-                self.close()
-                raise CameraError(f"camera {self.name}: no picture in {self._path} for {OPEN_LIMIT_S} s.")
-            time.sleep(0.01)
+        self.latest()
 
     def latest(self) -> Frame:
-        picture = self._reader.read() if self._reader else None
-        if picture is None:
-            raise CameraError(f"camera {self.name} is not open. Call open() first.")
-        return Frame(*picture)
+        image, time_s, number = read_frame(self._path)
+        if self._frame is None or number != self._frame.number:
+            self._frame = Frame(image, time_s, number)
+        return self._frame
 
-    def close(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
+    def close(self) -> None: ...
 
 
 def open_camera(name: str, source: str | int, width: int = 640, height: int = 480, fps: float = 30.0) -> Camera:
@@ -269,10 +239,8 @@ def open_camera(name: str, source: str | int, width: int = 640, height: int = 48
 
     text = str(source)
     camera: Camera
-    if text.isdecimal():
-        camera = OpenCVCamera(name, int(text), width, height, fps)
-    elif text.startswith(("/dev/video", "/dev/v4l/")):
-        camera = OpenCVCamera(name, text, width, height, fps)
+    if text.isdecimal() or text.startswith(("/dev/video", "/dev/v4l/")):
+        camera = OpenCVCamera(name, int(text) if text.isdecimal() else text, width, height, fps)
     elif text.startswith("csi:") and text[4:].isdecimal():
         camera = CsiCamera(name, int(text[4:]), width, height, fps)
     elif text.startswith("sim:"):

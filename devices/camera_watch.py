@@ -1,4 +1,5 @@
-"""What is wrong with the cameras, told beside every picture: failed, stalled, resized, frozen, swapped.
+"""What is wrong with the cameras, told beside every picture: failed, stalled, resized, frozen; and, between two runs,
+cameras that changed places.
 
 `CameraWatch.look` is called once per control tick and costs next to nothing where no new picture came. A picture
 with a problem must not reach the policy; what else follows from it is the control loop's business.
@@ -6,7 +7,6 @@ with a problem must not reach the policy; what else follows from it is the contr
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +23,8 @@ from .errors import CameraError
 STALE_S = 0.5
 FROZEN_S, FROZEN_PICTURES = 1.0, 5
 RATE_WINDOW_S, SLOWEST_HZ = 3.0, 10.0
-THUMBNAIL_PERIOD_S, SWAPPED_S = 0.5, 1.0
 THUMBNAIL_SIZE = (16, 12)
-# Correlations. The virtual arm moving at random: a camera with its own mean 0.75 to 0.9, with another's under 0.55.
-RESEMBLES, MARGIN = 0.75, 0.3
-KEPT = 0.95  # of the mean, from one thumbnail to the next
+RESEMBLES, MARGIN = 0.75, 0.3  # correlations
 FLAT = 2.0  # grey levels of contrast, below which a picture (dark, covered) resembles nothing
 
 Thumbnail = NDArray[np.float64]  # [192], mean 0 and length 1, or all 0: a dot product is a correlation
@@ -47,7 +44,6 @@ class CameraWatch:
 
     def __init__(self, cameras: Sequence[Camera]) -> None:
         self._watched = [_Watched(camera) for camera in cameras]
-        self._compare_due_s = 0.0
         self._warnings: list[str] = []
 
     def look(self) -> dict[str, View]:
@@ -56,10 +52,7 @@ class CameraWatch:
         for watched in self._watched:
             watched.look(now_s)
             self._warnings += watched.rate()
-        if now_s >= self._compare_due_s:
-            self._compare_due_s = now_s + THUMBNAIL_PERIOD_S
-            self._compare(now_s)
-        return {watched.name: watched.view(now_s) for watched in self._watched}
+        return {w.name: View(w.frame.image, w.frame.time_s, w.problem) for w in self._watched}
 
     def warnings(self) -> list[str]:
         """New ones since the last call: cameras that are slow, each told once."""
@@ -86,36 +79,13 @@ class CameraWatch:
         ]
 
     def remember(self, path: Path) -> None:
-        """Store what the cameras show now, for `compare_with` in the next run."""
+        """Store what the cameras show now, for `compare_with` in the next run. OSError when it cannot."""
         thumbnails = self._thumbnails()
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            with beside.open("wb") as file:
-                np.savez(file, names=np.array([*thumbnails], np.str_), thumbnails=np.array([*thumbnails.values()]))
-            beside.replace(path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise CameraError(f"cannot store what the cameras show in {path}: {error}.") from error
+        with path.open("wb") as file:
+            np.savez(file, names=np.array([*thumbnails], np.str_), thumbnails=np.array([*thumbnails.values()]))
 
     def _thumbnails(self) -> dict[str, Thumbnail]:
         return {name: _thumbnail(view.image) for name, view in self.look().items()}
-
-    def _compare(self, now_s: float) -> None:
-        """Find cameras that stopped resembling their own past and resemble another, as it was or is."""
-        shown = {watched: _thumbnail(watched.frame.image) for watched in self._watched}
-        for watched, thumbnail in shown.items():
-            likeness = {
-                other.name: max(thumbnail @ other.past, thumbnail @ shown[other])
-                for other in self._watched
-                if other is not watched
-            }
-            best = max(likeness, key=likeness.__getitem__, default="")
-            own = thumbnail @ watched.past if watched.past.any() else 1.0
-            name = best if best and likeness[best] >= max(RESEMBLES, own + MARGIN) else ""
-            if not name:
-                watched.past = _unit(KEPT * watched.past + (1 - KEPT) * thumbnail)
-            if name != watched.resembles:
-                watched.resembles, watched.resembles_since_s = name, now_s
 
 
 class _Watched:
@@ -126,31 +96,27 @@ class _Watched:
         self.frame = self._changed = self._rated = camera.latest()
         self._shape = self.frame.image.shape
         self._told_slow = False
-        self.fault = ""  # of the picture itself
-        self.past: Thumbnail = np.zeros(THUMBNAIL_SIZE[0] * THUMBNAIL_SIZE[1])  # the mean of its own, slowly moving
-        self.resembles, self.resembles_since_s = "", 0.0  # another camera
+        self.problem = ""
 
     def look(self, now_s: float) -> None:
-        old, old_fault, self.fault = self.frame, self.fault, ""
+        old, old_problem, self.problem = self.frame, self.problem, ""
         try:
             self.frame = self._camera.latest()
         except CameraError as error:
-            self.fault = f"failed: {error}"
+            self.problem = f"failed: {error}"
             return
         if not (self._camera.has_noise and _equal(self.frame.image, old.image)):
             self._changed = self.frame
-        if old_fault:
+        if old_problem:
             self._rated = self.frame  # a pause is not a slow camera
+        same = 1 + self.frame.number - self._changed.number
         if now_s - self.frame.time_s > STALE_S:
-            self.fault = f"stalled: no new picture for more than {STALE_S} s"
+            self.problem = f"stalled: no new picture for more than {STALE_S} s"
         elif self.frame.image.shape != self._shape:
             (height, width), (old_height, old_width) = self.frame.image.shape[:2], self._shape[:2]
-            self.fault = f"resized: {width} x {height}, was {old_width} x {old_height}"
-        elif (
-            self.frame.number - self._changed.number >= FROZEN_PICTURES - 1
-            and self.frame.time_s - self._changed.time_s >= FROZEN_S
-        ):
-            self.fault = "frozen: the same picture again and again"
+            self.problem = f"resized: {width} x {height}, was {old_width} x {old_height}"
+        elif same >= FROZEN_PICTURES and self.frame.time_s - self._changed.time_s >= FROZEN_S:
+            self.problem = "frozen: the same picture again and again"
 
     def rate(self) -> list[str]:
         """The warning that it is slow, once."""
@@ -168,11 +134,6 @@ class _Watched:
             "Check its USB port, and the light: in the dark it exposes longer"
         ]
 
-    def view(self, now_s: float) -> View:
-        swapped = self.resembles and now_s - self.resembles_since_s >= SWAPPED_S
-        problem = self.fault or (f"swapped: shows what '{self.resembles}' showed" if swapped else "")
-        return View(self.frame.image, self.frame.time_s, problem)
-
 
 def _equal(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
     # Some rows tell nearly all pictures apart, in a tenth of the time.
@@ -182,8 +143,4 @@ def _equal(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
 def _thumbnail(image: NDArray[np.uint8]) -> Thumbnail:
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), THUMBNAIL_SIZE, interpolation=cv2.INTER_AREA)
     centred = grey.astype(np.float64).ravel() - grey.mean()
-    return _unit(centred) if centred.std() >= FLAT else np.zeros(centred.size)
-
-
-def _unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    return vector / max(float(np.linalg.norm(vector)), 1e-9)
+    return centred / np.linalg.norm(centred) if centred.std() >= FLAT else np.zeros(centred.size)

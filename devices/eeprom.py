@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .bus import FeetechBus
 from .calibration import IDS, joint_label
-from .errors import ArmError
+from .errors import ArmError, listed
 from .sts3215 import MODEL_NUMBER, PHASE_MULTI_TURN, Register, encode
 
 # Source: lerobot 0.4.4 `SO101Follower.configure`; the gripper must not burn out while it holds something.
@@ -67,21 +67,19 @@ def write_differences(bus: FeetechBus, wanted: Mapping[int, Mapping[Register, in
     found = {i: bus.read_block(i, Register.FIRMWARE_MAJOR_VERSION, Register.LOCK).values for i in wanted}
     problems = []
     for servo_id, values in found.items():
-        if values[Register.MODEL_NUMBER] != MODEL_NUMBER:
-            problems.append(
-                f"{joint_label(servo_id)}: model {values[Register.MODEL_NUMBER]}, expected {MODEL_NUMBER}"
-            )
+        label, model = joint_label(servo_id), values[Register.MODEL_NUMBER]
+        if model != MODEL_NUMBER:
+            problems.append(f"{label}: model {model}, expected {MODEL_NUMBER}")
         if values[Register.TORQUE_ENABLE]:
-            problems.append(f"{joint_label(servo_id)} is energised. Support the arm, switch its power off and on")
+            problems.append(f"{label} is energised. Support the arm, switch its power off and on")
         for register, value in wanted[servo_id].items():
             assert register.area == "EPROM", register
             try:
                 encode(register, value)
             except ArmError as error:
-                problems.append(f"{joint_label(servo_id)}: {error}")
+                problems.append(f"{label}: {error}")
     if problems:
-        listing = "\n  ".join(problems)
-        raise ArmError(f"the EPROM of the arm on {bus.path} was not written:\n  {listing}")
+        raise ArmError(listed(f"the EPROM of the arm on {bus.path} was not written:", problems))
     changes = differences(found, wanted)
     for servo_id in dict.fromkeys(change.id for change in changes):
         try:

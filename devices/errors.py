@@ -12,6 +12,8 @@
 turns them into `BusLost`. A message says what was found, what was expected and what to do.
 """
 
+from collections.abc import Iterable
+
 
 class DeviceError(Exception):
     """Base of the tree."""
@@ -39,3 +41,8 @@ class CalibrationError(DeviceError):
 
 class CameraError(DeviceError):
     """A camera cannot be used."""
+
+
+def listed(head: str, problems: Iterable[object]) -> str:
+    """A message with one problem a line."""
+    return "\n  ".join((head, *map(str, problems)))

@@ -27,8 +27,6 @@ class Instruction(IntEnum):
     PING = 0x01
     READ = 0x02
     WRITE = 0x03
-    REG_WRITE = 0x04
-    ACTION = 0x05
     SYNC_READ = 0x82
     SYNC_WRITE = 0x83
 
@@ -51,10 +49,7 @@ def build(servo_id: int, code: int, params: bytes = b"") -> bytes:
     """A whole frame; BusError when id, code or length cannot be on the wire."""
     length = len(params) + 2
     if not (0 <= servo_id <= BROADCAST_ID and 0 <= code <= 0xFF and length <= MAX_LENGTH):
-        raise BusError(
-            f"cannot build a frame with id {servo_id}, code {code}, {len(params)} params: "
-            f"ids are 0 to {BROADCAST_ID}, codes one byte, params at most {MAX_LENGTH - 2}."
-        )
+        raise BusError(f"cannot build a frame with id {servo_id}, code {code} and {len(params)} params.")
     body = bytes((servo_id, length, code)) + params
     return HEADER + body + bytes((checksum(body),))
 
@@ -78,11 +73,9 @@ def sync_read(address: int, size: int, ids: Sequence[int]) -> bytes:
 
 def sync_write(address: int, data: Mapping[int, bytes]) -> bytes:
     """One write per servo, {id: bytes}, all of one size; never answered."""
-    sizes = {len(item) for item in data.values()}
-    if len(sizes) != 1:
-        raise BusError(f"a sync write needs data of one size for one servo or more, got sizes {sorted(sizes)}.")
+    (size,) = {len(item) for item in data.values()}
     params = b"".join(bytes((servo_id,)) + item for servo_id, item in data.items())
-    return build(BROADCAST_ID, Instruction.SYNC_WRITE, bytes((address, sizes.pop())) + params)
+    return build(BROADCAST_ID, Instruction.SYNC_WRITE, bytes((address, size)) + params)
 
 
 class FrameParser:

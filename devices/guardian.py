@@ -13,99 +13,78 @@ lock of a frozen host.
 
 from __future__ import annotations
 
-import fcntl
+import json
 import os
 import select
 import signal
-import subprocess
 import sys
-import termios
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
+from subprocess import PIPE, Popen, TimeoutExpired
 
-from . import frames
-from .errors import GuardianLost
-from .sts3215 import Register, decode, encode
+from . import power
+from .bus import FeetechBus
+from .calibration import IDS
+from .errors import DeviceError, GuardianLost
+from .port import Port
+from .sts3215 import Register
 
-IDS = range(1, 7)
 READY, BEAT, TAKEN, GOODBYE = b"r", b".", b"t", b"q"
 ACTED = 3
 START_LIMIT_S = 10.0
 ECHO_LIMIT_S = 1.0
 # Longer than any action takes: killed halfway, it would leave servos on.
 DISMISS_LIMIT_S = 2.0
-ROUNDS, REPEATS, REPEAT_S = 3, 3, 0.02
-SINK_S, SINK_STEPS = 0.4, 20
-ANSWERS_S = 0.05
-# Torque_Limit assumed for a servo that does not tell: what the gripper is given, the weakest of the arm.
-UNKNOWN_LIMIT = 500
-PORT_ERRORS = (OSError, termios.error)
+ROUNDS = 3
+REPLY_MARGIN_S = 0.015
 
 
 class GuardianAction(Enum):
     """What happens to the arm when the host is gone."""
 
     HOLD = "hold"  # nothing: the servos keep their last goal
-    SOFT = "soft"  # the arm sinks within SINK_S, then off
+    SOFT = "soft"  # the arm sinks, then off
     OFF = "off"  # off at once: the arm falls
 
 
 class Guardian:
     """Starts the process and returns once it watches; GuardianLost when it does not start.
 
-    port_fd: the open port, kept open by the host until `dismiss`. path: its name, for messages. torque_limits:
+    port_fd: the open port, kept open by the host until `dismiss`. path: its name, for messages. limits:
     what Torque_Limit is to be afterwards, {id: 0.1 %}. The time counts from the first `beat`; from then on the
     host beats more often than every `timeout_s`.
     """
 
     def __init__(
-        self,
-        port_fd: int,
-        path: str,
-        action: GuardianAction,
-        torque_limits: Mapping[int, int],
-        timeout_s: float = 0.8,
+        self, port_fd: int, path: str, action: GuardianAction, limits: Mapping[int, int], timeout_s: float = 0.8
     ) -> None:
         self._action, self._timeout_s = action, timeout_s
         self._unanswered_s: float | None = None
-        limits = ",".join(str(torque_limits[servo_id]) for servo_id in IDS)
-        command = [sys.executable, "-m", __name__, str(port_fd), path, action.value, str(timeout_s), limits]
+        arguments = json.dumps((port_fd, path, action.value, timeout_s, [*limits.items()]))
+        command = [sys.executable, "-m", __name__, arguments]
         # A session of its own: Ctrl-C is for the host.
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            pass_fds=(port_fd,),
-            start_new_session=True,
+        self._process = Popen(
+            command, stdin=PIPE, stdout=PIPE, bufsize=0, pass_fds=(port_fd,), start_new_session=True
         )
+        self.pid = self._process.pid
         assert self._process.stdin and self._process.stdout
-        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._to, False)
-        os.set_blocking(self._from, False)
+        self._to, self._from = self._process.stdin, self._process.stdout
+        for pipe in (self._to, self._from):
+            os.set_blocking(pipe.fileno(), False)
         try:
-            if not select.select([self._from], [], [], START_LIMIT_S)[0] or os.read(self._from, 1) != READY:
+            if not select.select([self._from], [], [], START_LIMIT_S)[0] or self._from.read(1) != READY:
                 raise GuardianLost(f"the guardian of {path} did not start within {START_LIMIT_S:.0f} s. Try again.")
         except BaseException:
             self._end()
             raise
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def beat(self) -> None:
         """Once per control tick; does not block. GuardianLost when nobody watches any more: stop the arm."""
         now_s = time.monotonic()
-        try:
-            heard = os.read(self._from, 65536)
-        except BlockingIOError:
-            heard = None
-        except OSError:
-            heard = b""
-        if heard is not None:
+        heard = b"" if self._from.closed else self._from.read(65536)
+        if heard is not None:  # not that there is nothing yet
             if TAKEN in heard:
                 raise GuardianLost(
                     f"this program stood still for more than {self._timeout_s} s, so the guardian has taken the arm "
@@ -120,33 +99,30 @@ class Guardian:
             raise GuardianLost(f"the guardian process has not answered for {ECHO_LIMIT_S} s. Start again.")
         # What goes wrong here is told by the next read.
         with suppress(OSError):
-            os.write(self._to, BEAT)
+            self._to.write(BEAT)
 
     def dismiss(self) -> None:
         """Say goodbye; after it the port may be closed. May be called again, and when the guardian is gone."""
         with suppress(OSError, ValueError):
-            os.write(self._to, GOODBYE)
+            self._to.write(GOODBYE)
         self._end(DISMISS_LIMIT_S)
 
     def _end(self, limit_s: float = 0.0) -> None:
         try:
             self._process.wait(limit_s)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe
-            pipe.close()
-        self._to = self._from = -1
+        self._to.close()
+        self._from.close()
 
 
 def main() -> int:
-    """The process. Arguments: file descriptor and path of the port, action, timeout in seconds, torque limits."""
+    """The process. Argument: JSON of the port (file descriptor, path), action, timeout in seconds, torque limits."""
     # SIGTERM too: a service manager sends it to all, and the host still has to park.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    fd, path, action, timeout_s = int(sys.argv[1]), sys.argv[2], GuardianAction(sys.argv[3]), float(sys.argv[4])
-    limits = dict(zip(IDS, map(int, sys.argv[5].split(",")), strict=True))
+    fd, path, action, timeout_s, limits = json.loads(sys.argv[1])
     os.write(1, READY)
     reason = _watch(timeout_s)
     if not reason:
@@ -154,12 +130,9 @@ def main() -> int:
     with suppress(OSError):
         os.write(1, TAKEN)
     try:
-        done = _act(fd, action, limits)
-    except PORT_ERRORS as error:
+        done = _act(fd, path, GuardianAction(action), dict(limits))
+    except DeviceError as error:
         done = f"the port failed ({error}). The servos may still be energised: switch the power off"
-    with suppress(*PORT_ERRORS):
-        # The mark outlives the host while anybody else holds the terminal.
-        fcntl.ioctl(fd, termios.TIOCNXCL)
     with suppress(OSError):
         os.write(2, f"guardian of {path}: {reason}; {done}.\n".encode())
     return ACTED
@@ -180,55 +153,22 @@ def _watch(timeout_s: float) -> str:
     return f"no heartbeat for {timeout_s} s"
 
 
-def _act(fd: int, action: GuardianAction, limits: dict[int, int]) -> str:
+def _act(fd: int, path: str, action: GuardianAction, limits: dict[int, int]) -> str:
     """Do it; returns what came of it."""
     if action is GuardianAction.HOLD:
+        Port(path, fd).close()
         return "the arm holds its last goal, energised. Switch its power off by hand"
-    # Goals of the host that are still on their way must not follow.
-    termios.tcflush(fd, termios.TCIOFLUSH)
-    if action is GuardianAction.SOFT:
-        _sink(fd)
-    left = set(IDS)
-    for _ in range(ROUNDS):
-        for _ in range(REPEATS):
-            os.write(fd, frames.write(frames.BROADCAST_ID, Register.TORQUE_ENABLE.address, b"\0"))
-            time.sleep(REPEAT_S)
-        left -= {servo_id for servo_id, value in _ask(fd, Register.TORQUE_ENABLE).items() if value == 0}
-        if not left:
-            break
-    if action is GuardianAction.SOFT:
-        # Nobody else ever writes this register: left at 0, the arm would stay limp until its power is cut.
-        os.write(fd, _limits_frame(limits))
-    if not left:
-        return "every servo is switched off"
-    return f"switched off, but servos {', '.join(map(str, sorted(left)))} did not confirm it: switch the power off"
-
-
-def _sink(fd: int) -> None:
-    """Lower Torque_Limit to 0 in steps, from what it is now."""
-    limits = dict.fromkeys(IDS, UNKNOWN_LIMIT) | _ask(fd, Register.TORQUE_LIMIT)
-    for step in reversed(range(SINK_STEPS)):
-        os.write(fd, _limits_frame({servo_id: limit * step // SINK_STEPS for servo_id, limit in limits.items()}))
-        time.sleep(SINK_S / SINK_STEPS)
-
-
-def _limits_frame(limits: dict[int, int]) -> bytes:
-    register = Register.TORQUE_LIMIT
-    return frames.sync_write(register.address, {i: encode(register, value) for i, value in limits.items()})
-
-
-def _ask(fd: int, register: Register) -> dict[int, int]:
-    """One sync read; the values of those that answer. Its echo, where there is one, is no status frame."""
-    os.write(fd, frames.sync_read(register.address, register.size, IDS))
-    parser, values = frames.status_parser(), dict[int, int]()
-    deadline = time.monotonic() + ANSWERS_S
-    while len(values) < len(IDS) and (wait_s := deadline - time.monotonic()) > 0:
-        if not select.select([fd], [], [], wait_s)[0]:
-            break
-        for frame in parser.feed(os.read(fd, 4096)):
-            if frame.id in IDS and len(frame.params) == register.size:
-                values[frame.id] = decode(register, frame.params)
-    return values
+    with FeetechBus(path, reply_margin_s=REPLY_MARGIN_S, fd=fd) as bus:
+        if action is GuardianAction.SOFT:
+            with suppress(DeviceError):  # off in any case
+                known = bus.sync_read(IDS, Register.TORQUE_LIMIT)
+                told = {i: block.values[Register.TORQUE_LIMIT] for i, block in known.items()}
+                power.sink(bus, dict.fromkeys(IDS, min(limits.values())) | told, limits, lambda: None)
+        for _ in range(ROUNDS):
+            result = power.switch_off(bus)
+            if not result.unconfirmed:
+                return "every servo is switched off"
+        return result.message
 
 
 if __name__ == "__main__":

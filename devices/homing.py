@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .bus import FeetechBus
 from .calibration import IDS, JOINT_NAMES, MAX_OFFSET, MIN_SPAN, Calibration, JointCalibration, joint_label
 from .eeprom import Change, write_differences
-from .errors import ArmError, CalibrationError
+from .errors import ArmError, CalibrationError, listed
 from .sts3215 import ENCODER_MAX, TICKS_PER_TURN, Register
 
 MIDDLE = ENCODER_MAX // 2
@@ -88,7 +88,7 @@ class Sweep:
             except CalibrationError as error:
                 problems.append(f"{joint_label(servo_id)} {error}")
         if problems:
-            raise CalibrationError("move every joint from stop to stop. Start again:\n  " + "\n  ".join(problems))
+            raise CalibrationError(listed("move every joint from stop to stop. Start again:", problems))
         return Calibration(tuple(joints), source)
 
     def _encoders(self) -> list[int]:
@@ -115,10 +115,8 @@ def write_calibration(bus: FeetechBus, wanted: Mapping[int, Mapping[Register, in
         if abs(_around(present - expected)) > AT_REST_TICKS or not on_scale:
             problems.append(f"{joint_label(servo_id)} reports position {present}, expected {expected}")
     if problems:
-        raise ArmError(
-            "the calibration was written, but the positions do not follow from it. Was the arm moved meanwhile? "
-            "Switch its power off and on, then try again:\n  " + "\n  ".join(problems)
-        )
+        head = "the calibration was written, but the positions do not follow from it. Was the arm moved meanwhile?"
+        raise ArmError(listed(f"{head} Switch its power off and on, then try again:", problems))
     return changes
 
 

@@ -33,13 +33,12 @@ _FACTORY = (
 class Findings:
     """`problems` forbid to energise the arm, `warnings` do not.
 
-    values: {id: registers 0 to 70} of every servo that answered. energised: ids of those with torque on.
+    values: {id: registers 0 to 70} of every servo that answered.
     """
 
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
     values: Mapping[int, Mapping[Register, int]]
-    energised: tuple[int, ...]
 
 
 def inspect(bus: FeetechBus, calibration: Calibration | None) -> Findings:
@@ -55,47 +54,43 @@ def inspect(bus: FeetechBus, calibration: Calibration | None) -> Findings:
         if reply is None:
             absent.append(servo_id)
             continue
-        if reply.answers > 1:
-            problems.append(f"{joint_label(servo_id)}: {reply.answers} servos share id {servo_id}")
+        error, answers = reply
+        found = [f"{answers} servos share id {servo_id}"] if answers > 1 else []
         try:
             fixed = bus.read_block(servo_id, Register.FIRMWARE_MAJOR_VERSION, Register.VELOCITY_I)
             live = bus.read_block(servo_id, Register.TORQUE_ENABLE, Register.PRESENT_CURRENT)
         except BusLost:
             raise
-        except BusError as error:
-            problems.append(f"{joint_label(servo_id)}: {error}")
-            continue
-        values[servo_id] = {**fixed.values, **live.values}
-        if bits := reply.error | fixed.error | live.error | live.values[Register.STATUS]:
-            problems.append(f"{joint_label(servo_id)}: reports {', '.join(error_names(bits))}. {ERROR_ADVICE}")
-        found = _servo_problems(servo_id, values[servo_id], calibration)
+        except BusError as silent:
+            found.append(str(silent))
+        else:
+            values[servo_id] = {**fixed.values, **live.values}
+            if bits := error | fixed.error | live.error | live.values[Register.STATUS]:
+                found.append(f"reports {', '.join(error_names(bits))}. {ERROR_ADVICE}")
+            found += _servo_problems(servo_id, values[servo_id], calibration)
         problems += [f"{joint_label(servo_id)}: {problem}" for problem in found]
     if absent:
         answered = ", ".join(joint_label(i) for i in IDS if i not in absent) or "none"
-        garbled = bus.counters.bad_checksums or bus.counters.stray_bytes
-        problems.insert(
-            0,
-            f"no answer from {', '.join(map(joint_label, absent))} (found: {answered}). "
-            "Check power and the cable before the first one missing"
-            + ("; bytes came garbled: two servos may share an id." if garbled else "."),
-        )
-    energised = tuple(i for i in values if values[i][Register.TORQUE_ENABLE])
-    on = [f"{joint_label(i)} is energised already, until a run ends or its power is off" for i in energised]
+        garbled = bus.counters["bad_checksums"] or bus.counters["stray_bytes"]
+        hint = "; bytes came garbled: two servos may share an id." if garbled else "."
+        missing = f"no answer from {', '.join(map(joint_label, absent))} (found: {answered})"
+        problems.insert(0, f"{missing}. Check power and the cable before the first one missing{hint}")
+    energised = [joint_label(i) for i, v in values.items() if v[Register.TORQUE_ENABLE]]
+    on = [f"{label} is energised already, until a run ends or its power is off" for label in energised]
     known = {i: v for i, v in values.items() if v[Register.MODEL_NUMBER] == MODEL_NUMBER}
     warnings = list(_warnings(known))
     if calibration is None:
-        return Findings((*problems, *on), tuple(warnings), values, energised)
+        return Findings((*problems, *on), tuple(warnings), values)
     changes = differences(known, {i: configuration(i, v) for i, v in known.items()})
     if changes:
         names = ", ".join(dict.fromkeys(str(change.register) for change in changes))
         warnings.append(f"EPROM is not as LeRobot sets it up: {names}. --write-eeprom writes it, once")
-    return Findings(tuple(problems), (*on, *warnings), values, energised)
+    return Findings(tuple(problems), (*on, *warnings), values)
 
 
 def _warnings(values: Mapping[int, Mapping[Register, int]]) -> Iterator[str]:
-    firmware = {
-        i: f"{v[Register.FIRMWARE_MAJOR_VERSION]}.{v[Register.FIRMWARE_MINOR_VERSION]}" for i, v in values.items()
-    }
+    major, minor = Register.FIRMWARE_MAJOR_VERSION, Register.FIRMWARE_MINOR_VERSION
+    firmware = {i: f"{v[major]}.{v[minor]}" for i, v in values.items()}
     if len(set(firmware.values())) > 1:
         yield f"firmware differs: {', '.join(f'{joint_label(i)} {v}' for i, v in firmware.items())}"
     if silent := [joint_label(i) for i, v in values.items() if v[Register.RESPONSE_STATUS_LEVEL] == 0]:
@@ -111,9 +106,9 @@ def _warnings(values: Mapping[int, Mapping[Register, int]]) -> Iterator[str]:
 
 
 def _servo_problems(servo_id: int, values: Mapping[Register, int], calibration: Calibration | None) -> list[str]:
-    if values[Register.MODEL_NUMBER] != MODEL_NUMBER:
+    if (model := values[Register.MODEL_NUMBER]) != MODEL_NUMBER:
         # The other registers of another model mean something else.
-        return [f"model {values[Register.MODEL_NUMBER]}, expected {MODEL_NUMBER} (STS3215)"]
+        return [f"model {model}, expected {MODEL_NUMBER} (STS3215)"]
     problems = []
     volt, low, high = (
         values[r] / 10 for r in (Register.PRESENT_VOLTAGE, Register.MIN_VOLTAGE_LIMIT, Register.MAX_VOLTAGE_LIMIT)
@@ -123,10 +118,8 @@ def _servo_problems(servo_id: int, values: Mapping[Register, int], calibration: 
     if calibration is None:
         return problems
     joint = calibration.joints[servo_id - 1]
-    if values[Register.OPERATING_MODE] != 0:
-        problems.append(
-            f"Operating_Mode {values[Register.OPERATING_MODE]}, expected 0 (position). Try --write-eeprom"
-        )
+    if mode := values[Register.OPERATING_MODE]:
+        problems.append(f"Operating_Mode {mode}, expected 0 (position). Try --write-eeprom")
     if values[Register.PHASE] & PHASE_MULTI_TURN:
         problems.append("multi-turn feedback is on (Phase bit 4). Clear it with --write-eeprom")
     problems += [

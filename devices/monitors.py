@@ -1,7 +1,7 @@
 """Telemetry to warnings and stops. No clock, no port: every reading carries its time.
 
-A stop is latched by whoever asked; here it is only found. Thresholds: `Limits`, and what is stricter in each servo's
-own registers. The durations stay under the servo's own trip times (2 s of overload, 2 s of overcurrent).
+A stop is latched by whoever asked; here it is only found, once. Thresholds: `Limits`, and what is stricter in each
+servo's own registers. The durations stay under its own trip times (2 s of overload, 2 s of overcurrent).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ LEAD_SLACK_DEG = 1.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """warnings: new ones, each told once. stop: why the arm must hold now ("" to go on). unload: joints (0 to 5) to
-    let go of. ease: joints to press less."""
+    """What is new, each told once: warnings, and stops, why the arm must hold. unload: joints (0 to 5) to let go of.
+    ease: joints to press less."""
 
-    warnings: tuple[str, ...]
-    stop: str
-    unload: tuple[int, ...]
-    ease: tuple[int, ...]
+    warnings: list[str]
+    stops: list[str]
+    unload: list[int]
+    ease: list[int]
 
 
 class Monitors:
@@ -48,12 +48,12 @@ class Monitors:
     def __init__(self, limits: Limits, registers: Mapping[int, Mapping[Register, int]]) -> None:
         self._limits, self._registers = limits, registers
         self._since: dict[tuple[str, int], float] = {}
-        self._told: set[tuple[str, int]] = set()
+        self._told: set[tuple[str, int, bool]] = set()
         self._volts: list[tuple[float, JointState]] = []
         self._behind_deg = min(limits.following_stop_deg, limits.lead_deg - LEAD_SLACK_DEG)
 
     def reset(self) -> None:
-        """After a stop: every duration starts anew, every warning may be told again."""
+        """After a stop: every duration starts anew, everything may be told again."""
         self._since.clear()
         self._told.clear()
         self._volts.clear()
@@ -61,28 +61,20 @@ class Monitors:
     def check(self, state: JointState, goal_raw: ArrayLike | None) -> Verdict:
         """goal_raw: the goals the joints should follow, [6] raw ticks; None while the arm is limp."""
         self._volts = [(t, s) for t, s in self._volts if state.time_s - t <= VOLTAGE_DROP_S] + [(state.time_s, state)]
-        warnings: list[str] = []
-        stops: list[str] = []
-        unload: list[int] = []
-        ease: list[int] = []
-        error_deg = np.zeros(JOINTS)
-        if goal_raw is not None:
-            error_deg = np.abs(np.asarray(goal_raw) - state.raw) / TICKS_PER_DEG
+        verdict = Verdict([], [], [], [])
+        goal = state.raw if goal_raw is None else np.asarray(goal_raw)
+        error_deg = np.abs(goal - state.raw) / TICKS_PER_DEG
         for joint in range(JOINTS):
-            label = joint_label(IDS[joint])
-            found = self._joint(joint, state, error_deg[joint], ease, unload)
-            for signal, is_stop, text in found:
-                if is_stop:
-                    stops.append(f"{label}: {text}")
-                elif (signal, joint) not in self._told:
-                    self._told.add((signal, joint))
-                    warnings.append(f"{label}: {text}")
-        return Verdict(tuple(warnings), "; ".join(stops), tuple(unload), tuple(ease))
+            for signal, is_stop, text in self._joint(joint, state, error_deg[joint], verdict):
+                if (signal, joint, is_stop) not in self._told:
+                    self._told.add((signal, joint, is_stop))
+                    (verdict.stops if is_stop else verdict.warnings).append(f"{joint_label(IDS[joint])}: {text}")
+        return verdict
 
     def _joint(
-        self, joint: int, state: JointState, error_deg: float, ease: list[int], unload: list[int]
+        self, joint: int, state: JointState, error_deg: float, verdict: Verdict
     ) -> list[tuple[str, bool, str]]:
-        """(signal, whether it is a stop, text) of everything found on one joint."""
+        """(signal, whether it is a stop, text) of everything found on one joint, and what is to be let go of."""
         limits, registers = self._limits, self._registers[IDS[joint]]
         found: list[tuple[str, bool, str]] = []
 
@@ -105,7 +97,7 @@ class Monitors:
             stop = bool(bits & STOPPING_BITS)
             found.append((f"bits {bits}", stop, f"reports {', '.join(error_names(bits))}"))
             if stop:
-                unload.append(joint)
+                verdict.unload.append(joint)
 
         celsius, own_c = state.temperature[joint], registers[Register.MAX_TEMPERATURE_LIMIT]
         if celsius >= min(limits.temperature_stop_c, own_c - 5):
@@ -134,7 +126,7 @@ class Monitors:
         overloaded = lasts("overload", load > min(limits.load_stop_pct, own_load), stop_s)
         if joint == GRIPPER:  # it may hold something: then it never arrives, and LeRobot lets it trip at 25 % load
             if stalls or overloaded:
-                ease.append(joint)
+                verdict.ease.append(joint)
                 told = f"holds something firmly ({milliamps:.0f} mA, load {load:.0f} %): pressing less"
                 found.append(("firm", False, told))
             return found
@@ -152,5 +144,5 @@ class Monitors:
         elif lasts("lag", error_deg >= min(limits.following_warn_deg, self._behind_deg), FOLLOWING_WARN_S):
             found.append(("following", False, f"{error_deg:.0f} deg behind its goal"))
         if stalls or overloaded or behind:
-            unload.append(joint)
+            verdict.unload.append(joint)
         return found

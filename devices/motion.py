@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from .calibration import JOINT_NAMES, Calibration
 from .errors import ArmError
 from .limits import JOINTS, TICKS_PER_DEG, Limits
-from .units import Scale, Units, to_raw, to_values
+from .units import Units, to_raw, to_values
 
 # Far outside any range, yet small enough that the conversion to ticks cannot overflow.
 LARGEST_VALUE = 1e6
@@ -33,6 +33,7 @@ RAMP_THRESHOLD_PCT = 10.0
 EASED_LEAD_TICKS = 20
 
 Ticks = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 NONE = (False,) * JOINTS
 
 
@@ -87,6 +88,9 @@ class MotionShaper:
         self._pause_s = max(limits.action_max_age_s, 2 / rate_hz)
         self._low = np.array([j.range_min for j in calibration.joints], np.int64) + limits.margin_ticks
         self._high = np.array([j.range_max for j in calibration.joints], np.int64) - limits.margin_ticks
+        # Beyond these, the conversion itself clamps.
+        whole = math.inf if units is Units.DEGREES else 100.0
+        self._smallest, self._largest = np.array([-whole] * 5 + [0]), np.array([whole] * 5 + [100])
         self._speed = limits.ticks_per_s(calibration)
         self._first_speed = limits.ticks_per_s(calibration, first_move=True)
         self._accel = limits.accel_deg_s2 * TICKS_PER_DEG or math.inf
@@ -95,7 +99,7 @@ class MotionShaper:
         # A gripper may open or close within one target.
         self._jump = limits.ticks(calibration, limits.jump_deg, math.inf)
         # The exact goal behind the rounded one: at small dt a step may be a fraction of a tick.
-        self._goal: Ticks | None = None
+        self.goal: Ticks = np.zeros(JOINTS)  # the last one emitted, [6] raw ticks
         self._velocity: Ticks = np.zeros(JOINTS)
         self._accepted: Ticks | None = None
         self._accepted_s = self._time_s = 0.0
@@ -108,10 +112,8 @@ class MotionShaper:
     def start(self, goal_raw: ArrayLike, time_s: float, *, far: bool = False) -> None:
         """Begin at the goal the servos hold, [6] raw ticks; the next target is approached slowly. far: that target
         may be further than a jump away."""
-        goal = np.array(goal_raw, np.float64)
-        assert goal.shape == (JOINTS,), f"a start goal has {JOINTS} joints, not shape {goal.shape}"
         self.counts = MotionCounts()
-        self._goal, self._velocity = goal, np.zeros(JOINTS)
+        self.goal, self._velocity = np.array(goal_raw, np.float64), np.zeros(JOINTS)
         self._time_s = time_s
         self.resume()
         if far:
@@ -136,19 +138,14 @@ class MotionShaper:
         """`joint` presses against something: it keeps a light pressure until a target leads away."""
         self._eased[joint] = float(np.sign(self.goal[joint] - np.asarray(present_raw)[joint]))
 
-    @property
-    def goal(self) -> Ticks:
-        """Last goal emitted, [6] raw ticks, exact."""
-        assert self._goal is not None, "start() comes first"
-        return self._goal
-
     def shape(self, target: ArrayLike, present_raw: ArrayLike, time_s: float, due_s: float | None = None) -> Emitted:
         """The goal to emit at `time_s` for `target`, [6] robot units, that was meant for `due_s` (both monotonic;
         None: for now), with the joints at `present_raw`."""
-        values, problem = _checked(target)
-        if problem:
+        try:
+            values = _checked(target)
+        except (TypeError, ValueError) as problem:
             self.counts.malformed += 1
-            return self.hold(present_raw, time_s, problem)
+            return self.hold(present_raw, time_s, f"no target: {problem}")
         age_s = 0.0 if due_s is None else time_s - due_s
         if age_s > self._limits.action_max_age_s:
             self.counts.stale += 1
@@ -166,7 +163,7 @@ class MotionShaper:
         far[-1] &= not self._gripper_led  # a gripper that holds something never arrives
         self._ramping = (self._ramping or paused) and bool(far.any())
         self._accepted, self._accepted_s = aim, time_s
-        clipped = (aim != wanted) | self._outside_scale(values)
+        clipped = (aim != wanted) | (values < self._smallest) | (values > self._largest)
         return self._step(aim, present_raw, time_s, clipped)
 
     def hold(self, present_raw: ArrayLike, time_s: float, reason: str = "") -> Emitted:
@@ -174,13 +171,7 @@ class MotionShaper:
         return self._step(self.goal, present_raw, time_s, np.zeros(JOINTS, np.bool_), reason, holding=True)
 
     def _step(
-        self,
-        aim: Ticks,
-        present_raw: ArrayLike,
-        time_s: float,
-        clipped: NDArray[np.bool_],
-        rejected: str = "",
-        holding: bool = False,
+        self, aim: Ticks, present_raw: ArrayLike, time_s: float, clipped: Flags, why: str = "", holding: bool = False
     ) -> Emitted:
         last, present = self.goal, np.asarray(present_raw, np.float64)
         dt_s = min(max(time_s - self._time_s, 0.0), self._max_dt_s)
@@ -195,7 +186,7 @@ class MotionShaper:
         # The lead gives way to the speed: a joint that was pushed far is led back, not followed in one step.
         bounded = np.clip(leading, last - reach, last + reach)
         self._velocity = (bounded - last) / dt_s if dt_s else self._velocity
-        self._goal = bounded
+        self.goal = bounded
         slewed, slowed, led = slewed_to != aim, goal != slewed_to, leading != goal
         self._gripper_led = bool(led[-1])
         counts = self.counts
@@ -206,16 +197,9 @@ class MotionShaper:
             counts.ramped += ramping
             counts.limited += bool((clipped | slewed | slowed | led).any()) and not ramping
         raw = np.rint(bounded).astype(np.int64)
-        return Emitted(
-            tuple(raw.tolist()),
-            to_values(raw, self._calibration, self._units),
-            rejected,
-            clipped=tuple(clipped.tolist()),
-            slewed=tuple(slewed.tolist()),
-            slowed=tuple(slowed.tolist()),
-            led=tuple(led.tolist()),
-            ramping=ramping,
-        )
+        values = to_values(raw, self._calibration, self._units)
+        clip, slew, slow, lead = (tuple(hit.tolist()) for hit in (clipped, slewed, slowed, led))
+        return Emitted(tuple(raw.tolist()), values, why, clip, slew, slow, lead, ramping)
 
     def _limit_acceleration(self, aim: Ticks, slewed_to: Ticks, dt_s: float) -> Ticks:
         if self._accel == math.inf:
@@ -236,27 +220,12 @@ class MotionShaper:
                 result[joint] = present[joint] + sign * min(EASED_LEAD_TICKS, abs(goal[joint] - present[joint]))
         return np.asarray(result, np.float64)
 
-    def _outside_scale(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Joints whose conversion itself has clamped the value, [6] bool."""
-        low = {Scale.DEGREES: -math.inf, Scale.RANGE_M100_100: -100.0, Scale.RANGE_0_100: 0.0}
-        high = {Scale.DEGREES: math.inf, Scale.RANGE_M100_100: 100.0, Scale.RANGE_0_100: 100.0}
-        scales = self._units.scales
-        outside = [not low[s] <= v <= high[s] for s, v in zip(scales, values, strict=True)]
-        return np.array(outside, np.bool_)
 
-
-def _checked(target: ArrayLike) -> tuple[NDArray[np.float64], str]:
-    """The target as [6] float64, or the reason why it is none."""
-    nothing = np.zeros(0)
-    try:
-        array = np.asarray(target)
-    except (TypeError, ValueError):
-        return nothing, f"target is not an array of {JOINTS} numbers"
-    if array.dtype.kind not in "fiu":
-        return nothing, f"target is {array.dtype}, expected {JOINTS} numbers"
-    if array.shape != (JOINTS,):
-        return nothing, f"target has shape {list(array.shape)}, expected [{JOINTS}]"
+def _checked(target: ArrayLike) -> NDArray[np.float64]:
+    """The target as [6] float64; ValueError or TypeError when it is none."""
+    array = np.asarray(target)
+    if array.dtype.kind not in "fiu" or array.shape != (JOINTS,):
+        raise ValueError(f"{array.dtype} {list(array.shape)}, expected {JOINTS} numbers")
     if not np.isfinite(array).all():
-        names = [name for name, value in zip(JOINT_NAMES, array, strict=True) if not np.isfinite(value)]
-        return nothing, f"target is not finite for {', '.join(names)}"
-    return array.astype(np.float64), ""
+        raise ValueError(f"not finite for {', '.join(np.array(JOINT_NAMES)[~np.isfinite(array)])}")
+    return array.astype(np.float64)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import select
 import termios
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from serial.tools import list_ports
 
 from .errors import BusError, BusLost
 
-# A hung-up port raises termios.error too, which is no OSError, and one that another thread closes TypeError.
-PORT_ERRORS = (serial.SerialException, OSError, termios.error, TypeError)
+# A hung-up port raises termios.error too, which is no OSError, and one that another thread closes ValueError.
+PORT_ERRORS = (OSError, termios.error, ValueError)
+BAUDRATE, WRITE_TIMEOUT_S = 1_000_000, 0.1
 # By (vendor, product) id: the servo boards of Waveshare and Seeed carry the first, older adapters the second.
 ADAPTERS = {(0x1A86, 0x55D3): "CH343", (0x1A86, 0x7523): "CH340"}
 BY_ID = Path("/dev/serial/by-id")
@@ -39,52 +42,67 @@ def find_port() -> tuple[str, str]:
 
 
 class Port:
-    """An open serial port. BusError when it cannot be opened, BusLost from any method once it is gone."""
+    """An open serial port. BusError when it cannot be opened, BusLost from any method once it is gone.
 
-    def __init__(self, path: str, baudrate: int, write_timeout_s: float) -> None:
+    fd: the port, opened by another process of ours.
+    """
+
+    def __init__(self, path: str, fd: int | None = None) -> None:
         self.path = path
+        if fd is not None:
+            self._fd, self._close = fd, partial(os.close, fd)
+            return
         try:
-            self._serial: Any = serial.Serial(
-                path, baudrate, timeout=0, write_timeout=write_timeout_s, exclusive=True
-            )
-        except (*PORT_ERRORS, ValueError) as error:
-            raise BusError(_open_problem(path, baudrate, error)) from error
+            opened: Any = serial.Serial(path, BAUDRATE, exclusive=True)
+        except PORT_ERRORS as error:
+            raise BusError(_open_problem(path, error)) from error
+        self._fd, self._close = opened.fileno(), opened.close
         try:
             with self._mapped():
                 # exclusive=True is only flock, which plain opens ignore.
-                fcntl.ioctl(self._serial.fileno(), termios.TIOCEXCL)
+                fcntl.ioctl(self._fd, termios.TIOCEXCL)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Never raises: a port that is gone counts as closed."""
+        fd, self._fd = self._fd, -1
         with suppress(*PORT_ERRORS):
             # The mark outlives this process while anybody else holds the terminal.
-            fcntl.ioctl(self._serial.fileno(), termios.TIOCNXCL)
+            fcntl.ioctl(fd, termios.TIOCNXCL)
         with suppress(*PORT_ERRORS):
-            self._serial.close()
+            self._close()
 
     def write(self, data: bytes) -> None:
         with self._mapped():
-            self._serial.write(data)
+            while data:
+                if not select.select([], [self._fd], [], WRITE_TIMEOUT_S)[1]:
+                    raise OSError("it takes no more bytes")
+                data = data[os.write(self._fd, data) :]
 
     def receive(self, deadline: float) -> bytes:
         """Whatever has arrived, waiting until `deadline` (monotonic) for the first byte; b"" for none."""
         with self._mapped():
-            wait_s = max(0.0, deadline - time.monotonic())
-            if not select.select([self._serial.fileno()], [], [], wait_s)[0]:
+            if not select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return b""
-            return bytes(self._serial.read(4096))
+            data = os.read(self._fd, 4096)
+            if not data:
+                raise OSError("it gives no more bytes")
+            return data
 
-    def waiting(self) -> int:
-        """How many bytes have arrived and not been read."""
+    def waiting(self) -> bool:
+        """Whether anything has arrived and not been read."""
         with self._mapped():
-            return int(self._serial.in_waiting)
+            return bool(select.select([self._fd], [], [], 0)[0])
+
+    def flush(self) -> None:
+        """Throw away what is still to be sent and to be read."""
+        with self._mapped():
+            termios.tcflush(self._fd, termios.TCIOFLUSH)
 
     def fileno(self) -> int:
-        with self._mapped():
-            return int(self._serial.fileno())
+        return self._fd
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -96,7 +114,7 @@ class Port:
             ) from error
 
 
-def _open_problem(port: str, baudrate: int, error: BaseException) -> str:
+def _open_problem(port: str, error: BaseException) -> str:
     code = getattr(error, "errno", None) or (error.args[0] if error.args else None)
     if code == errno.ENOENT:
         return f"no port {port}. Serial ports here: {_listing(list_ports.comports())}. Check the USB cable."
@@ -108,7 +126,7 @@ def _open_problem(port: str, baudrate: int, error: BaseException) -> str:
     if code in (errno.EBUSY, errno.EAGAIN) or "exclusively lock" in str(error):
         holders = ", ".join(_holders(port)) or "unknown (other users' processes are not visible)"
         return f"{port} is in use. Open in: {holders}. Close that program first."
-    return f"cannot open {port} at {baudrate} baud: {error}. Expected the serial port of the servo board."
+    return f"cannot open {port} at {BAUDRATE} baud: {error}. Expected the serial port of the servo board."
 
 
 def lasting_path(port: Any) -> str:

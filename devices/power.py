@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .bus import FeetechBus
-from .errors import ArmError, DeviceError
+from .errors import ArmError, DeviceError, listed
 from .frames import BROADCAST_ID
 from .inspection import ERROR_ADVICE, IDS, joint_label
 from .sts3215 import Register, error_names
@@ -25,8 +25,8 @@ class ReleaseResult:
 
     @property
     def message(self) -> str:
-        listing = "\n  ".join(f"{name}: {reason}" for name, reason in self.unconfirmed.items())
-        return f"these servos may still be energised. Switch the arm's power off.\n  {listing}"
+        unconfirmed = (f"{name}: {reason}" for name, reason in self.unconfirmed.items())
+        return listed("these servos may still be energised. Switch the arm's power off.", unconfirmed)
 
 
 def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: int, beat: Callable[[], None]) -> int:
@@ -37,20 +37,14 @@ def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: 
     """
     label = joint_label(servo_id)
     beat()
-    for register, value in (
-        (Register.ACCELERATION, RAMP_ACCELERATION),
-        (Register.GOAL_VELOCITY, goal_velocity),
-        (Register.TORQUE_LIMIT, torque_limit),
-    ):
-        bus.write(servo_id, register, value)
+    bus.write(servo_id, Register.ACCELERATION, RAMP_ACCELERATION)
+    bus.write(servo_id, Register.GOAL_VELOCITY, goal_velocity)
+    bus.write(servo_id, Register.TORQUE_LIMIT, torque_limit)
     present = bus.read(servo_id, Register.PRESENT_POSITION).value
     bus.write(servo_id, Register.GOAL_POSITION, present)
     goal = bus.read(servo_id, Register.GOAL_POSITION).value
     if goal != present:
-        raise ArmError(
-            f"{label} holds the goal {goal}, expected its position {present}: it would jump. "
-            "Power the arm off and on."
-        )
+        raise ArmError(f"{label} holds goal {goal}, expected its position {present}. Power the arm off and on.")
     error = bus.write(servo_id, Register.TORQUE_ENABLE, 1)
     if error:
         raise ArmError(f"{label} reports {', '.join(error_names(error))} when switched on. {ERROR_ADVICE}")
@@ -85,21 +79,18 @@ def switch_off(bus: FeetechBus) -> ReleaseResult:
     """Switch every servo off and verify it; never skips a servo because of another, and raises nothing but an
     interrupt, which waits until the last servo has been tried."""
     interrupt: BaseException | None = None
-    unconfirmed: dict[str, str] = {}
+    unconfirmed: dict[int, str] = {}
     # Broadcast first: it reaches all servos at once and needs no answer.
     for servo_id in (BROADCAST_ID, *IDS):
-        reason = ""
         try:
             _switch_off(bus, servo_id)
         except DeviceError as error:
-            reason = str(error)
+            unconfirmed[servo_id] = str(error)
         except BaseException as error:
-            interrupt, reason = error, "interrupted"
-        if reason and servo_id in IDS:
-            unconfirmed[joint_label(servo_id)] = reason
+            interrupt, unconfirmed[servo_id] = error, "interrupted"
     if interrupt is not None:
         raise interrupt
-    return ReleaseResult(unconfirmed)
+    return ReleaseResult({joint_label(i): unconfirmed[i] for i in IDS if i in unconfirmed})
 
 
 def _switch_off(bus: FeetechBus, servo_id: int) -> None:

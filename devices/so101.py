@@ -8,10 +8,9 @@ until `resume`. No EPROM register is written here. This is no safety-rated stop:
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,14 +19,14 @@ from . import power
 from .bus import FeetechBus
 from .calibration import JOINT_NAMES as JOINT_NAMES
 from .calibration import Calibration
-from .errors import ArmError, DeviceError
+from .errors import ArmError, DeviceError, listed
 from .inspection import IDS, inspect, joint_label
 from .limits import JOINTS, Limits
-from .monitors import STOPPING_BITS, Monitors, Verdict
+from .monitors import STOPPING_BITS, Monitors
 from .motion import Emitted, MotionCounts, MotionShaper
 from .park import Park
 from .power import ReleaseResult
-from .sts3215 import NO_LOAD_TICKS_PER_S, Register
+from .sts3215 import NO_LOAD_TICKS_PER_S, STREAMED, Register
 from .telemetry import JointState, Telemetry
 from .units import Units, to_values
 
@@ -41,7 +40,6 @@ RESTARTED = "torque went off by itself (restarted?). Check supply and cable"
 # A slow bus (a servo that takes 5 ms to answer) costs rate, not answers.
 REPLY_MARGIN_S = 0.015
 JUMPS_LIMIT = 15
-NUMBER = r"[\d.]+"
 PARK_SETTLE_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -69,9 +67,7 @@ class SO101:
             raise ArmError(f"units is {units!r}, expected {' or '.join(map(str, Units))}.")
         self.limits = limits or Limits()
         self.bus = FeetechBus(port, reply_margin_s=REPLY_MARGIN_S)
-        self.calibration = calibration
-        self.units = units
-        self.motors_off = motors_off
+        self.calibration, self.units, self.motors_off = calibration, units, motors_off
         self.beat: Callable[[], None] = lambda: None
         self.stopped = ""  # why the arm holds until `resume`
         self._shaper = MotionShaper(calibration, units, self.limits, rate_hz)
@@ -88,17 +84,14 @@ class SO101:
         self._rest: NDArray[np.float64] | None = None  # where it lay when it was switched on; None: it was on
         self._park: Park | None = None
         self._warnings: list[str] = []
-        self._limp_finding = ""
         self._torque_seen_s = 0.0
-        self._connected = self._enabled = self._was_on = self._touched = False
+        self._enabled = self._was_on = self._touched = False
 
     def __enter__(self) -> SO101:
         self.connect()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             result = self.release()
         finally:
@@ -110,11 +103,6 @@ class SO101:
             log.error(result.message)
 
     @property
-    def enabled(self) -> bool:
-        """Whether `send` is possible: the servos hold the arm (or would, with motors_off)."""
-        return self._enabled
-
-    @property
     def counts(self) -> MotionCounts:
         """MotionCounts since `enable`."""
         return self._shaper.counts
@@ -122,12 +110,7 @@ class SO101:
     @property
     def anomalies(self) -> dict[str, int]:
         """What went wrong on the line since `connect`, by name; only what did."""
-        found = dict(vars(self.bus.counters))
-        found |= {
-            "unanswered_readings": self._telemetry.unanswered,
-            "unbelieved_positions": self._telemetry.unbelieved,
-        }
-        return {name: count for name, count in found.items() if count and name != "drains"}
+        return dict(+self.bus.counters)
 
     def connect(self) -> tuple[str, ...]:
         """Open the bus and check the arm without writing anything; returns warnings.
@@ -139,14 +122,13 @@ class SO101:
             findings = inspect(self.bus, self.calibration)
             if findings.problems:
                 # The warnings too: that motors are on already matters most when the run does not start.
-                listing = "\n  ".join((*findings.problems, *findings.warnings))
-                raise ArmError(f"the arm on {self.bus.path} is refused, nothing was written:\n  {listing}")
+                head = f"the arm on {self.bus.path} is refused, nothing was written:"
+                raise ArmError(listed(head, findings.problems + findings.warnings))
             self._monitors = Monitors(self.limits, findings.values)
         except BaseException:
             self.bus.close()
             raise
-        self._was_on = bool(findings.energised)
-        self._connected = True
+        self._was_on = any(values[Register.TORQUE_ENABLE] for values in findings.values.values())
         return findings.warnings
 
     def read(self) -> JointState:
@@ -161,14 +143,14 @@ class SO101:
         if driven:
             for joint in verdict.ease:
                 self._shaper.ease(joint, state.raw)
-            self._heed(verdict)
+            self.stop(*verdict.stops)
+            self._unload([joint for joint in verdict.unload if joint not in self._unloaded])
             if state.time_s - self._torque_seen_s >= TORQUE_CHECK_S:
                 self._torque_seen_s = state.time_s
                 for servo_id in self._telemetry.powered_off(self._budget_s):
-                    self._latch(f"{joint_label(servo_id)}: {RESTARTED}", ())
-        elif verdict.stop != self._limp_finding:  # nothing to stop, but to be told, once
-            self._limp_finding = verdict.stop
-            self._warnings += [verdict.stop] if verdict.stop else []
+                    self.stop(f"{joint_label(servo_id)}: {RESTARTED}")
+        else:
+            self._warnings += verdict.stops  # nothing to stop, but to be told
         return state
 
     def new_warnings(self) -> list[str]:
@@ -181,7 +163,7 @@ class SO101:
 
         far: the first target may be further away than `jump_deg`.
         """
-        if not self._connected:
+        if not self.bus.is_open:
             raise ArmError("enable() before connect(). Connect first: it checks the arm.")
         if self._enabled:
             return
@@ -195,19 +177,12 @@ class SO101:
                     for i, v in zip(IDS, self._goal_velocities, strict=True)
                 ]
             except BaseException:
-                result = self.release()
-                if result.unconfirmed:
-                    log.error(result.message)
+                self.release()
                 raise
-        now = time.monotonic()
-        assert self._monitors is not None  # connected
-        self._monitors.reset()
-        self._unloaded.clear()
-        self._torque_now, self.stopped = dict(self.torque_limits), ""
-        self._shaper.start(goals, now, far=far)
-        self._rest, self._torque_seen_s = np.array(goals, np.float64), now
-        if self._was_on or self.motors_off:
-            self._rest = None
+        self._forget_stop()
+        self._torque_seen_s = time.monotonic()
+        self._shaper.start(goals, self._torque_seen_s, far=far)
+        self._rest = None if self._was_on or self.motors_off else np.array(goals, np.float64)
         self._enabled = True
         self.read()
 
@@ -219,7 +194,7 @@ class SO101:
             return self.hold()
         emitted = self._shaper.shape(target, self._present(state), time.monotonic(), due_s)
         if self._shaper.jumps_in_a_row >= JUMPS_LIMIT:
-            self._latch(f"{JUMPS_LIMIT} targets in a row: {emitted.rejected}", ())
+            self.stop(f"{JUMPS_LIMIT} targets in a row: {emitted.rejected}")
         return self._emit(emitted)
 
     def hold(self) -> Emitted:
@@ -235,13 +210,9 @@ class SO101:
             raise ArmError(f"cannot resume: {', '.join(map(joint_label, off))} is off. Start again.")
         if not self.motors_off:
             self.bus.sync_write(Register.TORQUE_LIMIT, self.torque_limits)
-            self._torque_now = dict(self.torque_limits)
-        self._unloaded.clear()
+        self._forget_stop()
         self._telemetry.trust()
-        assert self._monitors is not None  # enabled
-        self._monitors.reset()
         self._shaper.resume()
-        self.stopped = ""
 
     def begin_park(self) -> float:
         """Start the way back to where the arm was switched on, from the last goal; returns seconds."""
@@ -272,17 +243,12 @@ class SO101:
         was_enabled, self._enabled = self._enabled, False
         if not self.bus.is_open or not self._touched:
             return ReleaseResult({})  # an arm found energised stays as it was found
-        interrupt: BaseException | None = None
-        if soft and was_enabled:
-            try:
-                power.sink(self.bus, self._torque_now, self.torque_limits, self.beat)
-            except DeviceError:
-                pass  # what follows tells what is left
-            except BaseException as error:
-                interrupt = error
-        result = power.switch_off(self.bus)
-        if interrupt is not None:
-            raise interrupt
+        try:
+            if soft and was_enabled:
+                with suppress(DeviceError):  # what follows tells what is left
+                    power.sink(self.bus, self._torque_now, self.torque_limits, self.beat)
+        finally:
+            result = power.switch_off(self.bus)
         return result
 
     def close(self) -> None:
@@ -291,33 +257,30 @@ class SO101:
             if self._enabled:
                 self.release()
         finally:
-            self._connected = False
             self.bus.close()
 
-    def stop(self, reason: str) -> None:
+    def stop(self, *reasons: str) -> None:
         """Hold from now on, until `resume`."""
-        self._latch(reason, ())
+        news = [reason for reason in reasons if reason not in self.stopped]
+        if news and self.stopped:
+            self._warnings.append(f"and now {'; '.join(news)}")
+        self.stopped = "; ".join(filter(None, (self.stopped, *news)))
 
-    def _heed(self, verdict: Verdict) -> None:
-        """Stop where the monitors say so; what they find later, during the stop, counts as well."""
-        if verdict.stop:
-            self._latch(verdict.stop, tuple(j for j in verdict.unload if j not in self._unloaded))
+    def _forget_stop(self) -> None:
+        assert self._monitors is not None, "connect() comes first"
+        self._monitors.reset()
+        self._unloaded.clear()
+        self._torque_now, self.stopped = dict(self.torque_limits), ""
 
-    def _latch(self, reason: str, unload: tuple[int, ...]) -> None:
-        # The same finding with another number is no news.
-        known = re.sub(NUMBER, "", self.stopped)
-        news = [part for part in reason.split("; ") if re.sub(NUMBER, "", part) not in known]
-        if news:
-            if self.stopped:
-                self._warnings.append(f"and now {'; '.join(news)}")
-            self.stopped = "; ".join([*([self.stopped] if self.stopped else []), *news])
-        if self.motors_off or not unload:
+    def _unload(self, joints: list[int]) -> None:
+        """Let go of `joints`, also of those that are found later, during the stop."""
+        if not joints:
             return
         assert self._state is not None
-        self._unloaded.update(unload)
-        for joint in unload:
+        self._unloaded.update(joints)
+        for joint in joints:
             self._shaper.unload(joint, self._state.raw)
-        weak = {IDS[j]: UNLOADED_TORQUE for j in unload if self._state.errors[j] & STOPPING_BITS}
+        weak = {IDS[j]: UNLOADED_TORQUE for j in joints if self._state.errors[j] & STOPPING_BITS}
         if weak:
             self._torque_now |= weak
             self.bus.sync_write(Register.TORQUE_LIMIT, weak)
@@ -332,16 +295,10 @@ class SO101:
         if not self.motors_off:
             self.beat()
             acceleration = power.RAMP_ACCELERATION if emitted.ramping else ACCELERATION
-            block = {
-                servo_id: {
-                    Register.ACCELERATION: acceleration,
-                    Register.GOAL_POSITION: goal,
-                    Register.GOAL_TIME: 0,
-                    Register.GOAL_VELOCITY: int(velocity),
-                }
-                for servo_id, goal, velocity in zip(IDS, emitted.raw, self._goal_velocities, strict=True)
-            }
-            self.bus.sync_write_block(Register.ACCELERATION, Register.GOAL_VELOCITY, block)
+            goals = zip(IDS, emitted.raw, self._goal_velocities, strict=True)
+            self.bus.sync_write_block(
+                {i: dict(zip(STREAMED, (acceleration, goal, 0, int(speed)), strict=True)) for i, goal, speed in goals}
+            )
         return emitted
 
     def _require_enabled(self, action: str) -> JointState:

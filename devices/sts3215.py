@@ -7,7 +7,6 @@ tables of LeRobot and rustypot except at 24/25, which the vendor lists as two re
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal
 
 from .errors import ArmError
 
@@ -16,93 +15,72 @@ TICKS_PER_TURN = 4096
 ENCODER_MAX = TICKS_PER_TURN - 1
 # About 50 rpm without load at 7.4 V.
 NO_LOAD_TICKS_PER_S = 3400
-# The current position becomes 2048 when this is written to Torque_Enable: it rewrites the calibration.
-TORQUE_ENABLE_RECENTRE = 128
-PHASE_ZERO_SPEED_IS_MAX = 0x08
 PHASE_MULTI_TURN = 0x10
-
-Area = Literal["EPROM", "SRAM", "FACTORY"]
 
 
 class Register(Enum):
-    """(address, bytes, area, access, factory default or None, sign bit or None).
+    """(address, bytes, access, factory default or None, sign bit or None). Below address 40 lies EPROM.
 
     Signed registers are sign-magnitude: the sign bit, then the magnitude below it; never two's complement.
     """
 
-    FIRMWARE_MAJOR_VERSION = (0, 1, "EPROM", "R", None, None)
-    FIRMWARE_MINOR_VERSION = (1, 1, "EPROM", "R", None, None)
-    ENDIANNESS = (2, 1, "EPROM", "R", 0, None)
-    MODEL_NUMBER = (3, 2, "EPROM", "R", 777, None)
-    ID = (5, 1, "EPROM", "RW", 1, None)
-    BAUD_RATE = (6, 1, "EPROM", "RW", 0, None)
-    RETURN_DELAY_TIME = (7, 1, "EPROM", "RW", 250, None)
-    RESPONSE_STATUS_LEVEL = (8, 1, "EPROM", "RW", 1, None)
-    MIN_POSITION_LIMIT = (9, 2, "EPROM", "RW", 0, None)
-    MAX_POSITION_LIMIT = (11, 2, "EPROM", "RW", 4095, None)
-    MAX_TEMPERATURE_LIMIT = (13, 1, "EPROM", "RW", 70, None)
-    MAX_VOLTAGE_LIMIT = (14, 1, "EPROM", "RW", None, None)
-    MIN_VOLTAGE_LIMIT = (15, 1, "EPROM", "RW", None, None)
-    MAX_TORQUE_LIMIT = (16, 2, "EPROM", "RW", 1000, None)
-    PHASE = (18, 1, "EPROM", "RW", None, None)
-    UNLOADING_CONDITION = (19, 1, "EPROM", "RW", 44, None)
-    LED_ALARM_CONDITION = (20, 1, "EPROM", "RW", 47, None)
-    P_COEFFICIENT = (21, 1, "EPROM", "RW", 32, None)
-    D_COEFFICIENT = (22, 1, "EPROM", "RW", 32, None)
-    I_COEFFICIENT = (23, 1, "EPROM", "RW", 0, None)
-    MINIMUM_STARTUP_FORCE = (24, 1, "EPROM", "RW", None, None)
-    INTEGRAL_LIMIT = (25, 1, "EPROM", "RW", None, None)
-    CW_DEAD_ZONE = (26, 1, "EPROM", "RW", 1, None)
-    CCW_DEAD_ZONE = (27, 1, "EPROM", "RW", 1, None)
-    PROTECTION_CURRENT = (28, 2, "EPROM", "RW", 500, None)
-    ANGULAR_RESOLUTION = (30, 1, "EPROM", "RW", 1, None)
-    HOMING_OFFSET = (31, 2, "EPROM", "RW", 0, 11)
-    OPERATING_MODE = (33, 1, "EPROM", "RW", 0, None)
-    PROTECTIVE_TORQUE = (34, 1, "EPROM", "RW", 20, None)
-    PROTECTION_TIME = (35, 1, "EPROM", "RW", 200, None)
-    OVERLOAD_TORQUE = (36, 1, "EPROM", "RW", 80, None)
-    VELOCITY_P = (37, 1, "EPROM", "RW", None, None)
-    OVER_CURRENT_PROTECTION_TIME = (38, 1, "EPROM", "RW", 200, None)
-    VELOCITY_I = (39, 1, "EPROM", "RW", None, None)
-    TORQUE_ENABLE = (40, 1, "SRAM", "RW", 0, None)
-    ACCELERATION = (41, 1, "SRAM", "RW", 0, None)
-    GOAL_POSITION = (42, 2, "SRAM", "RW", 0, 15)
-    GOAL_TIME = (44, 2, "SRAM", "RW", 0, None)
-    GOAL_VELOCITY = (46, 2, "SRAM", "RW", 0, 15)
-    TORQUE_LIMIT = (48, 2, "SRAM", "RW", 1000, None)
-    LOCK = (55, 1, "SRAM", "RW", 0, None)
-    PRESENT_POSITION = (56, 2, "SRAM", "R", None, 15)
-    PRESENT_VELOCITY = (58, 2, "SRAM", "R", None, 15)
-    PRESENT_LOAD = (60, 2, "SRAM", "R", None, 10)
-    PRESENT_VOLTAGE = (62, 1, "SRAM", "R", None, None)
-    PRESENT_TEMPERATURE = (63, 1, "SRAM", "R", None, None)
-    ASYNC_WRITE_FLAG = (64, 1, "SRAM", "R", None, None)
-    STATUS = (65, 1, "SRAM", "R", None, None)
-    MOVING = (66, 1, "SRAM", "R", None, None)
-    PRESENT_CURRENT = (69, 2, "SRAM", "R", None, 15)
-    GOAL_POSITION_2 = (71, 2, "SRAM", "R", None, None)
-    MOVING_VELOCITY_THRESHOLD = (80, 1, "FACTORY", "RW", None, None)
-    DTS = (81, 1, "FACTORY", "RW", None, None)
-    VELOCITY_UNIT_FACTOR = (82, 1, "FACTORY", "RW", None, None)
-    HTS = (83, 1, "FACTORY", "RW", None, None)
-    MAXIMUM_VELOCITY_LIMIT = (84, 1, "FACTORY", "RW", None, None)
-    MAXIMUM_ACCELERATION = (85, 1, "FACTORY", "RW", None, None)
-    ACCELERATION_MULTIPLIER = (86, 1, "FACTORY", "RW", None, None)
+    FIRMWARE_MAJOR_VERSION = (0, 1, "R", None, None)
+    FIRMWARE_MINOR_VERSION = (1, 1, "R", None, None)
+    ENDIANNESS = (2, 1, "R", 0, None)
+    MODEL_NUMBER = (3, 2, "R", 777, None)
+    ID = (5, 1, "RW", 1, None)
+    BAUD_RATE = (6, 1, "RW", 0, None)
+    RETURN_DELAY_TIME = (7, 1, "RW", 250, None)
+    RESPONSE_STATUS_LEVEL = (8, 1, "RW", 1, None)
+    MIN_POSITION_LIMIT = (9, 2, "RW", 0, None)
+    MAX_POSITION_LIMIT = (11, 2, "RW", 4095, None)
+    MAX_TEMPERATURE_LIMIT = (13, 1, "RW", 70, None)
+    MAX_VOLTAGE_LIMIT = (14, 1, "RW", None, None)
+    MIN_VOLTAGE_LIMIT = (15, 1, "RW", None, None)
+    MAX_TORQUE_LIMIT = (16, 2, "RW", 1000, None)
+    PHASE = (18, 1, "RW", None, None)
+    UNLOADING_CONDITION = (19, 1, "RW", 44, None)
+    LED_ALARM_CONDITION = (20, 1, "RW", 47, None)
+    P_COEFFICIENT = (21, 1, "RW", 32, None)
+    D_COEFFICIENT = (22, 1, "RW", 32, None)
+    I_COEFFICIENT = (23, 1, "RW", 0, None)
+    MINIMUM_STARTUP_FORCE = (24, 1, "RW", None, None)
+    INTEGRAL_LIMIT = (25, 1, "RW", None, None)
+    CW_DEAD_ZONE = (26, 1, "RW", 1, None)
+    CCW_DEAD_ZONE = (27, 1, "RW", 1, None)
+    PROTECTION_CURRENT = (28, 2, "RW", 500, None)
+    ANGULAR_RESOLUTION = (30, 1, "RW", 1, None)
+    HOMING_OFFSET = (31, 2, "RW", 0, 11)
+    OPERATING_MODE = (33, 1, "RW", 0, None)
+    PROTECTIVE_TORQUE = (34, 1, "RW", 20, None)
+    PROTECTION_TIME = (35, 1, "RW", 200, None)
+    OVERLOAD_TORQUE = (36, 1, "RW", 80, None)
+    VELOCITY_P = (37, 1, "RW", None, None)
+    OVER_CURRENT_PROTECTION_TIME = (38, 1, "RW", 200, None)
+    VELOCITY_I = (39, 1, "RW", None, None)
+    TORQUE_ENABLE = (40, 1, "RW", 0, None)
+    ACCELERATION = (41, 1, "RW", 0, None)
+    GOAL_POSITION = (42, 2, "RW", 0, 15)
+    GOAL_TIME = (44, 2, "RW", 0, None)
+    GOAL_VELOCITY = (46, 2, "RW", 0, 15)
+    TORQUE_LIMIT = (48, 2, "RW", 1000, None)
+    LOCK = (55, 1, "RW", 0, None)
+    PRESENT_POSITION = (56, 2, "R", None, 15)
+    PRESENT_VELOCITY = (58, 2, "R", None, 15)
+    PRESENT_LOAD = (60, 2, "R", None, 10)
+    PRESENT_VOLTAGE = (62, 1, "R", None, None)
+    PRESENT_TEMPERATURE = (63, 1, "R", None, None)
+    ASYNC_WRITE_FLAG = (64, 1, "R", None, None)
+    STATUS = (65, 1, "R", None, None)
+    MOVING = (66, 1, "R", None, None)
+    PRESENT_CURRENT = (69, 2, "R", None, 15)
+    GOAL_POSITION_2 = (71, 2, "R", None, None)
 
-    def __init__(
-        self, address: int, size: int, area: Area, access: str, default: int | None, sign_bit: int | None
-    ) -> None:
-        self.address = address
-        self.size = size
-        self.area = area
+    def __init__(self, address: int, size: int, access: str, default: int | None, sign_bit: int | None) -> None:
+        self.address, self.size, self.default, self.sign_bit = address, size, default, sign_bit
+        self.end = address + size  # first address after this register
+        self.area = "EPROM" if address < 40 else "SRAM"
         self.writable = access == "RW"
-        self.default = default
-        self.sign_bit = sign_bit
-
-    @property
-    def end(self) -> int:
-        """First address after this register."""
-        return self.address + self.size
 
     def __str__(self) -> str:
         return f"{self.name.title()} ({self.address})"
@@ -112,6 +90,8 @@ FORBIDDEN_WRITES = frozenset(
     {Register.ID, Register.BAUD_RATE, Register.MINIMUM_STARTUP_FORCE, Register.INTEGRAL_LIMIT}
 )
 
+# What a goal is sent with, every control tick.
+STREAMED = (Register.ACCELERATION, Register.GOAL_POSITION, Register.GOAL_TIME, Register.GOAL_VELOCITY)
 # The ERROR byte of a status frame, and registers 65 and 19, use the same bits.
 ERROR_BITS = {0x01: "voltage", 0x02: "encoder", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
 

@@ -6,6 +6,7 @@ since the last one is not believed.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -54,40 +55,32 @@ class Telemetry:
     def __init__(self, bus: FeetechBus, calibration: Calibration, units: Units) -> None:
         self._bus, self._calibration, self._units = bus, calibration, units
         self._last: dict[int, BlockReading] = {}
-        self._fresh = set(IDS)  # whose next position is believed whatever it is
         self._seen_s = dict.fromkeys(IDS, 0.0)
-        self._missed = dict.fromkeys(IDS, 0)
-        self._jumps = dict.fromkeys(IDS, 0)
-        self.unbelieved = self.unanswered = 0
+        self.trust()
 
-    def read(self, budget_s: float | None = None) -> JointState:
+    def read(self, budget_s: float = math.inf) -> JointState:
         """All joints in one request; `budget_s` bounds how long missing ones are asked again."""
         time_s = time.monotonic()
         blocks = self._bus.sync_read(IDS, FIRST, LAST, budget_s)
         if not self._last and (missing := [joint_label(i) for i in IDS if i not in blocks]):
-            found = ", ".join(map(joint_label, blocks)) or "none"
-            raise BusError(
-                f"no answer from {', '.join(missing)} on {self._bus.path} (found: {found}). "
-                "Check the cable before the first one missing, and the power."
-            )
+            raise BusError(f"no answer from {', '.join(missing)} on {self._bus.path}. Check cable and power.")
         for servo_id in IDS:
             self._take(servo_id, blocks.get(servo_id), time_s)
         return self._state(time_s)
 
-    def powered_off(self, budget_s: float | None = None) -> tuple[int, ...]:
+    def powered_off(self, budget_s: float = math.inf) -> tuple[int, ...]:
         """Ids of the servos whose torque is off; those that do not answer are left out."""
-        blocks = self._bus.sync_read(IDS, Register.TORQUE_ENABLE, None, budget_s)
+        blocks = self._bus.sync_read(IDS, Register.TORQUE_ENABLE, budget_s=budget_s)
         return tuple(i for i, block in blocks.items() if block.values[Register.TORQUE_ENABLE] == 0)
 
     def trust(self) -> None:
         """Begin anew with whatever the joints report next, as after a stop that somebody has looked into."""
-        self._fresh = set(IDS)
-        self._jumps = dict.fromkeys(IDS, 0)
-        self._missed = dict.fromkeys(IDS, 0)
+        self._fresh = set(IDS)  # whose next position is believed whatever it is
+        self._jumps, self._missed = dict.fromkeys(IDS, 0), dict.fromkeys(IDS, 0)
 
     def _take(self, servo_id: int, block: BlockReading | None, time_s: float) -> None:
         if block is None:
-            self.unanswered += 1
+            self._bus.counters["unanswered_readings"] += 1
         elif servo_id not in self._fresh:
             moved = abs(block.values[FIRST] - self._last[servo_id].values[FIRST])
             elapsed_s = time_s - self._seen_s[servo_id]
@@ -95,7 +88,7 @@ class Telemetry:
             lying = self._jumps[servo_id] >= UNBELIEVED_READINGS
             if lying or moved > JUMP_FACTOR * (NO_LOAD_TICKS_PER_S * elapsed_s + JUMP_SLACK_TICKS):
                 self._jumps[servo_id] += 1
-                self.unbelieved += 1
+                self._bus.counters["unbelieved_positions"] += 1
                 block = None
         if block is None:
             self._missed[servo_id] += 1

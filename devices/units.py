@@ -73,10 +73,6 @@ def to_raw(values: NDArray[np.float64], calibration: Calibration, units: Units) 
 
 def degrees_per_unit(calibration: Calibration, units: Units) -> NDArray[np.float64]:
     """[6] how many degrees one robot unit of each joint is."""
-    whole = {Scale.DEGREES: 0.0, Scale.RANGE_M100_100: 200.0, Scale.RANGE_0_100: 100.0}
-    return np.array(
-        [
-            (joint.range_max - joint.range_min) * 360 / ENCODER_MAX / whole[scale] if whole[scale] else 1.0
-            for joint, scale in zip(calibration.joints, units.scales, strict=True)
-        ]
-    )
+    whole = {Scale.RANGE_M100_100: 200.0, Scale.RANGE_0_100: 100.0}
+    spans = [(j.range_max - j.range_min) * 360 / ENCODER_MAX for j in calibration.joints]
+    return np.array([span / whole[s] if s in whole else 1.0 for span, s in zip(spans, units.scales, strict=True)])

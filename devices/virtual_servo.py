@@ -3,9 +3,8 @@
 Only as much of a servo as a host can see on the bus. Torque off means that it stands still, wherever it is.
 
 What nobody has proven on a real servo is assumed here as everybody does: the firmware clamps goals to the
-position limits (the register keeps what was written), and with single-turn feedback (bit 4 of Phase clear)
-Present_Position is angle - Homing_Offset modulo a turn, as LeRobot's users report (its #3373, #3587); with
-multi-turn feedback it counts on below 0 and above 4095.
+position limits (the register keeps what was written), and Present_Position is angle - Homing_Offset modulo a turn,
+as LeRobot's users report (its #3373, #3587).
 """
 
 from __future__ import annotations
@@ -13,21 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from .calibration import IDS, JointCalibration
-from .sts3215 import (
-    FORBIDDEN_WRITES,
-    NO_LOAD_TICKS_PER_S,
-    PHASE_MULTI_TURN,
-    PHASE_ZERO_SPEED_IS_MAX,
-    TICKS_PER_TURN,
-    TORQUE_ENABLE_RECENTRE,
-    Register,
-    decode,
-    encode,
-)
+from .calibration import JointCalibration
+from .eeprom import configuration
+from .sts3215 import FORBIDDEN_WRITES, NO_LOAD_TICKS_PER_S, TICKS_PER_TURN, Register, decode, encode
 
 MEMORY_BYTES = 128
-# Values of a 7.4 V servo where the vendor's table names no default, and of one that LeRobot has set up.
+# Values of a 7.4 V servo where the vendor's table names no default; the rest is as LeRobot sets it up.
 VARIANT_VALUES = {
     Register.FIRMWARE_MAJOR_VERSION: 3,
     Register.FIRMWARE_MINOR_VERSION: 10,
@@ -36,16 +26,10 @@ VARIANT_VALUES = {
     Register.PHASE: 12,
     Register.PRESENT_VOLTAGE: 74,
     Register.PRESENT_TEMPERATURE: 30,
-    Register.RETURN_DELAY_TIME: 0,
-    Register.P_COEFFICIENT: 16,
 }
-GRIPPER_VALUES = {Register.MAX_TORQUE_LIMIT: 500, Register.PROTECTION_CURRENT: 250, Register.OVERLOAD_TORQUE: 25}
 ACCELERATION_UNIT = 100
 # A goal counts as the present position within this many ticks.
 SAME_TICKS = 5
-# First address behind the EPROM, and the factory area, which is as lasting.
-EPROM_END = 40
-FACTORY_START = 80
 # A crude motor. Moving freely it needs duty for its speed (25 % at 90 deg/s, at most half of what it may) and
 # little current against its own voltage (0.3 A). Blocked it pushes in proportion to the error, fully from 9
 # degrees on, and draws what its coil lets through: 3.9 A (600 units of 6.5 mA) at full duty, above the 3.25 A of
@@ -63,34 +47,27 @@ class VirtualServo:
 
     def __init__(self, servo_id: int, joint: JointCalibration, pose: int) -> None:
         self.id = servo_id
-        self.max_step = math.inf
-        self.stuck = False
-        self.error = 0
+        self.max_step, self.stuck, self.error = math.inf, False, 0
         self._forced: dict[Register, bytes] = {}
-        self._pending: tuple[int, bytes] | None = None
         self._memory = bytearray(MEMORY_BYTES)
-        values = VARIANT_VALUES | (GRIPPER_VALUES if servo_id == IDS[-1] else {})
+        values = VARIANT_VALUES | configuration(servo_id, VARIANT_VALUES) | joint.registers | {Register.ID: servo_id}
         for register in Register:
-            self.poke(register, values.get(register, register.default or 0))
-        self.poke(Register.ID, servo_id)
-        self.poke(Register.HOMING_OFFSET, joint.homing_offset)
-        self.poke(Register.MIN_POSITION_LIMIT, joint.range_min)
-        self.poke(Register.MAX_POSITION_LIMIT, joint.range_max)
-        self._lasting = bytes(self._memory)
+            self.set_register(register, values.get(register, register.default or 0))
+        self._lasting = bytearray(self._memory)
         self._velocity = 0.0  # ticks/s
         self._angle = 0.0  # of the shaft, ticks; the encoder shows it modulo a turn
         self._last_goal = 0  # the one that was sent, even if it was lost
-        self.poke(Register.PRESENT_POSITION, pose)
+        self.set_register(Register.PRESENT_POSITION, pose)
 
     @property
     def position(self) -> float:
         """Exact position, raw ticks."""
-        return self._seen(self._angle)
+        return (self._angle - self.peek(Register.HOMING_OFFSET)) % TICKS_PER_TURN
 
     def peek(self, register: Register) -> int:
         return decode(register, bytes(self._memory[register.address : register.end]))
 
-    def poke(self, register: Register, value: int) -> None:
+    def set_register(self, register: Register, value: int) -> None:
         """Set any register from outside, as no bus can; Present_Position moves the servo there."""
         self._memory[register.address : register.end] = encode(register, value)
         if register is Register.PRESENT_POSITION:
@@ -105,9 +82,9 @@ class VirtualServo:
         if value is not None:
             self._forced[register] = encode(register, value)
 
-    def registers(self) -> dict[str, int]:
-        """Every register by name, as it is: nothing forced."""
-        return {register.name: self.peek(register) for register in Register}
+    def registers(self) -> dict[Register, int]:
+        """Every register as it is: nothing forced."""
+        return {register: self.peek(register) for register in Register}
 
     def read(self, address: int, size: int) -> bytes:
         """`size` bytes from `address`; addresses that do not exist read 0."""
@@ -129,10 +106,11 @@ class VirtualServo:
     def objections(self, address: int, data: bytes) -> list[str]:
         """What a careful host would not have written to this servo now."""
         written = self.touched(address, data)
-        found = [f"write to {register}" for register in written if register in FORBIDDEN_WRITES]
+        found = [] if written else [f"write to no known register at {address}"]
+        found += [f"write to {register}" for register in written if register in FORBIDDEN_WRITES]
         found += [f"write to read-only {register}" for register in written if not register.writable]
         energised = self.peek(Register.TORQUE_ENABLE) == 1
-        if energised and (address < EPROM_END or address + len(data) > FACTORY_START):
+        if energised and any(register.area == "EPROM" for register in written):
             found.append(f"EPROM write at {address} while energised")
         torque = written.get(Register.TORQUE_ENABLE)
         if torque is not None and torque not in (0, 1):
@@ -151,40 +129,23 @@ class VirtualServo:
 
     def write(self, address: int, data: bytes, lost: Collection[Register] = ()) -> None:
         """Take the bytes where registers are writable and not `lost`. EPROM bytes last only while Lock is 0."""
-        torque = self.peek(Register.TORQUE_ENABLE)
         unlocked = self.peek(Register.LOCK) == 0
-        self._last_goal = self.touched(address, data).get(Register.GOAL_POSITION, self._last_goal)
-        lasting = bytearray(self._lasting)
-        for register in Register:
-            if not register.writable or register in lost:
-                continue
-            for at in range(max(address, register.address), min(address + len(data), register.end)):
-                self._memory[at] = data[at - address]
-                if register.area != "SRAM" and unlocked:
-                    lasting[at] = data[at - address]
-        self._lasting = bytes(lasting)
-        if self.peek(Register.TORQUE_ENABLE) == TORQUE_ENABLE_RECENTRE:
-            self.poke(Register.TORQUE_ENABLE, torque)
-
-    def prepare(self, address: int, data: bytes) -> None:
-        """Keep a write until `act`."""
-        self._pending = (address, data)
-        self.poke(Register.ASYNC_WRITE_FLAG, 1)
-
-    def act(self) -> tuple[int, bytes] | None:
-        """Hand out the kept write, once."""
-        pending, self._pending = self._pending, None
-        self.poke(Register.ASYNC_WRITE_FLAG, 0)
-        return pending
+        written = self.touched(address, data)
+        self._last_goal = written.get(Register.GOAL_POSITION, self._last_goal)
+        for register, value in written.items():
+            if register.writable and register not in lost:
+                place = slice(register.address, register.end)
+                self._memory[place] = encode(register, value)
+                if register.area == "EPROM" and unlocked:
+                    self._lasting[place] = self._memory[place]
 
     def reboot(self) -> None:
         """Lose power and come back: torque off, volatile registers as at power-up, goal at the position."""
         self._memory[:] = self._lasting
-        self._pending = None
         self._velocity = 0.0
         self._show(0.0)
-        self.poke(Register.GOAL_POSITION, self.peek(Register.PRESENT_POSITION))
-        self.poke(Register.TORQUE_LIMIT, self.peek(Register.MAX_TORQUE_LIMIT))
+        self.set_register(Register.GOAL_POSITION, self.peek(Register.PRESENT_POSITION))
+        self.set_register(Register.TORQUE_LIMIT, self.peek(Register.MAX_TORQUE_LIMIT))
 
     def advance(self, dt_s: float) -> None:
         """Move on by `dt_s` and bring the Present registers up to date."""
@@ -194,10 +155,7 @@ class VirtualServo:
         if low < high:
             goal = min(high, max(low, goal))
         distance = goal - self.position if energised else 0.0
-        speed_limit = float(abs(self.peek(Register.GOAL_VELOCITY)))
-        if speed_limit == 0 and self.peek(Register.PHASE) & PHASE_ZERO_SPEED_IS_MAX:
-            speed_limit = NO_LOAD_TICKS_PER_S
-        speed_limit = min(speed_limit, NO_LOAD_TICKS_PER_S)
+        speed_limit = min(abs(self.peek(Register.GOAL_VELOCITY)), NO_LOAD_TICKS_PER_S)
         # 0 means no limit; 254 is as good as none.
         acceleration = (self.peek(Register.ACCELERATION) or 254) * ACCELERATION_UNIT
         wanted = math.copysign(min(speed_limit, math.sqrt(2 * acceleration * abs(distance))), distance)
@@ -219,7 +177,7 @@ class VirtualServo:
         load = round(min(limit, max(-limit, load)))
         current = abs(load) * (BLOCKED_CURRENT_PER_LOAD if self.stuck else FREE_CURRENT_PER_LOAD)
         for register, value in (
-            (Register.PRESENT_POSITION, min(32767, max(-32767, round(self._seen(round(self._angle)))))),
+            (Register.PRESENT_POSITION, round(self.position) % TICKS_PER_TURN),
             (Register.PRESENT_VELOCITY, velocity),
             (Register.PRESENT_LOAD, load),
             (Register.PRESENT_CURRENT, round(current)),
@@ -227,11 +185,6 @@ class VirtualServo:
             (Register.STATUS, self.error),
         ):
             self._memory[register.address : register.end] = encode(register, value)
-
-    def _seen(self, angle: float) -> float:
-        """The position that a shaft angle is, in raw ticks after the homing offset."""
-        ticks = angle - self.peek(Register.HOMING_OFFSET)
-        return ticks if self.peek(Register.PHASE) & PHASE_MULTI_TURN else ticks % TICKS_PER_TURN
 
     def _outside(self, ticks: float) -> float:
         """How far a position lies outside the limits, in ticks."""

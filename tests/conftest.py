@@ -91,6 +91,20 @@ def oldest_python():
     pytest.skip(message)
 
 
+@pytest.fixture(scope="session")
+def bare_arm():
+    """A virtual arm without cameras, for `virtual`."""
+    with VirtualArm(cameras=()) as arm:
+        yield arm
+
+
+@pytest.fixture
+def virtual(bare_arm):
+    """A virtual arm without cameras, as new, in mid-range."""
+    bare_arm.reset()
+    return bare_arm
+
+
 @pytest.fixture(scope="module")
 def arm():
     """A virtual arm with two cameras, where the tiny policy expects it."""

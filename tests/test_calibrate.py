@@ -17,7 +17,7 @@ from smolvla_edge.devices.errors import ArmError, CalibrationError
 from smolvla_edge.devices.homing import Travel, write_calibration
 from smolvla_edge.devices.inspection import inspect
 from smolvla_edge.devices.sts3215 import Register
-from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
+from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
 
 COMMAND = Path(sys.executable).with_name("smolvla-calibrate")
 MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
@@ -75,18 +75,6 @@ def test_a_joint_too_fast_to_follow_is_refused():
     moved.follow(4000 + 1024 - 4096)
     with pytest.raises(CalibrationError, match="1025 ticks between two readings"):
         moved.follow(4000 + 2049 - 4096)
-
-
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
-@pytest.fixture
-def virtual(started):
-    started.reset()
-    return started
 
 
 @pytest.fixture
@@ -391,9 +379,8 @@ def test_a_servo_that_stays_locked_is_told_and_the_file_is_kept_for_later(raw, p
 
 
 def test_positions_that_do_not_follow_from_the_offset_are_told(virtual):
-    # With multi-turn feedback the seam stays in: the elbow is a turn away from where the arithmetic has it.
-    virtual.set_register(ELBOW, Register.PHASE, 0x1C)
-    virtual.set_register(ELBOW, Register.PRESENT_POSITION, 2000 + 4096)
+    # As with multi-turn feedback: the elbow is a turn away from where the arithmetic has it.
+    virtual.force(ELBOW, Register.PRESENT_POSITION, 6106)
     wanted = {ELBOW: {Register.HOMING_OFFSET: -68}}
     with FeetechBus(virtual.port) as bus, pytest.raises(ArmError, match=r"elbow_flex \(3\) reports position 6106"):
         write_calibration(bus, wanted)

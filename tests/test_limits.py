@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from smolvla_edge.devices.errors import ArmError
-from smolvla_edge.devices.limits import BOUNDS, NOT_ABOVE, Limits
+from smolvla_edge.devices.limits import Limits
 from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
+
+BOUNDS = {limit.name: limit.metadata["bounds"] for limit in dataclasses.fields(Limits)}
+NOT_ABOVE = {limit.name: other for limit in dataclasses.fields(Limits) if (other := limit.metadata["not_above"])}
 
 
 def refusal(**values):

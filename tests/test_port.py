@@ -25,10 +25,9 @@ TIOCGEXCL = 0x80045440
 POSITION = Register.PRESENT_POSITION
 
 
-@pytest.fixture(scope="module")
-def arm():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
+@pytest.fixture
+def arm(virtual):
+    return virtual
 
 
 @pytest.fixture

@@ -21,18 +21,6 @@ MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
 HOME = [0.0, 0.0, 0.0, 0.0, 0.0, 50.0]
 
 
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
-@pytest.fixture
-def virtual(started):
-    started.reset()
-    return started
-
-
 def driver(virtual, calibration=VIRTUAL_CALIBRATION, units=Units.DEGREES, **options):
     return SO101(virtual.port, calibration, units, **options)
 
@@ -203,7 +191,8 @@ def test_a_servo_that_jumps_when_switched_on_switches_all_off(virtual):
         hand.join()
         assert pushed == [[1, 1, 1, 0, 0, 0]]
         assert torque(virtual) == [0] * 6
-        assert not arm.enabled
+        with pytest.raises(ArmError, match="not energised"):
+            arm.hold()
 
 
 @pytest.mark.parametrize("bit", [0x04, 0x20])

@@ -1,5 +1,6 @@
 """What the servos report, read from the virtual arm: decoded, aged, and not believed when it cannot be."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,23 +12,11 @@ from smolvla_edge.devices.errors import BusError
 from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.telemetry import Telemetry
 from smolvla_edge.devices.units import Units, to_values
-from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
+from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
 
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
 PERIOD_S = 1 / 30
-
-
-@pytest.fixture(scope="module")
-def started():
-    with VirtualArm(cameras=()) as arm:
-        yield arm
-
-
-@pytest.fixture
-def virtual(started):
-    started.reset()
-    return started
 
 
 class Reader:
@@ -35,9 +24,10 @@ class Reader:
 
     def __init__(self, bus, units=Units.DEGREES):
         self.time_s = 100.0
+        self.counters = bus.counters
         self.telemetry = Telemetry(bus, VIRTUAL_CALIBRATION, units)
 
-    def read(self, after_s=PERIOD_S, budget_s=None):
+    def read(self, after_s=PERIOD_S, budget_s=math.inf):
         self.time_s += after_s
         return self.telemetry.read(budget_s)
 
@@ -84,14 +74,12 @@ def test_joints_that_never_answered_are_an_error_until_all_have(virtual, reader)
     virtual.inject("mute", 2, count=-1)
     virtual.inject("mute", 5, count=-1)
     for _ in range(2):
-        with pytest.raises(
-            BusError, match=r"no answer from shoulder_lift \(2\), wrist_roll \(5\) .*found: shoulder_pan"
-        ):
+        with pytest.raises(BusError, match=r"no answer from shoulder_lift \(2\), wrist_roll \(5\) on"):
             reader.read()
     virtual.inject("mute", 2, count=0)
     virtual.inject("mute", 5, count=0)
     assert reader.read().missed == (0,) * 6
-    assert reader.telemetry.unanswered == 0
+    assert reader.counters["unanswered_readings"] == 0
 
 
 def test_a_joint_that_falls_silent_keeps_its_last_values_and_their_age_tells(virtual, reader):
@@ -104,16 +92,16 @@ def test_a_joint_that_falls_silent_keeps_its_last_values_and_their_age_tells(vir
         assert state.missed == (0, 0, 0, count, 0, 0) and state.jumps == (0,) * 6
         assert state.age_s.tolist() == pytest.approx([0, 0, 0, count * PERIOD_S, 0, 0])
         assert state.raw.tolist() == [MIDDLE[0] + 50, *MIDDLE[1:]]
-    assert reader.telemetry.unanswered == 3
+    assert reader.counters["unanswered_readings"] == 3
     virtual.inject("mute", 4, count=0)
     state = reader.read()
     assert state.missed == (0,) * 6 and state.age_s[3] == 0 and state.raw[3] == MIDDLE[3] + 50
-    assert reader.telemetry.unanswered == 3
+    assert reader.counters["unanswered_readings"] == 3
 
 
 def test_a_joint_is_asked_again_only_within_the_budget(virtual, reader):
     reader.read()
-    for budget_s, missed in ((None, 0), (0.0, 1)):
+    for budget_s, missed in ((math.inf, 0), (0.0, 1)):
         virtual.inject("mute", 3)
         assert reader.read(budget_s=budget_s).missed[2] == missed
 
@@ -128,7 +116,7 @@ def test_f17_a_position_that_cannot_be_reached_is_not_believed(virtual, reader, 
         assert state.jumps == state.missed == (0, count, 0, 0, 0, 0)
         assert state.raw[1] == MIDDLE[1] and state.voltage[1] == 7.4
         assert state.age_s[1] == pytest.approx(count * PERIOD_S)
-    assert (reader.telemetry.unbelieved, reader.telemetry.unanswered) == (3, 0)
+    assert (reader.counters["unbelieved_positions"], reader.counters["unanswered_readings"]) == (3, 0)
     # Waiting does not make it true, and a moment of truth does not either: somebody has to look.
     assert reader.read(after_s=5.0).raw[1] == MIDDLE[1]
     virtual.force(2, Register.PRESENT_POSITION, None)

@@ -21,7 +21,7 @@ from smolvla_edge.devices.camera import open_camera
 from smolvla_edge.devices.errors import DeviceError
 from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
-from smolvla_edge.devices.virtual_bus import Fault, VirtualBus, Write
+from smolvla_edge.devices.virtual_bus import VirtualBus, Write
 
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = [2001, 2025, 2000, 2027, 2047, 2748]
@@ -92,14 +92,6 @@ def test_the_vendor_s_sdk_reads_and_writes_all_servos_at_once(arm, sdk):
     assert [arm.registers(i)[Register.GOAL_POSITION] for i in IDS] == [2000 + i for i in IDS]
 
 
-def test_the_vendor_s_sdk_writes_now_and_acts_later(arm, sdk):
-    port, packets = sdk
-    assert packets.regWriteTxRx(port, 1, 42, 2, [0x34, 0x08]) == (0, 0)
-    assert arm.registers(1)[Register.GOAL_POSITION] == 0
-    assert packets.action(port, frames.BROADCAST_ID) == scservo_sdk.COMM_SUCCESS
-    assert packets.read2ByteTxRx(port, 1, 42)[0] == 0x0834
-
-
 def test_rustypot_pings_reads_and_writes(arm):
     controller = rustypot.Sts3215PyController(serial_port=arm.port, baudrate=1_000_000, timeout=0.5)
     assert controller.ping(1)
@@ -120,13 +112,13 @@ def one(value):
 
 def test_golden_requests_get_golden_answers(bus):
     assert ask(bus, bytes.fromhex("ff ff 01 02 01 fb")).hex(" ") == "ff ff 01 02 00 fc"
-    bus.servos[1].poke(Register.PRESENT_POSITION, 1304)
+    bus.servos[1].set_register(Register.PRESENT_POSITION, 1304)
     assert ask(bus, bytes.fromhex("ff ff 01 04 02 38 02 be")).hex(" ") == "ff ff 01 04 00 18 05 dd"
     for servo_id, position, voltage, temperature in ((1, 2048, 121, 30), (2, 2047, 119, 35)):
         servo = bus.servos[servo_id]
-        servo.poke(Register.PRESENT_POSITION, position)
-        servo.poke(Register.PRESENT_VOLTAGE, voltage)
-        servo.poke(Register.PRESENT_TEMPERATURE, temperature)
+        servo.set_register(Register.PRESENT_POSITION, position)
+        servo.set_register(Register.PRESENT_VOLTAGE, voltage)
+        servo.set_register(Register.PRESENT_TEMPERATURE, temperature)
     assert ask(bus, bytes.fromhex("ff ff fe 06 82 38 08 01 02 36")).hex(" ") == (
         "ff ff 01 0a 00 00 08 00 00 00 00 79 1e 55 ff ff 02 0a 00 ff 07 00 00 00 00 77 23 53"
     )
@@ -145,7 +137,7 @@ def test_sync_read_is_answered_in_the_order_asked(bus):
 
 
 def test_writes_are_not_acknowledged_at_response_level_0(bus):
-    bus.servos[1].poke(Register.RESPONSE_STATUS_LEVEL, 0)
+    bus.servos[1].set_register(Register.RESPONSE_STATUS_LEVEL, 0)
     assert ask(bus, frames.write(1, 41, b"\x10")) == b""
     assert ask(bus, frames.ping(1)) != b""
 
@@ -181,12 +173,12 @@ def energised(bus, goal, velocity=1000, acceleration=0):
         (Register.GOAL_POSITION, goal),
         (Register.TORQUE_ENABLE, 1),
     ):
-        servo.poke(register, value)
+        servo.set_register(register, value)
     return servo
 
 
 def test_a_servo_without_torque_does_not_follow(bus):
-    energised(bus, 2501).poke(Register.TORQUE_ENABLE, 0)
+    energised(bus, 2501).set_register(Register.TORQUE_ENABLE, 0)
     assert moved(bus, 1.0) == 0
 
 
@@ -204,14 +196,6 @@ def test_a_servo_keeps_its_acceleration(bus):
     assert 90 < moved(bus, 0.45) < 110  # 1000 ticks/s^2 x t^2 / 2
 
 
-def test_a_goal_velocity_of_0_means_stop_or_full_speed_as_the_phase_says(bus):
-    servo = energised(bus, 3001, velocity=0)
-    servo.poke(Register.PHASE, 0)
-    assert moved(bus, 0.5) == 0
-    servo.poke(Register.PHASE, 8)
-    assert moved(bus, 1.0) == 1000
-
-
 @pytest.mark.parametrize(
     ("request_bytes", "complaint"),
     [
@@ -224,6 +208,7 @@ def test_a_goal_velocity_of_0_means_stop_or_full_speed_as_the_phase_says(bus):
         (frames.write(1, 40, b"\x01"), "torque on with goal 0 at position 2001"),
         (frames.write(frames.BROADCAST_ID, 40, b"\x01"), "torque on with goal 0"),
         (frames.write(1, 56, b"\x00\x00"), "read-only"),
+        (frames.write(1, 85, b"\xfe"), "no known register"),
         (frames.build(1, 6), "instruction 6"),
         (frames.build(1, 2, b"\x38"), "malformed"),
         (frames.build(frames.BROADCAST_ID, 0x83, b"\x2a\x02\x01\x00"), "malformed"),
@@ -243,14 +228,14 @@ def test_an_eprom_write_while_energised_is_recorded(bus):
 
 
 def test_leading_a_joint_back_from_beyond_its_range_is_no_violation(bus):
-    bus.servos[1].poke(Register.PRESENT_POSITION, 3340)
+    bus.servos[1].set_register(Register.PRESENT_POSITION, 3340)
     for goal in (3340, 3330, 3310, 3300):
         ask(bus, frames.write(1, 42, goal.to_bytes(2, "little")))
     assert not bus.violations
 
 
 def test_a_late_answer_keeps_the_order_of_one_servo(bus):
-    bus.inject(Fault("delay", 1, value=0.09))
+    bus.inject("delay", 1, value=0.09)
     bus.receive(frames.ping(1))
     bus.receive(frames.ping(2))
     bus.receive(frames.read(1, 3, 2))
@@ -281,33 +266,27 @@ def answers(data):
     ],
 )
 def test_a_fault_spoils_as_many_answers_of_one_servo_as_it_counts(bus, kind, value, spoiled):
-    bus.inject(Fault(kind, 1, count=2, value=value))
+    bus.inject(kind, 1, count=2, value=value)
     assert ask(bus, ASK) == ask(bus, ASK) == spoiled
     assert ask(bus, ASK) == ANSWER
-    bus.inject(Fault(kind, 1, count=-1, value=value))
+    bus.inject(kind, 1, count=-1, value=value)
     assert [ask(bus, ASK) for _ in range(5)] == [spoiled] * 5
     assert [frame.id for frame in answers(ask(bus, frames.sync_read(56, 2, [2, 3])))] == [2, 3]
-    bus.inject(Fault(kind, 1, count=0))
+    bus.inject(kind, 1, count=0)
     assert ask(bus, ASK) == ANSWER
-
-
-def test_of_two_faults_of_one_kind_the_newer_comes_first(bus):
-    bus.inject(Fault("truncate", 1, count=-1, value=5))
-    bus.inject(Fault("truncate", 1, count=1, value=3))
-    assert [len(ask(bus, ASK)) for _ in range(3)] == [3, 5, 5]
 
 
 def test_noise_comes_before_a_whole_answer(bus):
-    bus.inject(Fault("noise", 1, count=-1, value=20))
+    bus.inject("noise", 1, count=-1, value=20)
     noisy = [ask(bus, ASK) for _ in range(2)]
     assert all(len(data) == 20 + 3 + len(ANSWER) and data.endswith(b"\xff\xff\xff" + ANSWER) for data in noisy)
     assert noisy[0] != noisy[1]
-    bus.inject(Fault("noise", 1))
+    bus.inject("noise", 1)
     assert answers(ask(bus, ASK)) == answers(ANSWER)
 
 
 def test_a_trickling_answer_comes_byte_by_byte_and_the_next_servo_waits_for_it(bus):
-    bus.inject(Fault("trickle", 1, value=0.01))
+    bus.inject("trickle", 1, value=0.01)
     came = [ask(bus, frames.sync_read(56, 2, [1, 2]))]
     for tick in range(1, 9):
         bus.advance(0.01 * tick + 0.001)
@@ -319,7 +298,7 @@ def test_a_trickling_answer_comes_byte_by_byte_and_the_next_servo_waits_for_it(b
 
 def test_a_slow_bus_gives_the_answers_of_a_sync_read_one_after_the_other(bus):
     for servo_id in IDS:
-        bus.inject(Fault("delay", servo_id, count=-1, value=0.005))
+        bus.inject("delay", servo_id, count=-1, value=0.005)
     came = [ask(bus, frames.sync_read(56, 2, IDS))]
     for tick in range(1, 7):
         bus.advance(0.005 * tick + 0.001)
@@ -328,13 +307,13 @@ def test_a_slow_bus_gives_the_answers_of_a_sync_read_one_after_the_other(bus):
 
 
 def test_an_error_bit_shows_in_every_answer_and_in_status(bus):
-    bus.inject(Fault("error", 1, value=0x24))
+    bus.inject("error", 1, value=0x24)
     for request in (frames.ping(1), ASK, frames.sync_read(56, 2, [1]), frames.write(1, 41, b"\x10")):
         assert [frame.code for frame in answers(ask(bus, request))] == [0x24]
     assert answers(ask(bus, frames.read(1, 65, 1))) == [frames.Frame(1, 0x24, b"\x24")]
     bus.advance(0.1)
     assert bus.servos[1].peek(Register.STATUS) == 0x24
-    bus.inject(Fault("error", 1, value=0))
+    bus.inject("error", 1, value=0)
     assert answers(ask(bus, frames.read(1, 65, 1))) == [frames.Frame(1, 0, b"\0")]
 
 
@@ -345,15 +324,15 @@ def test_a_request_too_long_to_answer_does_not_end_the_arm(bus):
 
 def test_a_blocked_servo_stands_still_and_strains(bus):
     servo = energised(bus, MIDDLE[0] + 114)  # 10 degrees
-    bus.inject(Fault("stuck", 1))
+    bus.inject("stuck", 1)
     assert moved(bus, 1.0) == 0
     assert servo.peek(Register.PRESENT_LOAD) > 0.8 * servo.peek(Register.TORQUE_LIMIT)
     assert servo.peek(Register.PRESENT_CURRENT) > servo.peek(Register.PROTECTION_CURRENT)
     assert servo.peek(Register.PRESENT_VELOCITY) == servo.peek(Register.MOVING) == 0
-    servo.poke(Register.TORQUE_ENABLE, 0)
+    servo.set_register(Register.TORQUE_ENABLE, 0)
     assert moved(bus, 1.1) == servo.peek(Register.PRESENT_LOAD) == servo.peek(Register.PRESENT_CURRENT) == 0
-    servo.poke(Register.TORQUE_ENABLE, 1)
-    bus.inject(Fault("stuck", 1, count=0))
+    servo.set_register(Register.TORQUE_ENABLE, 1)
+    bus.inject("stuck", 1, count=0)
     assert moved(bus, 2.0) == 114
 
 
@@ -374,7 +353,7 @@ def test_a_servo_that_follows_at_90_degrees_a_second_does_not_strain(bus, veloci
 
 
 def test_a_lost_write_is_acknowledged_and_changes_nothing(bus):
-    bus.inject(Fault("lost_write", 1, value=55))
+    bus.inject("lost_write", 1, value=55)
     ask(bus, frames.write(1, 41, b"\x10"))
     assert bus.servos[1].peek(Register.ACCELERATION) == 16
     assert answers(ask(bus, frames.write(1, 55, b"\x01"))) == [frames.Frame(1, 0, b"")]
@@ -385,7 +364,7 @@ def test_a_lost_write_is_acknowledged_and_changes_nothing(bus):
 
 def test_a_host_whose_goals_get_lost_is_not_blamed_for_a_step(bus):
     servo = energised(bus, MIDDLE[0])
-    bus.inject(Fault("lost_write", 1, count=-1, value=42))
+    bus.inject("lost_write", 1, count=-1, value=42)
     for goal in range(MIDDLE[0], MIDDLE[0] + 1000, 100):
         ask(bus, frames.sync_write(42, {1: goal.to_bytes(2, "little")}))
     assert servo.peek(Register.GOAL_POSITION) == MIDDLE[0]
@@ -407,11 +386,10 @@ def test_a_forced_register_is_read_in_place_of_the_truth(bus):
 
 def test_every_register_write_is_logged_but_not_the_goals_of_each_tick(bus):
     ask(bus, frames.write(1, 31, b"\xc5\x0a"))
-    ask(bus, frames.build(2, frames.Instruction.REG_WRITE, b"\x28\x01"))
     ask(bus, frames.sync_write(41, {1: bytes((254, 0xD1, 7, 0, 0, 0xE8, 3))}))
     ask(bus, frames.sync_write(48, {3: b"\xf4\x01"}))
     bus.advance(1.5)
-    ask(bus, frames.build(frames.BROADCAST_ID, frames.Instruction.ACTION))
+    ask(bus, frames.write(2, 40, b"\x01"))
     ask(bus, frames.write(frames.BROADCAST_ID, 40, b"\0"))
     assert list(bus.writes) == [
         Write(0.0, 1, Register.HOMING_OFFSET, -709),
@@ -422,13 +400,12 @@ def test_every_register_write_is_logged_but_not_the_goals_of_each_tick(bus):
     assert [goal[1:] for goal in bus.goals] == [(1, 2001)]
 
 
-def test_writes_to_eprom_and_factory_area_are_counted(bus):
+def test_writes_to_eprom_are_counted(bus):
     ask(bus, frames.write(1, 41, b"\x10"))
     assert bus.eprom_writes == 0
     ask(bus, frames.write(1, 9, bytes(4)))
-    ask(bus, frames.write(2, 85, b"\xfe"))
     ask(bus, frames.write(frames.BROADCAST_ID, 7, b"\0"))
-    assert bus.eprom_writes == 2 + 1 + 6
+    assert bus.eprom_writes == 2 + 6
     bus.reset(1.0)
     assert bus.eprom_writes == 0 and not bus.writes
 
@@ -441,8 +418,8 @@ def step(bus, servo_id, goal):
 def switch_on(bus):
     for servo_id in IDS:
         servo = bus.servos[servo_id]
-        servo.poke(Register.GOAL_POSITION, MIDDLE[servo_id - 1])
-        servo.poke(Register.TORQUE_ENABLE, 1)
+        servo.set_register(Register.GOAL_POSITION, MIDDLE[servo_id - 1])
+        servo.set_register(Register.TORQUE_ENABLE, 1)
 
 
 def test_a_goal_too_far_from_the_last_one_is_recorded(bus):
@@ -460,7 +437,7 @@ def test_a_goal_too_far_from_the_last_one_is_recorded(bus):
 def test_a_goal_at_the_present_position_or_for_a_servo_that_is_off_is_no_step(bus):
     assert step(bus, 1, 3000) == 0
     switch_on(bus)
-    bus.servos[1].poke(Register.PRESENT_POSITION, 2500)
+    bus.servos[1].set_register(Register.PRESENT_POSITION, 2500)
     assert step(bus, 1, 2505) == 0
     assert step(bus, 1, 2001) == 1
 
@@ -488,9 +465,9 @@ def test_half_a_register_counts_as_a_write_of_it(bus):
 
 def test_a_joint_turned_by_hand_past_the_end_of_a_turn_reads_0_again(bus):
     servo = bus.servos[1]
-    servo.poke(Register.HOMING_OFFSET, 0)
+    servo.set_register(Register.HOMING_OFFSET, 0)
     for turned, seen in ((4095, 4095), (4096, 0), (4110, 14), (-3, 4093)):
-        servo.poke(Register.PRESENT_POSITION, turned)
+        servo.set_register(Register.PRESENT_POSITION, turned)
         assert servo.peek(Register.PRESENT_POSITION) == round(servo.position) == seen
     # The offset moves the end of the turn, not the joint.
     ask(bus, frames.write(1, 31, (1000).to_bytes(2, "little")))
@@ -499,15 +476,6 @@ def test_a_joint_turned_by_hand_past_the_end_of_a_turn_reads_0_again(bus):
     ask(bus, frames.write(1, 31, (1000 | 0x800).to_bytes(2, "little")))
     bus.advance(0.02)
     assert servo.peek(Register.PRESENT_POSITION) == 997
-
-
-def test_with_multi_turn_feedback_positions_go_on_beyond_a_turn(bus):
-    servo = bus.servos[1]
-    servo.poke(Register.PHASE, servo.peek(Register.PHASE) | 0x10)
-    for turned in (4200, -100):
-        servo.poke(Register.PRESENT_POSITION, turned)
-        assert servo.peek(Register.PRESENT_POSITION) == turned
-    assert answers(ask(bus, ASK))[0].params == b"\x64\x80"
 
 
 def test_a_servo_does_not_turn_past_its_limits_and_keeps_the_goal_it_was_told(bus):
@@ -524,8 +492,6 @@ def test_an_arm_starts_and_restarts_at_its_pose():
             assert [arm.registers(i)[Register.PRESENT_POSITION] for i in IDS] == pose
             arm.set_register(1, Register.PRESENT_POSITION, 2222)
             arm.reset()
-    with pytest.raises(DeviceError, match=r"pose \[1, 2\]"):
-        VirtualArm(pose=[1, 2])
 
 
 def test_what_the_arm_was_told_can_be_asked_for(arm):
@@ -654,26 +620,6 @@ def test_a_slow_camera_keeps_its_rate(arm, eyes):
     assert np.diff(times).min() > 0.4
 
 
-def test_a_swapped_camera_shows_what_the_other_one_sees(arm, eyes):
-    front, wrist, rounds = eyes
-    assert np.abs(front.latest().image.astype(int) - wrist.latest().image).max() > 50
-    arm.camera("front", "swap:wrist")
-    rounds()
-    assert np.abs(front.latest().image.astype(int) - wrist.latest().image).max() <= 4
-    arm.reset()
-    rounds()
-    assert np.abs(front.latest().image.astype(int) - wrist.latest().image).max() > 50
-
-
-@pytest.mark.parametrize(
-    ("name", "mode", "value"),
-    [("back", "stall", 0), ("front", "melt", 0), ("front", "swap:back", 0), ("front", "slow", 0)],
-)
-def test_a_camera_refuses_what_it_cannot_do(arm, name, mode, value):
-    with pytest.raises(DeviceError, match=r"expected one of front, wrist, and of live, stall"):
-        arm.camera(name, mode, value)
-
-
 def test_the_cameras_show_the_arm_move(arm):
     cameras = [open_camera(name, source) for name, source in arm.camera_sources.items()]
     assert [camera.name for camera in cameras] == ["front", "wrist"]
@@ -706,12 +652,6 @@ def test_a_rebooted_servo_is_off(arm):
     arm.set_register(2, Register.TORQUE_ENABLE, 1)
     arm.reboot(2)
     assert arm.registers(2)[Register.TORQUE_ENABLE] == 0
-
-
-def test_an_unknown_fault_is_refused(arm):
-    with pytest.raises(DeviceError, match="unknown fault 'melt'"):
-        arm.inject("melt")
-    assert arm.violations() == []
 
 
 def test_the_port_passes_every_byte_to_a_client_that_sets_no_terminal_mode():
@@ -765,19 +705,10 @@ def running(pid):
         return False
 
 
-MODULE = [sys.executable, "-m", "smolvla_edge.devices.virtual_arm"]
-
-
-def test_the_module_tells_what_it_is_and_refuses_what_it_cannot_draw():
-    told = subprocess.run([*MODULE, "--help"], capture_output=True, text=True, check=True)
-    assert "virtual SO-101" in told.stdout and "--camera" in told.stdout
-    refused = subprocess.run([*MODULE, "--fps", "0"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "at 0.0 fps" in refused.stderr
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_the_module_and_leaves_no_pictures(number):
-    line = [*MODULE, "--camera", "front", "--width", "32", "--height", "24"]
+    options = {"cameras": ["front"], "width": 32, "height": 24, "fps": 15, "pose": None}
+    line = [sys.executable, "-m", "smolvla_edge.devices.virtual_arm", json.dumps(options)]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         ready = json.loads(process.stdout.readline())
         folder = Path(ready["cameras"]["front"].removeprefix("sim:")).parent

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from ..devices.board import read_board
 from .result import Machine, Rates, Readings
 
 ROWS, INNER, COLUMNS = 1024, 768, 3072  # the largest product of the policy: vision's first MLP layer
@@ -32,6 +33,7 @@ def watched() -> Callable[[], dict[str, Any]]:
     load, before = os.getloadavg()[0], readings()
 
     def head() -> dict[str, Any]:
+        board = read_board()
         lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
         cpu = {key.strip(): value.strip() for key, value in reversed(lines)}
         numbers = [f"{key.split()[-1]} {cpu[key]}" for key in ("cpu family", "model", "stepping") if key in cpu]
@@ -45,8 +47,8 @@ def watched() -> Callable[[], dict[str, Any]]:
             threads=cores,
             memory_mb=round(memory),
             gpu=_nvidia("name,driver_version,memory.total,clocks.max.sm,power.limit"),
-            board=_text("/proc/device-tree/model"),
-            power_mode=_text("/var/lib/nvpmodel/status"),
+            board=board.module or board.name if board.jetson else None,
+            power_mode=None if board.power_mode is None else board.power_modes.get(board.power_mode),
             system=f"Linux {platform.release()}",
             versions={"python": platform.python_version(), **_versions()},
             load=round(load, 2),
@@ -61,17 +63,18 @@ def watched() -> Callable[[], dict[str, Any]]:
 
 def readings() -> Readings:
     """Clocks and temperature at this moment."""
-    cpus = Path("/sys/devices/system/cpu").glob("cpu*/cpufreq/scaling_cur_freq")
-    clocks = [float(p.read_text()) / 1e3 for p in cpus]
-    if not clocks:  # a virtual machine
+    board = read_board()
+    clocks = {clock.name: clock.now for clock in board.clocks}
+    cpu, gpu = clocks.pop("CPU", None), next(iter(clocks.values()), None)
+    if cpu is None:  # a virtual machine
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-    degrees = [_text(p) for p in Path("/sys/class/thermal").glob("thermal_zone*/temp")]
-    gpu = _nvidia("clocks.sm", "nounits")
+        seen = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+        cpu = round(float(np.mean(seen)), 1) if seen else None
+    card = _nvidia("clocks.sm", "nounits")
     return Readings(
-        cpu_mhz=round(float(np.mean(clocks)), 1) if clocks else None,
-        gpu_mhz=float(gpu) if gpu and gpu.isdigit() else None,
-        temperature_c=max((int(d) / 1e3 for d in degrees if d), default=None),
+        cpu_mhz=cpu,
+        gpu_mhz=float(card) if card and card.isdigit() else gpu,
+        temperature_c=max(board.temperatures.values(), default=None),
     )
 
 

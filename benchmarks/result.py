@@ -43,7 +43,7 @@ def spread(values: ArrayLike) -> Spread:
 class Readings:
     """What changes while a benchmark runs; None where the machine does not tell."""
 
-    cpu_mhz: float | None  # mean over the cores
+    cpu_mhz: float | None  # of the fastest core, or their mean where only that is told
     gpu_mhz: float | None
     temperature_c: float | None  # of the hottest sensor
 

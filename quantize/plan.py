@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..runtime.bundle import Target
+from ..runtime.roofline import find_board
 from .gate import Errors, Gate
 
 
@@ -17,9 +18,10 @@ class Machine:
     bandwidth: float
 
 
+_NANO = find_board("Orin Nano 8GB Super")
 MACHINES: dict[Target, Machine] = {
     "cpu": Machine(4.5e11, 4, 1.3e12, 2e10),  # two cores with VNNI, measured (docs/log.md)
-    "portable": Machine(1.67e13, 2, 3.34e13, 1.02e11),  # Jetson Orin Nano 8GB Super, NVIDIA's figures
+    "portable": Machine(1e12 * _NANO.float_tflops, 2, 1e12 * _NANO.int8_tops, 1e9 * _NANO.gb_s),
 }
 
 

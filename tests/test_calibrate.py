@@ -220,7 +220,7 @@ def test_an_arm_that_has_offsets_and_counts_turns_is_calibrated_anew(virtual, tm
 
 
 def test_ctrl_c_while_it_is_written_leaves_a_whole_calibration(raw, person, tmp_path):
-    raw.inject("delay", 1, count=-1, value=0.005)
+    raw.inject("delay", 1, count=-1, value=0.002)
     someone = person("--output", tmp_path / "arm.json")
     someone.sweep()
     someone.say("y")

@@ -132,7 +132,7 @@ def lacks(
             missing.append("only one of onnxruntime and onnxruntime-gpu (remove both, then install onnxruntime-gpu)")
     if not loads("libcuda.so.1"):
         missing.append("the NVIDIA driver (libcuda.so.1)")
-    if backend != "ort-cuda" and not any(loads(f"libnvinfer.so.{version}") for version in (10, 11)):
+    if backend == "ort-tensorrt" and not any(loads(f"libnvinfer.so.{version}") for version in (10, 11)):
         missing.append("TensorRT 10.3 to 11 (libnvinfer.so.10 or .11)")
     return ", ".join(missing)
 

@@ -4,6 +4,7 @@ Nothing is imported before a `Stream` is made, and every call that fails raises 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,11 @@ class Stream:
         """spin: wait for the device in a busy loop, which is quicker by microseconds and takes a core."""
         self._cudart = load_cuda()
         if not spin:
-            self._call("cudaSetDeviceFlags", self._cudart.cudaDeviceScheduleBlockingSync)
+            with suppress(BackendError):  # too late in this process: it only costs a core
+                self._call("cudaSetDeviceFlags", self._cudart.cudaDeviceScheduleBlockingSync)
         self.handle = self._call("cudaStreamCreate")
         self._memory: list[Any] = []
+        self._held: list[Any] = []  # arrays that copies may still read
         self._graphs: list[Any] = []
 
     def gpu(self) -> str:
@@ -47,7 +50,8 @@ class Stream:
         return address
 
     def upload(self, address: int, array: NDArray[Any]) -> None:
-        """Copy a contiguous array to the device; it may be changed as soon as this returns."""
+        """Copy a contiguous array to the device. It must not be changed before the next `wait`."""
+        self._held.append(array)
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.handle)
 
@@ -62,6 +66,7 @@ class Stream:
     def wait(self) -> None:
         """Until all work on the stream is done."""
         self._call("cudaStreamSynchronize", self.handle)
+        self._held.clear()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what `work` puts on the stream, without running it; -> a function that launches all of it at once.

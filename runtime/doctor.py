@@ -31,7 +31,7 @@ from .backend import BACKENDS, choose, choose_for, lacks
 from .budget import report
 from .bundle import Bundle, Manifest
 from .engine_cache import engine_records
-from .errors import BackendError, BundleError, CheckFailed, SettingsError, SmolVLAError
+from .errors import BackendError, BundleError, CheckFailed, InputError, SettingsError, SmolVLAError
 from .policy import Policy, Timing
 from .preflight import units_evidence
 from .roofline import find_board
@@ -103,9 +103,14 @@ def _budget(chosen: Settings, board_name: str | None) -> tuple[str, dict[str, An
     board = read_board()
     if not board.jetson:
         raise SettingsError("this is no Jetson: name one with --board, such as 'orin nano super', or all")
+    if chosen.device == "cpu" or chosen.backend == "ort-cpu":
+        raise SettingsError("the budget is of the board's GPU: leave out --device cpu and --backend ort-cpu")
     fast = "super" in f"{board.name} {board.power_modes.get(board.power_mode or 0, '')}".lower()
     name = board.module.split(" (")[0] + " Super" * fast
-    find_board(name)  # before a chunk is measured
+    try:
+        find_board(name)  # before a chunk is measured
+    except InputError:
+        name = find_board(board.name).name
     policy = Policy.load(bundle, "jetson" if chosen.device == "auto" else chosen.device, backend=chosen.backend)
     print(policy.graphs.reason, file=sys.stderr)
     return report(bundle.manifest, name, _timing(policy))
@@ -135,7 +140,9 @@ def examine(chosen: Settings, board: Board, gpu: Gpu, nodes: Sequence[Node]) -> 
     findings += about
     manifest = opened.manifest if opened else None
     engines = list(_engines(opened, gpu)) if opened else []
-    findings += _memory(board, manifest, chosen.device == "jetson" or board.jetson, bool(engines))
+    findings += _memory(
+        board, manifest, chosen.device == "jetson" or board.jetson, any(e.status == "ok" for e in engines)
+    )
     findings += _software(opened, chosen, board, gpu)
     findings += engines
     findings += cameras(nodes, {} if chosen.simulated else chosen.cameras)

@@ -7,11 +7,13 @@ against the bindings of those versions (tests/test_tensorrt_names.py).
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +69,10 @@ def build(onnx: Path, plan: Path, timing: Path, shapes: Shapes, say: Callable[[s
         except BaseException:
             process.kill()
             raise
-    if code == -9:
+    if code < 0:
         raise BackendError(
-            f"the build of {onnx.name} was killed, most likely because memory ran out: stop other programs, leave "
-            "the desktop (sudo systemctl isolate multi-user.target), or add swap, and start again"
+            f"the build of {onnx.name} was ended by {signal.Signals(-code).name}; SIGKILL means that memory ran out: "
+            "stop other programs, leave the desktop (sudo systemctl isolate multi-user.target), or add swap"
         )
     if code:
         raise BackendError(f"TensorRT could not build {onnx.name}: {last.strip() or f'exit status {code}'}")
@@ -94,14 +96,16 @@ def _build_here(trt: Any, onnx: Path, plan: Path, timing: Path, shapes: Shapes) 
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the inspector can name precisions
     config.progress_monitor = _progress(trt)
     cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or of another machine
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise BackendError("; ".join(log.errors[-3:]) or "it gave no reason")
     plan.write_bytes(memoryview(serialized))
-    fresh = timing.with_name(f"{timing.name}.new")
-    fresh.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    fresh.replace(timing)
+    with suppress(OSError):  # a full disk: it only saves time
+        fresh = plan.with_name("timing.cache")  # a folder of this build alone
+        fresh.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        fresh.replace(timing)
 
 
 class Engine:

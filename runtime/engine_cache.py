@@ -24,6 +24,7 @@ from .errors import BackendError
 from .strict import decode, encode
 
 PLAN, RECORD = "engine.plan", "engine.json"
+SETTINGS = 1  # raised with every change of what `engine.build` asks TensorRT for
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Key:
     shapes: dict[str, tuple[int, ...]]  # of inputs that the graph leaves open
     tensorrt: str
     gpu: str
+    settings: int = SETTINGS
 
     @property
     def digest(self) -> str:
@@ -77,12 +79,11 @@ class EngineCache:
             record = self._build(key, folder)
         try:
             engine = Engine((folder / PLAN).read_bytes(), self.stream)
-        except BackendError:
-            shutil.rmtree(folder, ignore_errors=True)  # the next start builds it again
-            raise
+        except BackendError as e:
+            raise BackendError(f"{e}. If it is not for memory: rm -r {folder}, and it is built again") from e
         if not record.layers:
             record = replace(record, layers=engine.precisions())
-            _write(folder, record)
+            self._keep(folder, record)
         if not shapes:  # whoever gives shapes proves the engine with them
             self.records[graph] = record
         return engine
@@ -97,7 +98,13 @@ class EngineCache:
         for graph, record in self.records.items():
             proved = replace(record, proved=record.proved | {self.bundle.digest: errors})
             self.records[graph] = proved
-            _write(self.folder / record.key.digest, proved)
+            self._keep(self.folder / record.key.digest, proved)
+
+    def _keep(self, folder: Path, record: Record) -> None:
+        try:
+            _write(folder, record)
+        except OSError as e:
+            self.say(f"what was found of {record.key.graph} is not kept: {e}")
 
     def _key(self, graph: str, shapes: dict[str, tuple[int, ...]]) -> Key:
         m = self.bundle.manifest
@@ -115,7 +122,9 @@ class EngineCache:
                 record = Record(key, str(self.bundle.folder), sha256_of(new / PLAN), {}, {})
                 _write(new, record)
                 new.rename(folder)
-            except OSError as e:  # a full disk
+            except OSError as e:
+                if (theirs := _read(folder, key)) is not None:  # somebody else's build of the same was quicker
+                    return theirs
                 raise BackendError(f"the engine of {key.graph} cannot be kept in {self.folder}: {e}") from e
         return record
 
@@ -167,5 +176,9 @@ def _decode(file: Path) -> Record:
 
 def _write(folder: Path, record: Record) -> None:
     fresh = folder / f"{RECORD}.new"
-    fresh.write_text(json.dumps(encode(record), indent=1, sort_keys=True))
-    fresh.replace(folder / RECORD)
+    try:
+        fresh.write_text(json.dumps(encode(record), indent=1, sort_keys=True))
+        fresh.replace(folder / RECORD)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

@@ -23,7 +23,7 @@ from .backend import PROVIDER, Backend
 from .bundle import Bundle, Graph, Tensor, cache_home
 from .engine_cache import private_folder
 from .errors import BackendError
-from .preprocessing import CAMERA_GRAPH, Feeds, resampling
+from .preprocessing import CAMERA_GRAPH, Feeds, require_resized, resampling
 from .sampling import Step
 
 _NUMPY = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "bool": np.bool_}
@@ -39,6 +39,7 @@ def _serve(calls: _Calls) -> None:
             answer.set_result(call())
         except Exception as e:  # raised again in the thread that waits
             answer.set_exception(e)
+        del item, call, answer  # a traceback among them would keep everything alive
 
 
 def _tensorrt_options(bundle: Bundle) -> dict[str, str]:
@@ -107,6 +108,7 @@ class OrtGraphs:
         )
         if self.takes_frames:
             self._camera = self._session(bundle, CAMERA_GRAPH, realtime, None, False)
+            self._checked: set[tuple[int, int]] = set()  # frame sizes that the device resizes as the host does
         self._cameras = [c.name for c in manifest.cameras]
         self._check_signature(self._prefix, manifest.prefix, bundle)
         self._check_signature(self._expert, manifest.expert, bundle)
@@ -134,7 +136,8 @@ class OrtGraphs:
         """Nothing: `prefill` has waited."""
 
     def _place(self, index: int, frame: NDArray[np.generic]) -> None:
-        """The frame of camera `index`, resized on the device into its slice of `images`."""
+        """The frame of camera `index`, resized on the device into its slice of `images`. The first of each size must
+        be what the host makes of it."""
         images, binding = self._buffers["images"], self._camera.io_binding()
         shape = (1, *images.shape()[1:])
         for name, array in {"frame": frame, **resampling(*frame.shape[:2], shape[-1])}.items():
@@ -142,6 +145,9 @@ class OrtGraphs:
         slot = images.data_ptr() + index * 4 * int(np.prod(shape))
         binding.bind_output("image", images.device_name(), 0, np.float32, shape, slot)
         self._camera.run_with_iobinding(binding)
+        if frame.shape[:2] not in self._checked:
+            require_resized(images.numpy()[index], frame)
+            self._checked.add((frame.shape[0], frame.shape[1]))
 
     def denoise(
         self,
@@ -174,6 +180,11 @@ class OrtGraphs:
         """Copies of what the prefix wrote: prefix_mask and every key.i and value.i."""
         return {name: np.array(self._buffers[name].numpy()) for name in self._cache}
 
+    def close(self) -> None:
+        """Let go of the sessions and their memory."""
+        self._prefill, self._steps, self._buffers = lambda: None, [], {}
+        del self._prefix, self._expert
+
     def end_profiling(self) -> tuple[Path, Path]:
         """-> the profiles of prefix and expert, JSON."""
         return Path(self._prefix.end_profiling()), Path(self._expert.end_profiling())
@@ -194,7 +205,8 @@ class OrtGraphs:
         own = {_CUDA: {"use_tf32": "0", "enable_cuda_graph": "1" if captured else "0"}}
         if provider == _TENSORRT:
             own[_TENSORRT] = _tensorrt_options(bundle)
-        order = [_TENSORRT, _CUDA, _CPU]
+        order = [_TENSORRT, _CUDA, _CPU] if file != CAMERA_GRAPH else [_CUDA, _CPU]  # all float32
+        provider = provider if provider in order else order[0]
         providers = [(p, own.get(p, {})) for p in order[order.index(provider) :]]
         path = bundle.path(file)
         try:  # no fallback: it would leave out our options

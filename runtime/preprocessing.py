@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .errors import InputError
+from .errors import BackendError, InputError
 from .tokenizer import Tokenizer
 
 CAMERA_GRAPH = "camera.onnx"  # frames to images, on the device; portable bundles have it
+RESIZE_TOLERANCE = 1e-5  # of pixels in [-1, 1]
 Feeds = dict[str, NDArray[np.generic]]
 
 
@@ -86,6 +87,16 @@ def resize_with_pad(image: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
     out = np.full((3, size, size), -1, np.float32)
     out[:, size - height :, size - width :] = pixels.transpose(2, 0, 1) * np.float32(2) - np.float32(1)
     return out
+
+
+def require_resized(got: NDArray[Any], frame: NDArray[Any]) -> None:
+    """Raises BackendError where a device made other pixels of `frame` than the host, [3, size, size] in [-1, 1]."""
+    worst = float(np.abs(got - resize_with_pad(frame, got.shape[-1])).max())
+    if not worst <= RESIZE_TOLERANCE:
+        raise BackendError(
+            f"the device resizes frames of {frame.shape[1]} x {frame.shape[0]} otherwise than the host, by "
+            f"{worst:.1e} (at most {RESIZE_TOLERANCE:.0e}): try another --backend"
+        )
 
 
 @lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ import pytest
 
 from smolvla_edge.runtime import Bundle, Policy
 from smolvla_edge.runtime.bundle import cache_home
-from smolvla_edge.runtime.errors import CheckFailed
+from smolvla_edge.runtime.errors import BackendError, CheckFailed
 from smolvla_edge.runtime.ort import OrtGraphs
 
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -122,9 +122,12 @@ def test_cuda_graphs_can_be_switched_off(cuda, export_case):
 
 def test_tensorrt_has_its_own_path_and_what_it_leaves_to_cuda_is_float32_too(cuda, export_case):
     OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "ort-tensorrt")
-    for session in cuda.made:
+    prefix, expert, camera = cuda.made
+    left = [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "0"}), (CPU, {})]
+    assert camera.providers == left, "TensorRT would resize in float16"
+    for session in (prefix, expert):
         (first, options), *rest = session.providers
-        assert rest == [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "0"}), (CPU, {})]
+        assert rest == left
         assert first == TENSORRT
         assert options["trt_fp16_enable"] == options["trt_int8_enable"] == "0"
         assert options["trt_engine_cache_path"] == str(cache_home() / "engines-ort")
@@ -140,6 +143,14 @@ def test_a_backend_that_computes_something_else_is_refused(cuda, export_case, mo
     monkeypatch.setattr(cuda, "run_with_iobinding", wrong)
     with pytest.raises(CheckFailed, match=r"self-check failed: (key|value).\d is the first to differ"):
         Policy.load(export_case("tiny", "fp32"), device="cuda")
+
+
+def test_a_device_that_resizes_otherwise_than_the_host_is_refused(cuda, export_case, monkeypatch):
+    policy = Policy.load(export_case("tiny", "fp32"), device="cuda")
+    monkeypatch.setattr("smolvla_edge.runtime.preprocessing.resize_with_pad", lambda frame, size: np.zeros(1))
+    for _ in range(2):
+        with pytest.raises(BackendError, match="resizes frames of 64 x 48 otherwise than the host"):
+            chunk_of(policy)
 
 
 def test_the_thread_ends_with_the_policy(cuda, export_case):

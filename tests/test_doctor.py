@@ -430,7 +430,10 @@ def test_the_budget_of_a_bundle_on_a_named_board_on_all_and_on_this_one(
         assert "this is no Jetson" in asked("--budget")[1].err
     here = jetson()
     monkeypatch.setattr(doctor, "read_board", lambda: here)
-    code, said = asked("--budget", "--device", "cpu", "--json")
+    assert "of the board's GPU" in asked("--budget", "--device", "cpu")[1].err
+    load = doctor.Policy.load
+    monkeypatch.setattr(doctor.Policy, "load", lambda opened, *_, **__: load(opened, "cpu"))
+    code, said = asked("--budget", "--json")
     data = json.loads(said.out)
     assert data["board"]["name"] == "Orin Nano 8GB Super"
     assert data["stages"]["chunk"]["measured"] > data["stages"]["prefix"]["measured"] > 0

@@ -106,7 +106,7 @@ def everything(_):
 
 
 def test_jetson_without_tensorrt_says_what_each_backend_needs_and_what_to_use():
-    with pytest.raises(BackendError, match=r"tensorrt needs .*module tensorrt .*libnvinfer.*; ort-tensorrt needs .*; "
+    with pytest.raises(BackendError, match=r"tensorrt needs .*module tensorrt .*; ort-tensorrt needs .*libnvinfer.*; "
                        r"ort-cuda needs .*libcuda.*On this machine use --device cpu"):  # fmt: skip
         choose("jetson", available=[CPU], loads=lambda _: False)
     with pytest.raises(BackendError, match=r"backend ort-tensorrt cannot be had: .*libnvinfer.*use --device cuda"):

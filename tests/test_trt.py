@@ -36,7 +36,7 @@ def board(monkeypatch, tmp_path):
 
     def forget():
         for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "cuda")]:
-            monkeypatch.delitem(sys.modules, name)
+            del sys.modules[name]
 
     forget()
     yield behave
@@ -124,7 +124,9 @@ def test_frames_of_another_size_get_an_engine_of_their_own(board, bundle):
 def test_a_camera_engine_that_resizes_otherwise_than_the_host_is_refused(board, bundle):
     board(wrong=("image", 0.001))
     policy = load(bundle)
-    with pytest.raises(BackendError, match=r"camera.onnx resizes 64 x 48 frames otherwise than the host, by 1.0e-03"):
+    with pytest.raises(BackendError, match=r"resizes frames of 64 x 48 otherwise than the host, by 1.0e-03"):
+        policy.predict_chunk(*observe(policy))
+    with pytest.raises(BackendError, match="resizes frames"):  # asking again does not help
         policy.predict_chunk(*observe(policy))
 
 
@@ -144,7 +146,7 @@ def test_engines_are_built_once_and_again_for_another_tensorrt_or_gpu(board, bun
     assert len(records) == 6
     assert {r.key.gpu.split(",")[0] for r in records} == {"Stand-in", "Another"}
     assert stat.S_IMODE((cache_home() / "engines").stat().st_mode) == 0o700
-    assert (cache_home() / "engines").glob("timing-*.cache")
+    assert len(list((cache_home() / "engines").glob("timing-*.cache"))) == 3
 
 
 @pytest.mark.parametrize("file", ["engine.plan", "engine.json"])
@@ -165,7 +167,7 @@ def test_a_damaged_engine_is_built_again(board, bundle, capsys, file):
     [
         ("parse", r"could not build prefix.onnx: its parser refuses the graph: In node 3: UNSUPPORTED_NODE"),
         ("build", r"could not build prefix.onnx: no implementation for node MatMul_7"),
-        ("killed", r"the build of prefix.onnx was killed, most likely because memory ran out: stop other programs"),
+        ("killed", r"the build of prefix.onnx was ended by SIGKILL; SIGKILL means that memory ran out: stop other"),
     ],
 )
 def test_a_build_that_fails_says_why_and_leaves_nothing(board, bundle, how, message):

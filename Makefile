@@ -39,7 +39,7 @@ bench: bench/fp32/manifest.json $(LEROBOT)/bin/lerobot-ready
 	$(BIN)/smolvla-bench report bench/latency.json bench/accuracy.json --output bench/report.html
 
 bench/fp32/manifest.json: bench/checkpoint/model.safetensors
-	$(BIN)/smolvla-export bench/checkpoint --target cpu --output bench/fp32
+	$(BIN)/smolvla-export bench/checkpoint --target cpu --output bench/fp32 --force
 
 bench/checkpoint/model.safetensors: | $(VENV)/installed
 	rm -rf bench/checkpoint

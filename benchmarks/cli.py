@@ -1,5 +1,6 @@
 """smolvla-bench: is it fast enough here, is it still the same policy, and what to give up to make it faster."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import cast, get_args
 
 import typer
 
+from ..devices.errors import DeviceError
 from ..export.cli import require_extra
 from ..export.errors import ExportError
 from ..quantize.errors import QuantizeError
@@ -58,6 +60,7 @@ def latency(
     """How long a chunk takes: bundles and the PyTorch reference in turns, by stage, against 30 ms."""
     from . import latency as lat
 
+    _require(output)
     given = lat.Reference(reference, vlm, lerobot, compiled) if reference else None
     if given is None and (vlm or lerobot or compiled):
         raise BenchError("--vlm, --lerobot and --compile belong to --reference: name the checkpoint")
@@ -80,6 +83,7 @@ def accuracy(
     debug: bool = _DEBUG,
 ) -> None:
     """Whether it is still the same policy: errors beside a servo tick, the seeds' spread, and mistakes on purpose."""
+    _require(output)
     require_extra()
     from . import accuracy as acc
     from .latency import Reference
@@ -120,6 +124,7 @@ def frontier(
     debug: bool = _DEBUG,
 ) -> None:
     """What to give up to be faster: latency against error for steps, precision and cameras."""
+    _require(output, budget_ms=budget_ms or 0.0)
     require_extra()
     from . import accuracy as acc
     from . import frontier as front
@@ -150,6 +155,7 @@ def control(
     """Whether the control loop is on time beside the policy, on the virtual arm."""
     from . import control as loop
 
+    _require(output, **{f"fps {i}": value for i, value in enumerate(fps, 1)})
     command.terminate_like_interrupt()
     r = loop.measure(bundle, device, fps, seconds, chunking)
     _finish(output, r, _control_lines(r))
@@ -187,12 +193,23 @@ def table(
 
     if not results.is_dir():
         raise BenchError(f"{results} is no folder: start this from the checkout, or name it with --results")
-    before = readme.read_text()
+    try:
+        before = readme.read_text()
+    except ValueError as e:
+        raise BenchError(f"{readme} is no text: {e}") from e
     after = into_readme(before, sections(sorted(results.glob("*.json"))), str(readme))
     if check and before != after:
         raise CheckFailed(f"{readme} does not say what {results} does: smolvla-bench table")
     if before != after:
         readme.write_text(after)
+
+
+def _require(output: Path, **numbers: float) -> None:
+    """What would otherwise be found out after everything was measured. Raises BenchError."""
+    if not output.absolute().parent.is_dir():
+        raise BenchError(f"--output {output}: there is no folder {output.absolute().parent}")
+    if wrong := [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
+        raise BenchError(f"{', '.join(wrong)}: expected a finite number")
 
 
 def _say() -> Callable[[str], None]:
@@ -293,5 +310,7 @@ def main() -> None:
     """Entry point of `smolvla-bench`."""
     command.require_linux()
     command.run(
-        app, mistakes=(BenchError, ExportError, QuantizeError, SmolVLAError), failures=(CheckFailed, SafetyStop)
+        app,
+        mistakes=(BenchError, DeviceError, ExportError, QuantizeError, SmolVLAError),
+        failures=(CheckFailed, SafetyStop),
     )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..export.checkpoint import Checkpoint
+from ..export.errors import ParityError
 from ..export.int8 import HeldOut, ask_policy, hold_out
 from ..export.writer import reference_of, write_bundle
 from ..quantize import gate as gates
@@ -22,7 +23,7 @@ from ..quantize.calibration import CalibrationSet
 from ..quantize.errors import GateError
 from ..quantize.gate import Answers, Gate
 from ..quantize.sample import Sample
-from ..runtime import Policy
+from ..runtime import BackendError, Policy
 from ..runtime.backend import choose
 from ..runtime.bundle import Precision, Target
 from ..runtime.strict import encode
@@ -108,20 +109,20 @@ def pareto(cells: Sequence[Cell]) -> list[Cell]:
 
     def beaten(c: Cell) -> bool:
         mine = c.chunk_ms.p50, c.worst
-        theirs = [(o.chunk_ms.p50, o.worst) for o in cells]
+        theirs = [(o.chunk_ms.p50, o.worst) for o in cells if not o.noise]
         return any(o != mine and o[0] <= mine[0] and o[1] <= mine[1] for o in theirs)
 
-    return [replace(c, pareto=not beaten(c)) for c in cells]
+    return [replace(c, pareto=not (c.noise or beaten(c))) for c in cells]
 
 
 def recommend(cells: Sequence[Cell], budget_ms: float | None, gate: Gate) -> tuple[int | None, str]:
     """-> the index of one cell, and why: the closest within the budget, or the fastest within the gate."""
-    if not cells:
-        return None, "nothing could be measured"
-    order = range(len(cells))
+    order = [i for i, c in enumerate(cells) if not c.noise]
+    if not order:
+        return None, "the machine is too noisy to recommend anything" if cells else "nothing could be measured"
     fastest = min(order, key=lambda i: cells[i].chunk_ms.p50)
     if budget_ms is None:
-        kept = [i for i in order if cells[i].worst <= gate.action_p99]
+        kept = [i for i in order if _within(cells[i], gate)]
         if not kept:
             return None, f"no setting is within the gate ({gate.action_p99:g} of the spread over seeds)"
         best = min(kept, key=lambda i: cells[i].chunk_ms.p50)
@@ -135,11 +136,15 @@ def recommend(cells: Sequence[Cell], budget_ms: float | None, gate: Gate) -> tup
         )
     best = min(kept, key=lambda i: (cells[i].worst, cells[i].chunk_ms.p50))
     reason = f"{_said(cells[best])}: the closest to the reference within {budget_ms:g} ms"
-    if cells[best].worst > gate.action_p99:
+    if not _within(cells[best], gate):
         reason += (
             f"; but its error is over the gate ({cells[best].worst:.2f} of the spread, at most {gate.action_p99:g})"
         )
     return best, reason
+
+
+def _within(c: Cell, gate: Gate) -> bool:
+    return c.worst <= gate.action_p99 and (c.flips or 0) <= gate.gripper_flips and (c.cache or 0) <= gate.cache
 
 
 def _said(c: Cell) -> str:
@@ -155,6 +160,8 @@ def _claim(work: Path, ours: dict[str, Any]) -> None:
             raise BenchError(f"{work} holds something else: give an empty folder with --work")
         write_json(path, ours)
     theirs = read_json(path)
+    if not isinstance(theirs, dict):
+        raise BenchError(f"{path} is not this program's: give another --work")
     if others := [key for key in ours if theirs.get(key) != ours[key]]:
         raise BenchError(f"the cells in {work} were measured with another {', '.join(others)}: give another --work")
 
@@ -188,7 +195,7 @@ def _export(
     given = replace(data, calibration=parts[0], held_out=parts[1]) if precision == "int8" else None
     try:
         write_bundle(fewer, folder, precision, target=target, calibration=given, gate=gate, say=say)
-    except GateError as e:
+    except (BackendError, GateError, ParityError) as e:
         say(f"left out: {e}")
         folder.with_suffix(".txt").write_text(str(e))
         return False

@@ -81,7 +81,7 @@ def readings() -> Readings:
 def power_w(root: Path = Path("/sys/class/hwmon")) -> float | None:
     """What the whole board draws, by a Jetson's INA3221; None without one."""
     for label in root.glob("hwmon*/in*_label"):
-        if _text(label) in ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0"):
+        if _text(label) in ("VDD_IN", "POM_5V_IN"):
             channel = label.name.removeprefix("in").removesuffix("_label")
             millivolts, milliamperes = (_text(label.with_name(f"{n}{channel}_input")) for n in ("in", "curr"))
             if millivolts and milliamperes:
@@ -91,11 +91,13 @@ def power_w(root: Path = Path("/sys/class/hwmon")) -> float | None:
 
 def rates(device: str, seconds: float = 1.0) -> dict[str, float] | None:
     """GFLOP/s of one product by dtype, 1 multiply-add = 2, and GB/s read and written by y = -x ("copy"); medians,
-    through ONNX Runtime with buffers on `device` (cpu | cuda). None without the onnx package, which makes the graphs.
+    through ONNX Runtime with buffers on `device` (cpu | cuda). None without the onnx package, which makes the
+    graphs, or without the provider.
 
     int8: DynamicQuantizeMatMul with int8 weights, a scale per column.
     """
-    if find_spec("onnx") is None:
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    if find_spec("onnx") is None or provider not in onnxruntime.get_available_providers():
         return None
     from onnx import helper
 
@@ -166,7 +168,8 @@ def _nvidia(query: str, form: str = "") -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     line = ["nvidia-smi", f"--query-gpu={query}", f"--format=csv,noheader{',' if form else ''}{form}"]
-    return subprocess.run(line, capture_output=True, text=True).stdout.partition("\n")[0] or None
+    done = subprocess.run(line, capture_output=True, text=True)
+    return None if done.returncode else done.stdout.partition("\n")[0] or None
 
 
 def _text(path: str | Path) -> str | None:

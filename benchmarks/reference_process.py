@@ -8,19 +8,20 @@ instruction that fills the bundle's token length, so that both sides have the sa
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..runtime import Bundle
+from ..runtime import Bundle, SmolVLAError
 from ..runtime.preprocessing import Preprocessor
 from ..runtime.sampling import schedule
 from ..runtime.selfcheck import FILE
@@ -55,7 +56,9 @@ class ReferenceProcess:
         self.asked = asked
         line = [python, "-m", __name__, json.dumps(asdict(asked))]
         try:
-            self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._process = subprocess.Popen(
+                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_all_cores(os.environ)
+            )
         except OSError as e:
             raise BenchError(f"{python} cannot be started ({e.strerror}): --lerobot names a Python") from e
         self.weights_sha256, self.tokens, self.note = json.loads(self._answer())
@@ -63,8 +66,9 @@ class ReferenceProcess:
     def run(self) -> float:
         """-> wall seconds of one chunk as the process measured them."""
         assert self._process.stdin is not None
-        self._process.stdin.write("chunk\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: `_answer` says so
+            self._process.stdin.write("chunk\n")
+            self._process.stdin.flush()
         return float(self._answer())
 
     def close(self) -> None:
@@ -84,6 +88,11 @@ class ReferenceProcess:
         )
 
 
+def _all_cores(environ: Mapping[str, str]) -> dict[str, str]:
+    """As ONNX Runtime takes them: torch would heed these."""
+    return {key: value for key, value in environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
 def observation(bundle: Bundle) -> tuple[dict[str, Any], Any, str, Any]:
     """-> images, state, task, noise as `Policy.predict_chunk` takes them: what the self-check holds."""
     with np.load(bundle.path(FILE), allow_pickle=False) as data:
@@ -96,9 +105,13 @@ def main() -> None:
     import torch
 
     from ..export.checkpoint import load_checkpoint
+    from ..export.errors import ExportError
 
     asked = Asked(**json.loads(sys.argv[1]))
-    checkpoint = load_checkpoint(asked.checkpoint, vlm=Path(asked.vlm) if asked.vlm else None)
+    try:
+        checkpoint = load_checkpoint(asked.checkpoint, vlm=Path(asked.vlm) if asked.vlm else None)
+    except (ExportError, SmolVLAError) as e:
+        sys.exit(f"error: {e}")
     with ExitStack() as stack:
         serve = _lerobot if asked.kind == "lerobot" else _views
         chunk, tokens, note = serve(asked, checkpoint, Bundle.open(asked.bundle), stack)

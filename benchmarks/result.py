@@ -127,7 +127,8 @@ class Runner:
     action_ms: float  # p50 over the actions of a chunk that are executed
     noise: str | None  # where it is too noisy: the sentence in place of the numbers
     # From here on of bundles. preprocess + prefix + denoise are the chunk; tokenize (part of preprocess), step 1 ...
-    # step n and postprocess (parts of denoise) are measured apart, in the same turns.
+    # step n and postprocess (parts of denoise) are measured apart, in the same turns; on TensorRT, prefix and denoise
+    # are too.
     stages_ms: dict[str, Spread] = field(default_factory=dict)
     energy_j: float | None = None  # a chunk, where the board has a sensor
     selfcheck: dict[str, float] = field(default_factory=dict)  # stage -> error

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The lean wheel on 64-bit ARM, emulated, as far as that goes without a GPU: each bundle's self-check.
+# The lean wheel on 64-bit ARM, emulated, as far as that goes without a GPU: each bundle's self-check, and the doctor.
 #
 #   apt-get install qemu-user-static mmdebstrap
 #   smolvla-export tests/data/tiny/checkpoint --output tiny
@@ -35,14 +35,21 @@ for cpu in $(seq 0 $(($(nproc --all) - 1))); do
     echo
 done >"$root/proc/cpuinfo"
 
-for bundle in "$@"; do
+emulated() {  # COMMAND OPTION...
     # cortex-a76 is the emulated core nearest to an Orin's A78AE. With `max`, ONNX Runtime takes SME, which no Jetson
     # has, and QEMU 7.2 computes wrong INT8 products with it.
+    command=$1 && shift
     PYTHONPATH="$scratch/site" OMP_NUM_THREADS=1 \
-        qemu-aarch64-static -cpu cortex-a76 -L "$root" "$root/usr/bin/python3.11" -c '
+        qemu-aarch64-static -cpu cortex-a76 -L "$root" "$root/usr/bin/python3.11" -c "
 import platform
-from smolvla_edge.runtime.cli import main
+from smolvla_edge.runtime.$command import main
 
-print(platform.machine(), "Python", platform.python_version(), flush=True)
-main()' --bundle "$bundle" --device cpu --self-check
+print('$command on', platform.machine(), 'Python', platform.python_version(), flush=True)
+main()" "$@"
+}
+
+for bundle in "$@"; do
+    emulated cli --bundle "$bundle" --device cpu --self-check
+    emulated doctor --bundle "$bundle" --device cpu
+    emulated doctor --bundle "$bundle" --board all
 done

@@ -151,9 +151,11 @@ def missed(errors: Errors, gate: Gate, joints: Sequence[str]) -> list[str]:
         for name, p99, spread in zip(joints, errors.p99, errors.spread, strict=True)
         if not p99 <= gate.action_p99 * spread
     ]
-    over += [
-        f"{name} {value:.3f} (at most {gate.cache})" for name, value in errors.cache.items() if value > gate.cache
-    ]
+    if errors.worst_cache > gate.cache:
+        worst = max(errors.cache, key=lambda name: errors.cache[name])
+        more = sum(value > gate.cache for value in errors.cache.values()) - 1
+        beside = f" and {more} more tensors of the cache" if more else ""
+        over.append(f"{worst} {errors.worst_cache:.3f} (at most {gate.cache}){beside}")
     if (errors.flips or 0) > gate.gripper_flips:
         over.append(f"{errors.flips} gripper flips (at most {gate.gripper_flips})")
     return over

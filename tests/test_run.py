@@ -319,7 +319,7 @@ def test_the_self_check_tells_a_good_bundle_from_a_changed_one(tiny_bundle, tmp_
     edit(tiny_bundle, lambda m: m["state"]["normalization"].update(mode="IDENTITY"))
     done = run([COMMAND, "--bundle", tiny_bundle, "--self-check"], tmp_path)
     assert done.returncode == 1
-    assert "does not compute here" in done.stderr
+    assert "self-check failed: key.0 is the first to differ from its checkpoint" in done.stderr
 
 
 def test_no_torch_is_loaded_in_the_process_that_drives_the_arm(fresh, export_case, tmp_path, start):

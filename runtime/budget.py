@@ -4,15 +4,20 @@ Every number is one of three kinds. floor: all peaks fully used; nothing beats i
 the best public run without custom kernels, on whichever board that was. measured: on this machine.
 """
 
+import time
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
+import numpy as np
+
 from .bundle import Manifest
-from .policy import Timing
+from .policy import Policy, Timing
 from .roofline import BOARDS, ONNX_ALONE, PEAK, Board, Chunk, find_board, sustained_hz
+from .settings import EXAMPLE_TASK
 
 TARGET_MS = 30.0
+WARM_UP = 4  # chunks that do not count
 FEWER_STEPS = (5, 4)  # of ten; their loss is published: a cosine of the actions of 0.98 and 0.96
 USUAL_HZ = 30.0
 _VERDICTS = {  # kind -> the target is met, is not
@@ -56,6 +61,23 @@ def report(m: Manifest, board_name: str | None, measured: Timing | None = None) 
         return boards_table(m), {"boards": [asdict(budget(m, board)) for board in BOARDS]}
     found = budget(m, find_board(board_name), measured)
     return text(found), asdict(found)
+
+
+def measure(policy: Policy) -> Timing:
+    """Medians of twenty chunks, of grey pictures."""
+    m = policy.manifest
+    images = {c.name: np.full((480, 640, 3), 127, np.uint8) for c in m.cameras}
+    state, rows = np.zeros(m.state.dim, np.float32), []
+    for _ in range(WARM_UP + 20):
+        start = time.perf_counter()
+        feeds = policy.preprocessor.feeds(images, state, EXAMPLE_TASK, raw=policy.graphs.takes_frames)
+        ready = time.perf_counter()
+        policy.graphs.prefill(feeds)
+        policy.graphs.finish_prefill()
+        filled = time.perf_counter()
+        policy.robot_units(policy.denoise(policy.draw_noise()))
+        rows.append((ready - start, filled - ready, time.perf_counter() - filled))
+    return Timing(*(1e3 * float(ms) for ms in np.median(rows[WARM_UP:], axis=0)))
 
 
 def chunk_of(m: Manifest) -> Chunk:

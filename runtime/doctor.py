@@ -7,14 +7,12 @@ import importlib.metadata
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import typer
 
@@ -28,18 +26,17 @@ from ..devices.port import find_port
 from ..devices.virtual_arm import VirtualArm
 from . import command, settings
 from .backend import BACKENDS, choose, choose_for, lacks
-from .budget import report
+from .budget import measure, report
 from .bundle import Bundle, Manifest
 from .engine_cache import engine_records
 from .errors import BackendError, BundleError, CheckFailed, InputError, SettingsError, SmolVLAError
-from .policy import Policy, Timing
+from .policy import Policy
 from .preflight import units_evidence
 from .roofline import find_board
 from .settings import Settings
 
 ROBOT_TOML = Path("robot.toml")
 OVERHEAD_BYTES = 700e6  # of a run beside weights and cache, measured on a CPU
-WARM_UP = 4  # chunks that do not count
 BUILD_FACTOR = 2.5  # memory of a TensorRT build over the larger graph's weights: an estimate
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "cuda-python", "cuda-bindings")
 
@@ -113,24 +110,7 @@ def _budget(chosen: Settings, board_name: str | None) -> tuple[str, dict[str, An
         name = find_board(board.name).name
     policy = Policy.load(bundle, "jetson" if chosen.device == "auto" else chosen.device, backend=chosen.backend)
     print(policy.graphs.reason, file=sys.stderr)
-    return report(bundle.manifest, name, _timing(policy))
-
-
-def _timing(policy: Policy) -> Timing:
-    """Medians of twenty chunks, of grey pictures."""
-    m = policy.manifest
-    images = {c.name: np.full((480, 640, 3), 127, np.uint8) for c in m.cameras}
-    state, rows = np.zeros(m.state.dim, np.float32), []
-    for _ in range(WARM_UP + 20):
-        start = time.perf_counter()
-        feeds = policy.preprocessor.feeds(images, state, settings.EXAMPLE_TASK, raw=policy.graphs.takes_frames)
-        ready = time.perf_counter()
-        policy.graphs.prefill(feeds)
-        policy.graphs.finish_prefill()
-        filled = time.perf_counter()
-        policy.robot_units(policy.denoise(policy.draw_noise()))
-        rows.append((ready - start, filled - ready, time.perf_counter() - filled))
-    return Timing(*(1e3 * float(ms) for ms in np.median(rows[WARM_UP:], axis=0)))
+    return report(bundle.manifest, name, measure(policy))
 
 
 def examine(chosen: Settings, board: Board, gpu: Gpu, nodes: Sequence[Node]) -> tuple[list[Finding], str]:

@@ -260,6 +260,7 @@ def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tu
         compute_ms = 1e-6 * ((flops - int8) / floats + int8 / gflops.get("int8", floats))
         memory_ms = 1e-6 * size / max(rates.copy_gbs)
         share = max(compute_ms, memory_ms) / stages[stage].p50
+        # mypy takes `stage` for any str
         found.append(Limit(stage, flops, int8, size, compute_ms, memory_ms, share))  # type: ignore[arg-type]
     return tuple(found)
 

@@ -127,7 +127,7 @@ class Engine:
             raise BackendError("TensorRT has no memory for the engine's activations: stop other programs")
         engine = self._engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        self.tensors = tuple(
+        self.tensors = tuple(  # a dtype that no bundle has is caught when they are compared with the manifest
             Tensor(n, _dtype(engine.get_tensor_dtype(n)), tuple(engine.get_tensor_shape(n)))  # type: ignore[arg-type]
             for n in names
         )
@@ -170,7 +170,7 @@ def _dtype(kind: Any) -> str:
 
 
 def _logger(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):  # type: ignore[misc]  # of a module that mypy does not see
         """Keeps what went wrong, for our own error messages."""
 
         def __init__(self) -> None:
@@ -185,7 +185,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _progress(trt: Any) -> Any:
-    class Progress(trt.IProgressMonitor):  # type: ignore[misc]
+    class Progress(trt.IProgressMonitor):  # type: ignore[misc]  # of a module that mypy does not see
         """A line for each outermost phase, and one every ten seconds within."""
 
         def __init__(self) -> None:

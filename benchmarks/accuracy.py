@@ -52,7 +52,7 @@ class Judge:
         """What to tell of `draw`."""
         r, kept = data.record, data.held_out
         tasks = len({sample.task for sample in kept})
-        return Observations(r.source, r.kind, r.sha256, len(kept), r.episodes, tasks, self.gate.seeds)
+        return Observations(r.source, r.kind, r.sha256, len(kept), data.held_out_episodes, tasks, self.gate.seeds)
 
 
 def measure(bundle: str, given: Reference, judge: Judge, device: str, say: Callable[[str], None]) -> Accuracy:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast, get_args
 
@@ -16,8 +16,11 @@ from ..quantize.gate import Gate, read_gate
 from ..runtime import CheckFailed, SafetyStop, SmolVLAError, command
 from ..runtime.bundle import Precision
 from ..runtime.chunks import Chunking
+from ..runtime.roofline import find_board
 from .errors import BenchError
-from .result import Accuracy, Control, Frontier, Latency, Result, Spread, write
+from .page import as_json, html, into_readme, markdown
+from .report import sections
+from .result import Result, write
 
 app = command.new_app()
 _BUNDLE = typer.Option("bundle", help="Bundle folder.")
@@ -51,6 +54,7 @@ def latency(
     ),
     compiled: bool = typer.Option(False, "--compile", help="The reference through torch.compile as well."),
     device: str = _DEVICE,
+    board: list[str] = typer.Option([], help="A Jetson to project to as well, e.g. 'orin nano super'; repeatable."),
     turns: int = _TURNS,
     seconds: float = _SECONDS,
     warmup: int = _WARMUP,
@@ -64,8 +68,9 @@ def latency(
     given = lat.Reference(reference, vlm, lerobot, compiled) if reference else None
     if given is None and (vlm or lerobot or compiled):
         raise BenchError("--vlm, --lerobot and --compile belong to --reference: name the checkpoint")
-    r = lat.measure(list(dict.fromkeys(bundle)), given, device, lat.Effort(warmup, turns, seconds), _say())
-    _finish(output, r, _latency_lines(r))
+    boards, effort = [find_board(name) for name in board], lat.Effort(warmup, turns, seconds)
+    r = lat.measure(list(dict.fromkeys(bundle)), given, device, boards, effort, _say())
+    _finish(output, r)
 
 
 @app.command()
@@ -90,7 +95,7 @@ def accuracy(
 
     judge = acc.Judge(observations, frames, read_gate(gate) if gate else Gate())
     r = acc.measure(bundle, Reference(reference, vlm), judge, device, _say())
-    _finish(output, r, _accuracy_lines(r))
+    _finish(output, r)
     if r.comparisons[0].missed:
         raise CheckFailed(f"the gate is not met: {', '.join(r.comparisons[0].missed[:8])}")
     if not r.passed:
@@ -139,7 +144,7 @@ def frontier(
     judge = acc.Judge(calibration, frames, read_gate(gate) if gate else Gate())
     effort = Effort(warmup, turns, seconds)
     r = front.measure(Reference(reference, vlm), grid, judge, device, budget_ms, effort, work, _say())
-    _finish(output, r, _frontier_lines(r))
+    _finish(output, r)
 
 
 @app.command()
@@ -158,7 +163,7 @@ def control(
     _require(output, **{f"fps {i}": value for i, value in enumerate(fps, 1)})
     command.terminate_like_interrupt()
     r = loop.measure(bundle, device, fps, seconds, chunking)
-    _finish(output, r, _control_lines(r))
+    _finish(output, r)
 
 
 @app.command()
@@ -168,15 +173,12 @@ def report(
     debug: bool = _DEBUG,
 ) -> None:
     """One HTML page of plots and tables from results; the same tables as Markdown and JSON."""
-    from . import page
-    from .report import sections
-
     if output.suffix != ".html":
         raise BenchError(f"--output is {output}, expected a name that ends in .html")
     found = sections(results)
-    output.write_text(page.html(found))
-    output.with_suffix(".md").write_text(page.markdown(found))
-    output.with_suffix(".tables.json").write_text(page.as_json(found))
+    output.write_text(html(found))
+    output.with_suffix(".md").write_text(markdown(found))
+    output.with_suffix(".tables.json").write_text(as_json(found))
     print(f"report   {output}")
 
 
@@ -188,9 +190,6 @@ def table(
     debug: bool = _DEBUG,
 ) -> None:
     """Write the README's numbers from the results."""
-    from .page import into_readme
-    from .report import sections
-
     if not results.is_dir():
         raise BenchError(f"{results} is no folder: start this from the checkout, or name it with --results")
     try:
@@ -224,86 +223,10 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
         raise BenchError(f"--{name} is {text!r}, expected whole numbers such as 1,2,4") from None
 
 
-def _finish(output: Path, r: Result, lines: Sequence[str]) -> None:
+def _finish(output: Path, r: Result) -> None:
+    """Write the result, and print what a report says of it, but for the machine and settings."""
     write(output, r)
-    m = r.machine
-    parts = [m.cpu, f"{m.cores} cores", m.gpu, m.board, m.power_mode, m.system, f"load before {m.load:g}"]
-    print("\n" + "\n".join([*lines, f"machine  {', '.join(p for p in parts if p)}", f"result   {output}"]))
-
-
-def _latency_lines(r: Latency) -> list[str]:
-    lines = [f"{r.cameras} cameras, {r.tokens} tokens, {r.steps} steps; reference: {r.reference or 'none'}"]
-    lines.append(f"{'milliseconds a chunk':<40}{'p50':>10}{'p95':>10}{'p99':>10}{'max':>10}{'spread':>8}{'n':>5}")
-    lines += [f"{x.name}  {x.noise}" if x.noise else _row(x.name, x.chunk_ms) for x in r.runners]
-    for one in r.runners:
-        lines += [f"{one.name}: {one.note}"]
-        if one.stages_ms and not one.noise:
-            lines += [_row(f"  {stage}", t) for stage, t in one.stages_ms.items() if not stage.startswith("step ")]
-        lines += [
-            f"  {x.stage}: products alone {x.compute_ms:.1f} ms, memory alone {x.memory_ms:.1f} ms: {x.share:.0%}"
-            for x in one.limits
-        ]
-        if s := one.start:
-            lines.append(
-                f"  cold start: first chunk after {s.python_s + s.open_s + s.load_s + s.first_s:.2f} s, peak memory "
-                f"{s.peak_mb:.0f} MB, on disk {s.disk_mb:.0f} MB"
-            )
-        lines += [f"  energy {one.energy_j:.2f} J a chunk"] if one.energy_j else []
-        lines += [f"  {one.verdict.text}"] if one.verdict else []
-    lines += [
-        f"{x.runner} is {x.p50:.2f} times as fast as {x.against} ({x.min:.2f} to {x.max:.2f})" for x in r.ratios
-    ]
-    return lines
-
-
-def _row(name: str, t: Spread) -> str:
-    return f"{name:<40}{t.p50:>10.2f}{t.p95:>10.2f}{t.p99:>10.2f}{t.max:>10.2f}{t.spread:>8.0%}{len(t.values):>5}"
-
-
-def _accuracy_lines(r: Accuracy) -> list[str]:
-    o, ours = r.observations, r.comparisons[0]
-    lines = [
-        f"{r.bundle} ({r.precision}) against {r.reference}: {o.frames} frames of {o.source}, {o.seeds} seeds each"
-    ]
-    lines.append(f"{'joint':<18}{'p50':>10}{'p99':>10}{'max':>10}{'ticks':>8}{'spread':>10}{'share':>8}")
-    for j in ours.joints:
-        ticks = "" if j.ticks is None else f"{j.ticks:.1f}"
-        lines.append(
-            f"{j.name:<18}{j.p50:>10.4f}{j.p99:>10.4f}{j.max:>10.4f}{ticks:>8}{j.spread:>10.3f}{j.share:>8.3f}"
-        )
-    lines.append("(ticks: of 0.088 degrees, if degrees are the unit; share: p99 over the seeds' spread)")
-    lines.append(f"{'':<18}{'worst share':>12}{'cache':>10}{'flips':>8}{'drift: first':>14}{'last action':>13}")
-    for c in r.comparisons:
-        met = "misses the gate" if c.missed else "meets the gate"
-        flips = "-" if c.flips is None else c.flips
-        row = f"{c.name:<18}{c.worst:>12.4f}{c.cache:>10.4f}{flips:>8}{c.drift[0]:>14.4f}{c.drift[-1]:>13.4f}  {met}"
-        lines.append(row + (", as it should" if c.control and c.missed else ""))
-    return [*lines, ", ".join(f"{name} {error:.1e}" for name, error in r.stages.items()), r.enters]
-
-
-def _frontier_lines(r: Frontier) -> list[str]:
-    lines = [f"{'':<2}{'setting':<28}{'p50 ms':>10}{'p95 ms':>10}{'error':>10}{'cache':>9}{'flips':>7}"]
-    for i, c in enumerate(r.cells):
-        mark = "=>" if i == r.recommended else "* " if c.pareto else "  "
-        setting = f"{c.precision}, {c.cameras} cameras, {c.steps} steps"
-        cache, flips = "" if c.cache is None else f"{c.cache:.4f}", "" if c.flips is None else c.flips
-        noisy = "  noisy" if c.noise else ""
-        row = f"{mark}{setting:<28}{c.chunk_ms.p50:>10.1f}{c.chunk_ms.p95:>10.1f}{c.worst:>10.4f}{cache:>9}{flips:>7}"
-        lines.append(row + noisy)
-    lines += [f"left out: {name}: {why}" for name, why in r.skipped.items()]
-    return [
-        *lines,
-        "(*: nothing is faster and closer; error: the worst joint's p99 over the seeds' spread)",
-        r.reason,
-    ]
-
-
-def _control_lines(r: Control) -> list[str]:
-    lines = []
-    for loop in r.loops:
-        lines.append(f"{loop.fps:g} Hz: {', '.join(f'{n} {k}' for k, n in loop.counts.items() if n)}")
-        lines += [_row(f"  {name}", t) for name, t in vars(loop).items() if isinstance(t, Spread)]
-    return lines
+    print(f"\n{markdown(sections([output])[:-1])}\nresult   {output}")
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Bundles and finished cells are kept in a work folder, one file a cell, so that a crash loses one cell:
 
-    work.json                 which policy and observations these cells belong to
+    work.json                 which policy, observations and machine these cells belong to
     int8-2/                   the bundle in INT8 with two cameras, or int8-2.txt: why there is none
     int8-2-10.json            its cell with ten steps
 """
@@ -68,8 +68,10 @@ def measure(
     checkpoint = load(given)
     grid = grid.check(len(checkpoint.config.cameras))
     data = judge.draw(checkpoint, say)
+    here = head()["machine"]
     _claim(work, {"weights": checkpoint.weights_sha256, "observations": data.record.sha256, "gate": encode(gate),
-                  "device": device})  # fmt: skip
+                  "device": device, "effort": encode(effort), "cpu": here.cpu, "cores": here.cores, "gpu": here.gpu,
+                  "versions": here.versions})  # fmt: skip
     held_out: HeldOut | None = None
     cells, skipped = [], {}
     for precision in grid.precisions:

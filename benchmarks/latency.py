@@ -15,7 +15,9 @@ from typing import Literal
 import numpy as np
 
 from ..runtime import Bundle, Policy
+from ..runtime.budget import TARGET_MS, budget
 from ..runtime.bundle import Manifest
+from ..runtime.roofline import Board
 from ..runtime.selfcheck import require, run_selfcheck, summary
 from . import machine
 from .errors import BenchError
@@ -23,7 +25,6 @@ from .reference_process import Asked, ReferenceProcess, observation
 from .result import Latency, Limit, Machine, Rates, Ratio, Runner, Spread, Verdict, spread
 from .start import cold_start
 
-TARGET_MS = 30.0
 NOISE = 0.25  # a larger spread says more about the machine than about the policy
 LEAST_TURNS = 3
 ENERGY_S = 5.0
@@ -119,9 +120,17 @@ class BundleRunner:
 
 
 def measure(
-    bundles: Sequence[str], reference: Reference | None, device: str, effort: Effort, say: Callable[[str], None]
+    bundles: Sequence[str],
+    reference: Reference | None,
+    device: str,
+    boards: Sequence[Board],
+    effort: Effort,
+    say: Callable[[str], None],
 ) -> Latency:
-    """Raises BenchError for what cannot be compared, CheckFailed for a bundle that computes something else here."""
+    """boards: to project the bundles' chunks to, beside what is measured here.
+
+    Raises BenchError for what cannot be compared, CheckFailed for a bundle that computes something else here.
+    """
     head = machine.watched()
     opened = {name: Bundle.open(name) for name in bundles}
     first = same_policy(opened)
@@ -173,7 +182,7 @@ def measure(
                 selfcheck=runner.selfcheck,
                 limits=limits(m, rates, stages),
                 start=cold_start(opened[name], device),
-                verdict=verdict(t, here),
+                verdicts=(verdict(t, here), *(projected(m, board) for board in boards)),
             )
         )
     names = list(times)
@@ -243,6 +252,14 @@ def verdict(t: Spread, here: Machine) -> Verdict:
         text += f" of {len(t.values)} took less, though the machine is noisy"
     said = "met" if met else "not met"
     return Verdict("measured", where, TARGET_MS, met, f"{TARGET_MS:g} ms {said} on this machine: {text}")
+
+
+def projected(m: Manifest, board: Board) -> Verdict:
+    """On the target, by the roofline alone."""
+    found = budget(m, board)
+    ms, met = found.stages["chunk"], found.verdicts["projected"]
+    text = f"{TARGET_MS:g} ms {met} on {board.name}: {ms['projected']:.1f} ms projected by the roofline, not measured"
+    return Verdict("projected", board.name, TARGET_MS, met == "met", f"{text}; nothing beats {ms['floor']:.1f} ms")
 
 
 def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tuple[Limit, ...]:

@@ -8,7 +8,7 @@ from string import Template
 
 from ..runtime.strict import encode
 from .errors import BenchError
-from .report import Cell, Section
+from .report import Cell, Section, Table
 
 BEGIN, END = "<!-- smolvla-bench table: begin -->\n", "<!-- smolvla-bench table: end -->\n"
 
@@ -49,14 +49,20 @@ def markdown(sections: Sequence[Section]) -> str:
             lines += [f"    {section.command.text}", ""]
         lines += [f"{cell.text}  " for cell in section.sentences]
         if section.table:
-            head, rows = section.table.head, section.table.rows
-            lines += [""] * bool(section.sentences) + [_row(head), "|" + "---|" * len(head)]
-            lines += [_row([cell.text for cell in row] + [""] * (len(head) - len(row))) for row in rows]
+            lines += [""] * bool(section.sentences) + _aligned(section.table)
     return "".join(f"{line}\n" for line in lines[1:])
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+def _aligned(table: Table) -> list[str]:
+    """Readable as it is, too: columns below one another, but for the last of a row, which may be a sentence."""
+    rows = [list(table.head), *([cell.text.replace("|", "\\|") for cell in row] for row in table.rows)]
+    widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(len(table.head) - 1)]
+    lines = []
+    for row in rows:
+        padded = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
+        lines.append(f"| {' | '.join([*padded, row[-1]])} |" + " |" * (len(table.head) - len(row)))
+    dashes = "|".join("-" * (width + 2) for width in [*widths, max(len(table.head[-1]), 1)])
+    return [lines[0], f"|{dashes}|", *lines[1:]]
 
 
 def as_json(sections: Sequence[Section]) -> str:

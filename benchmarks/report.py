@@ -106,7 +106,7 @@ def text(value: object) -> str:
 
 
 def sections(paths: Sequence[Path]) -> list[Section]:
-    """Raises ResultError."""
+    """Of each result, the machine and settings last. Raises ResultError."""
     return [section for path in paths for section in _sections(Source(path))]
 
 
@@ -142,15 +142,15 @@ def _latency(s: Source, result: Latency) -> Iterator[Section]:
     columns |= {"(p95 - p5) / p50": "/chunk_ms/spread", "p50 an action": "/action_ms"}
     if any(runner.energy_j is not None for runner in result.runners):
         columns["J a chunk"] = "/energy_j"
-    verdicts = [(runner.name, f"{at}/verdict/text") for runner, at in bundles if runner.verdict]
-    targets = [runner.verdict.target_ms for runner, _ in bundles if runner.verdict]
+    verdicts = [(r.name, row) for r, at in bundles for _, row in s.rows(f"{at}/verdicts")]
+    targets = [v.target_ms for r, _ in bundles for v in r.verdicts]
     line = (targets[0], f"target {targets[0]:g} ms") if targets else None
     said = ["too noisy to say" if r.noise else text(r.chunk_ms.p50) for r in result.runners]
     dots = [(r.name, r.chunk_ms.values, words) for r, words in zip(result.runners, said, strict=True)]
     plot = partial(strips, dots, "milliseconds a chunk, every turn", line=line)
     yield Section("Milliseconds a chunk", s.table({}, rows, columns), s.cells("/reference"), plot, headline=True)
     if verdicts:
-        yield Section("Verdict", s.table({"": ""}, verdicts), headline=True)
+        yield Section("Verdict", s.table({"": "/kind", "on the target": "/text"}, verdicts), headline=True)
     if result.ratios:
         table = s.table({f: f"/{f}" for f in ("p50", "min", "max")}, s.rows("/ratios", "{runner} / {against}"))
         why = Cell("The machine's noise falls on neighbours alike, so these ratios are what to trust.")

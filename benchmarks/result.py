@@ -1,6 +1,6 @@
 """What a benchmark leaves: one JSON file a run. This module is its contract, and the report's only source.
 
-    {"format": "smolvla-edge-result", "version": 2, "kind": "latency", "command": ..., "machine": {...}, ...}
+    {"format": "smolvla-edge-result", "version": 3, "kind": "latency", "command": ..., "machine": {...}, ...}
 
 Any change of the fields raises VERSION. Times are milliseconds where not said, shares are of 1.
 """
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from ..runtime.strict import decode, encode
 from .errors import ResultError
 
-FORMAT, VERSION = "smolvla-edge-result", 2
+FORMAT, VERSION = "smolvla-edge-result", 3
 T = TypeVar("T")
 
 
@@ -30,6 +30,9 @@ class Spread:
     max: float
     spread: float  # (p95 - p5) / p50: how noisy they are
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.values) > 0, "a spread of no values")
 
 
 def spread(values: ArrayLike) -> Spread:
@@ -77,7 +80,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Verdict:
-    """On a target latency. measured: on this machine. projected: computed for a board that is not this one."""
+    """On a target latency. measured: on this machine. projected: computed for a board, which nothing ran on."""
 
     kind: Literal["measured", "projected"]
     where: str  # the machine or board
@@ -134,7 +137,7 @@ class Runner:
     selfcheck: dict[str, float] = field(default_factory=dict)  # stage -> error
     limits: tuple[Limit, ...] = ()
     start: Start | None = None
-    verdict: Verdict | None = None
+    verdicts: tuple[Verdict, ...] = ()  # of this machine, then of boards
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,9 @@ class Rates:
 
     gflops: dict[str, tuple[float, ...]]  # float32, float16 (GPU), int8 (CPU)
     copy_gbs: tuple[float, ...]  # bytes read plus bytes written
+
+    def __post_init__(self) -> None:
+        _require(all(len(pair) == 2 for pair in (self.copy_gbs, *self.gflops.values())), "rates that are not pairs")
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,11 @@ class Accuracy(Result):
     comparisons: tuple[Comparison, ...]  # the bundle first
     passed: bool  # the bundle meets the gate, and every control misses it
 
+    def __post_init__(self) -> None:
+        joints = {len(c.joints) for c in self.comparisons}
+        _require(len(joints) == 1 and joints != {0}, f"comparisons with {sorted(joints) or 'no'} joints")
+        _require(all(c.drift for c in self.comparisons), "a comparison without drift")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -254,13 +265,17 @@ class Frontier(Result):
     recommended: int | None  # index in cells
     reason: str
 
+    def __post_init__(self) -> None:
+        index = self.recommended
+        _require(index is None or 0 <= index < len(self.cells), f"recommended cell {index} of {len(self.cells)}")
+
 
 @dataclass(frozen=True)
 class Loop:
     """One run of the control loop on the virtual arm."""
 
     fps: float
-    seconds: float
+    seconds: float  # asked for
     counts: dict[str, int]  # ticks, missed, held ...
     period_error_ms: Spread | None  # start to start, off the period; None where there was none
     late_ms: Spread | None
@@ -310,9 +325,17 @@ def read_json(path: Path) -> Any:
 def decoded(cls: type[T], raw: object, path: Path) -> T:
     """`raw`, read from `path`, as the dataclass. Raises ResultError with all that is wrong."""
     problems: list[str] = []
-    if (found := decode(cls, raw, problems)) is None:
-        raise ResultError(f"{path} is not valid: {'; '.join(problems)}")
-    return found
+    try:
+        if (found := decode(cls, raw, problems)) is not None:
+            return found
+    except ValueError as e:
+        problems.append(str(e))
+    raise ResultError(f"{path} is not valid: {'; '.join(problems)}")
+
+
+def _require(valid: bool, otherwise: str) -> None:
+    if not valid:
+        raise ValueError(otherwise)
 
 
 def write(path: Path, result: Result) -> None:

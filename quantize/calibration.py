@@ -4,8 +4,9 @@
     user/name     a LeRobot dataset on the Hub
     synthetic     drawn ones, for trials
 
-Frames are spread over tasks, then over episodes, then over time. Those held out come from other episodes; where there
-is only one, from its end.
+Frames are spread over tasks, then over episodes, then over time. Those held out come from a fifth of the episodes, or
+where there is only one from its last fifth, however many frames are asked for: who judges a bundle later on the same
+source judges on what it was not calibrated with.
 """
 
 import hashlib
@@ -39,6 +40,7 @@ class CalibrationSet:
     record: Calibration
     calibration: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
+    held_out_episodes: int
 
 
 def read_calibration(
@@ -61,7 +63,7 @@ def read_calibration(
     recording is damaged.
     """
     kind: Literal["dataset", "recording", "synthetic"] = "dataset"
-    numbers: set[int] = set()
+    numbers: tuple[Frames, Frames] = ({}, {})
     if source == "synthetic":
         kind = "synthetic"
         say(
@@ -70,8 +72,10 @@ def read_calibration(
         )
         mean = np.array(statistics.get("mean", [0] * state_dim), np.float32)
         std = np.array(statistics.get("std", [1] * state_dim), np.float32)
-        drawn = draw_samples(frames + held_out, cameras, mean, std, instructions, seed)
-        parts = drawn[:frames], drawn[frames:]
+        parts = (
+            draw_samples(frames, cameras, mean, std, instructions, seed),
+            draw_samples(held_out, cameras, mean, std, instructions, seed + 1),
+        )
     else:
         folder = Path(source).expanduser()
         if (folder / META).is_file():
@@ -84,15 +88,15 @@ def read_calibration(
             raise CalibrationError(
                 f"{source} has {total} frames, expected at least 2, better {frames + held_out}: record more"
             )
-        chosen = choose_frames(episodes, frames, held_out, seed)
-        parts = _read(chosen, read, state_dim, source, say)
-        numbers = {number for part in chosen for number in part}
+        numbers = choose_frames(episodes, frames, held_out, seed)
+        parts = _read(numbers, read, state_dim, source, say)
     samples = (*parts[0], *parts[1])
     digest, size = _digest(samples)
     tasks = len({sample.task for sample in samples})
     said = f"{len(parts[0])} observations to calibrate with, {len(parts[1])} to judge by"
-    say(f"{said}, from {len(numbers)} episodes with {tasks} tasks")
-    return CalibrationSet(Calibration(source, kind, digest, size, len(samples), len(numbers)), *parts)
+    count = len(numbers[0].keys() | numbers[1])
+    say(f"{said}, from {count} episodes with {tasks} tasks")
+    return CalibrationSet(Calibration(source, kind, digest, size, len(samples), count), *parts, len(numbers[1]))
 
 
 def choose_frames(episodes: Episodes, frames: int, held_out: int, seed: int) -> tuple[Frames, Frames]:
@@ -102,7 +106,7 @@ def choose_frames(episodes: Episodes, frames: int, held_out: int, seed: int) -> 
     order = _in_turns(_by_tasks(shuffled, episodes))
     single = len(order) == 1
     whole = episodes[order[0]][0] if single else len(order)  # what is cut in two: frames, or episodes
-    cut = whole - min(max(round(whole * held_out / (frames + held_out)), 1), whole - 1)
+    cut = whole - min(max(round(whole / 5), 1), whole - 1)
     spans = {number: range(episodes[number][0]) for number in order}
     first = {order[0]: range(cut)} if single else {number: spans[number] for number in order[:cut]}
     rest = {order[0]: range(cut, whole)} if single else {number: spans[number] for number in order[cut:]}

@@ -50,7 +50,8 @@ def bench(tmp_path, monkeypatch):
 def test_latency_times_bundles_and_their_checkpoint_in_turns(export_case, bench, monkeypatch):
     monkeypatch.setattr("smolvla_edge.benchmarks.latency.find_spec", lambda _: None)  # as without LeRobot
     bundles = [str(export_case("tiny", "fp32", target)) for target in ("portable", "cpu")]
-    said = bench("latency", "--bundle", bundles[0], "--bundle", bundles[1], "--reference", CHECKPOINT, *QUICK)
+    board = ["--board", "orin nano super"]
+    said = bench("latency", "--bundle", bundles[0], "--bundle", bundles[1], "--reference", CHECKPOINT, *QUICK, *board)
     result = read(Path("latency.json"))
     assert [(r.name, r.kind) for r in result.runners] == [
         ("torch views float32", "views"), *((name, "bundle") for name in bundles)
@@ -66,11 +67,12 @@ def test_latency_times_bundles_and_their_checkpoint_in_turns(export_case, bench,
         assert max(r.selfcheck.values()) < 1e-4
         assert list(r.stages_ms)[:4] == ["preprocess", "prefix", "denoise", "tokenize"]
         assert [name for name in r.stages_ms if name.startswith("step")] == [f"step {i}" for i in range(1, 11)]
-        assert r.verdict.kind == "measured"
+        assert [(v.kind, v.where) for v in r.verdicts[1:]] == [("projected", "Orin Nano 8GB Super")]
+        assert r.verdicts[0].kind == "measured"
         assert r.start.load_s > 0
         assert r.start.peak_mb >= r.start.anonymous_mb
     assert result.machine.cores == len(os.sched_getaffinity(0))
-    assert f"{bundles[1]} is " in said
+    assert f"| {bundles[1]} / {bundles[0]} " in said
 
 
 def test_the_torch_views_compute_what_the_bundle_does(export_case):
@@ -210,7 +212,7 @@ def test_accuracy_passes_a_faithful_bundle_and_every_control_misses_the_gate(exp
     assert gripper.ticks is None
     assert max(result.stages["images"], result.stages["state"]) < 1e-4 < result.stages["cache"]
     assert result.enters.startswith("the error enters with the cache")
-    assert "meets the gate" in said
+    assert "The gate is met, and missed by all that is wrong on purpose" in said
 
 
 def test_a_missed_gate_is_a_failed_check_with_its_result(export_case, bench):
@@ -253,6 +255,13 @@ def test_a_frontier_that_was_interrupted_goes_on_where_it_was(bench, tmp_path):
     assert len(read(Path("frontier.json")).cells) == 4
     with pytest.raises(BenchError, match="measured with another observations"):
         bench(*line, "--frames", "3")
+    with pytest.raises(BenchError, match="measured with another effort"):
+        bench(*line, "--turns", "3")
+    (tmp_path / "frontier" / "work.json").write_text(
+        json.dumps(json.loads((tmp_path / "frontier" / "work.json").read_text()) | {"cpu": "another"})
+    )
+    with pytest.raises(BenchError, match="measured with another cpu"):
+        bench(*line)
     with pytest.raises(BenchError, match="holds something else"):
         bench(*line, "--work", DATA)
 
@@ -305,7 +314,7 @@ def test_control_runs_the_loop_on_the_virtual_arm(export_case, bench):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda r: r | {"version": 1}, r"is of version 1, expected 2: measure again"),
+        (lambda r: r | {"version": 1}, r"is of version 1, expected 3: measure again"),
         (lambda r: r | {"format": "other"}, r"is no result of smolvla-bench"),
         (lambda r: [r], r"is no result of smolvla-bench"),
         (lambda r: r | {"kind": "speed"}, r"is of kind 'speed', expected latency, accuracy, frontier, control"),
@@ -314,7 +323,7 @@ def test_control_runs_the_loop_on_the_virtual_arm(export_case, bench):
 )
 def test_a_result_that_is_none_is_refused(tmp_path, change, said):
     head = machine.watched()()
-    whole = {"format": "smolvla-edge-result", "version": 2, "kind": "control", **head, "bundle": "b", "loops": []}
+    whole = {"format": "smolvla-edge-result", "version": 3, "kind": "control", **head, "bundle": "b", "loops": []}
     whole |= {"machine": json.loads(json.dumps(head["machine"], default=vars)), "chunking": "sync"}
     path = tmp_path / "result.json"
     path.write_text(json.dumps(whole))

@@ -483,3 +483,15 @@ def test_of_a_hub_dataset_only_meta_and_the_files_of_chosen_episodes_are_fetched
     names = [Path(name).parts[0] for name in sorted(set(asked))]
     assert Counter(names) in ({"data": 2, "videos": 2}, {"data": 1, "videos": 1})
     assert not any("wrist" in name for name in asked)
+
+
+@pytest.mark.parametrize("few", [(8, 2), (10, 2), (3, 7)])
+def test_what_is_held_out_is_never_calibrated_with_whatever_is_asked_for(few):
+    for episodes in (dict.fromkeys(range(23), (30, ("Pick.",))), {7: (100, ("Pick.",))}):
+        calibrated, _ = choose_frames(episodes, 32, 8, 0)
+        _, judged = choose_frames(episodes, *few, 0)
+        pairs = [{(number, i) for number, frames in part.items() for i in frames} for part in (calibrated, judged)]
+        assert not pairs[0] & pairs[1]
+    drawn = [read_calibration("synthetic", ["front"], 6, ["Go."], frames=n, held_out=k) for n, k in ((32, 8), few)]
+    pictures = [{s.images["front"].tobytes() for s in part} for part in (drawn[0].calibration, drawn[1].held_out)]
+    assert not pictures[0] & pictures[1]

@@ -102,7 +102,9 @@ def test_markdown_and_json_have_the_tables_of_the_page(found, html):
     assert [cell for cell in Page(html).cells if cell[0] == "td"] == in_json
     lines = [line for line in page.markdown(found).splitlines() if line.startswith("| ")]
     assert len(lines) == sum(1 + len(table["rows"]) for table in tables)
-    assert any(line.startswith("| full-fp32-cpu / LeRobot float32 | 2.4") for line in lines)
+    assert any(re.match(r"\| full-fp32-cpu / LeRobot float32 +\| 2.4", line) for line in lines)
+    for block in re.findall(r"(?:^\|.*\n)+", page.markdown(found), re.MULTILINE):
+        assert len({line.index("|", 1) for line in block.splitlines() if "\\|" not in line}) == 1  # aligned
 
 
 def test_a_runner_too_noisy_for_numbers_gets_the_sentence_and_no_stages(found):
@@ -148,6 +150,24 @@ def test_results_at_their_edges_are_drawn(tmp_path, change):
     assert "<svg" in page.html(sections([path]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("accuracy", {"comparisons": []}, "comparisons with no joints"),
+        ("frontier", {"recommended": 99}, "recommended cell 99 of"),
+        ("latency", {"rates": {"gflops": {"float32": [1.0]}, "copy_gbs": [1.0, 2.0]}}, "rates that are not pairs"),
+        ("latency", {"steps": float("nan")}, "steps is nan, expected int"),
+    ],
+)
+def test_a_result_that_contradicts_itself_is_refused(tmp_path, kind, change, said):
+    with pytest.raises(ResultError, match=said):
+        sections([edited(tmp_path, kind, **change)])
+    empty = json.loads(RESULTS[0].read_text())["runners"][0]
+    empty["chunk_ms"]["values"] = []
+    with pytest.raises(ResultError, match="a spread of no values"):
+        sections([edited(tmp_path, "latency", runners=[empty])])
+
+
 def test_a_frontier_too_noisy_to_draw_still_has_its_table(tmp_path):
     cells = [cell | {"noise": "too noisy"} for cell in json.loads(RESULTS[2].read_text())["cells"]]
     html = page.html(sections([edited(tmp_path, "frontier", cells=cells, recommended=None)]))
@@ -185,7 +205,8 @@ def test_the_readme_is_written_from_the_results_and_checked(tmp_path):
     assert CliRunner().invoke(app, [*line, "--check"]).exit_code == 0
     written = readme.read_text()
     assert written.startswith(f"before\n{page.BEGIN}") and written.endswith(f"{page.END}after\n")
-    assert "old" not in written and "| full-fp32-cpu | 1" in written and "smolvla-bench latency --bundle" in written
+    assert "old" not in written and "smolvla-bench latency --bundle" in written
+    assert re.search(r"^\| full-fp32-cpu +\| 1", written, re.MULTILINE)
     assert isinstance(CliRunner().invoke(app, [*line, "--results", str(readme)]).exception, BenchError)
     assert CliRunner().invoke(app, [*line, "--results", str(tmp_path)]).exit_code == 0
     assert readme.read_text() == f"before\n{page.BEGIN}{page.END}after\n"

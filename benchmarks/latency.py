@@ -236,7 +236,7 @@ def noise(t: Spread) -> str | None:
     if t.spread <= NOISE:
         return None
     return (
-        f"too noisy to say: nine in ten runs spread over {t.spread:.0%} of their median (bound {NOISE:.0%}). "
+        f"too noisy to say: nine in ten turns spread over {t.spread:.0%} of their median (bound {NOISE:.0%}). "
         "End other jobs, fix the clocks, and measure again"
     )
 
@@ -283,9 +283,8 @@ def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tu
 
 
 def _ratio(runner: str, against: str, times: Mapping[str, Spread]) -> Ratio:
-    ratio = np.array(times[against].values) / np.array(times[runner].values)
-    p50, low, high = (float(x) for x in np.percentile(ratio, [50, 0, 100]))
-    return Ratio(runner, against, p50, low, high, tuple(np.round(ratio, 5).tolist()))
+    ratio = spread(np.array(times[against].values) / np.array(times[runner].values))
+    return Ratio(runner, against, ratio.p50, min(ratio.values), ratio.max, ratio.values, noise(ratio))
 
 
 def _require_same(process: ReferenceProcess, m: Manifest, reference: Reference) -> None:

@@ -152,9 +152,10 @@ def _latency(s: Source, result: Latency) -> Iterator[Section]:
     if verdicts:
         yield Section("Verdict", s.table({"": "/kind", "on the target": "/text"}, verdicts), headline=True)
     if result.ratios:
-        table = s.table({f: f"/{f}" for f in ("p50", "min", "max")}, s.rows("/ratios", "{runner} / {against}"))
+        table = s.table({}, s.rows("/ratios", "{runner} / {against}"), {f: f"/{f}" for f in ("p50", "min", "max")})
         why = Cell("The machine's noise falls on neighbours alike, so these ratios are what to trust.")
-        dots = [(f"{r.runner} / {r.against}", r.values, text(r.p50)) for r in result.ratios]
+        said = ["too noisy to say" if r.noise else text(r.p50) for r in result.ratios]
+        dots = [(f"{r.runner} / {r.against}", r.values, words) for r, words in zip(result.ratios, said, strict=True)]
         plot = partial(strips, dots, "times as fast, every turn", line=(1.0, "as fast"))
         yield Section("Times as fast, turn by turn", table, (why,), plot, headline=True)
     for runner, at in bundles:

@@ -150,6 +150,7 @@ class Ratio:
     min: float
     max: float
     values: tuple[float, ...]
+    noise: str | None  # where they spread too much: the sentence in place of the numbers
 
 
 @dataclass(frozen=True)

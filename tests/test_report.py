@@ -112,6 +112,10 @@ def test_a_runner_too_noisy_for_numbers_gets_the_sentence_and_no_stages(found):
     assert [len(row) for row in chunk.table.rows] == [7, 7, 7, 2]
     assert chunk.table.rows[-1][1].text.startswith("too noisy to say: ")
     assert "too noisy to say<" in chunk.plot()
+    ratios = next(s for s in found if s.heading == "Times as fast, turn by turn")
+    assert {len(row) for row in ratios.table.rows if "int8" in row[0].text} == {2}
+    assert {len(row) for row in ratios.table.rows if "int8" not in row[0].text} == {4}
+    assert "too noisy to say<" in ratios.plot()
     assert [s.heading for s in found if "each stage:" in s.heading] == ["Milliseconds of each stage: full-fp32-cpu"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import DATA
+from test_calibration_data import write_dataset
 from typer.testing import CliRunner
 
 from smolvla_edge.benchmarks import machine
@@ -225,6 +226,14 @@ def test_a_missed_gate_is_a_failed_check_with_its_result(export_case, bench):
     Path("gate.toml").write_text("cache = 9\naction_p99 = 99\ngripper_flips = 99999\n")
     with pytest.raises(CheckFailed, match="also met with stale cache, swapped cameras, other seed"):
         bench(*line, "--gate", "gate.toml")
+
+
+def test_accuracy_is_judged_on_what_a_dataset_holds_back(export_case, bench, tmp_path):
+    write_dataset(tmp_path / "mine", episodes=[(12, "Pick."), (12, "Place.")] * 5)
+    line = ["accuracy", "--bundle", export_case("tiny", "fp32"), "--reference", CHECKPOINT, "--frames", "3"]
+    bench(*line, "--observations", tmp_path / "mine")
+    o = read(Path("accuracy.json")).observations
+    assert (o.kind, o.source, o.frames, o.episodes, o.tasks) == ("dataset", str(tmp_path / "mine"), 3, 2, 2)
 
 
 def test_observations_of_no_use_are_named(export_case, bench, tmp_path):

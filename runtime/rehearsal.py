@@ -1,15 +1,21 @@
 """A rehearsal: the whole loop with the motors off, against the live arm and cameras, and a verdict."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .control import Log
 from .errors import CheckFailed
 from .plan import Plan
-from .report import CLAMP_WARNING, MISSED_WARNING, MotionCounts
+from .report import CLAMP_WARNING, MISSED_WARNING
+
+if TYPE_CHECKING:
+    from ..devices.motion import MotionCounts
 
 REPORT = "rehearsal.json"
 PERIOD_SHARE = 0.25  # of a period that a tick may be off, at its 99th percentile

@@ -1,31 +1,21 @@
 """What a run looks like, for a person."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .command import say
 from .control import Log, Tick
 
+if TYPE_CHECKING:
+    from ..devices.motion import MotionCounts
+
 CLAMP_WARNING = 0.01  # share of targets
 MISSED_WARNING = 0.01  # share of ticks
-
-
-class MotionCounts(Protocol):
-    """How many targets each step of the arm's pipeline bit on."""
-
-    accepted: int
-    malformed: int
-    stale: int
-    clipped: int
-    jumped: int
-    slewed: int
-    slowed: int
-    led: int
-    ramped: int
-    limited: int
 
 
 class Watcher:

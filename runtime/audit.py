@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from .ort import OrtGraphs
 from .policy import Policy
 from .sampling import RealTimeChunking
 from .selfcheck import run_selfcheck
-from .stored import stored_weights
 
 FLOPS_TOLERANCE = 0.02
 CPU, CUDA, TENSORRT = (PROVIDER[name] for name in ("ort-cpu", "ort-cuda", "ort-tensorrt"))
@@ -33,6 +32,10 @@ _ACTIVATIONS_FIRST = ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "Dynami
 _MAYBE_TRANSPOSED = ("Gemm", "FusedGemm", "FusedMatMul", "QGemm")
 _DTYPES = {"float": "float32", "double": "float64", "uint8": "int8"}  # as a profile calls them; others stay
 _NARROW = ("float16", "bfloat16", "int8")
+# Numbers in onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.dims and .data_type; then DataType's.
+_GRAPH, _INITIALIZER, _DIMS, _DATA_TYPE = 7, 5, 1, 2
+_NO_WEIGHTS = (6, 7, 9)  # int32, int64, bool: shapes, indices, masks
+_STORED = {1: "float32", 2: "int8", 3: "int8", 10: "float16", 16: "bfloat16"}
 
 app = command.new_app()
 
@@ -158,6 +161,45 @@ def multiply_adds(operator: str, inputs: Sequence[Shape], output: Shape) -> int:
     if operator == "Attention":  # ONNX Runtime's own: projects its input to query, key and value first
         return 3 * math.prod(inputs[0]) * output[-1] + 2 * math.prod(output) * output[-2]
     return 0
+
+
+def stored_weights(path: Path) -> dict[str, int]:
+    """dtype -> how many values the matrices of an ONNX file have in it. Signed or not, 8-bit integers are int8.
+
+    Read without the onnx package: protobuf holds few kinds of things."""
+    found: Counter[str] = Counter()
+    for graph in _values(memoryview(path.read_bytes()), _GRAPH):
+        for tensor in _values(graph, _INITIALIZER):
+            dims = [*_values(tensor, _DIMS)]
+            kind = next(_values(tensor, _DATA_TYPE))
+            if len(dims) > 1 and kind not in _NO_WEIGHTS:
+                found[_STORED.get(kind, f"ONNX type {kind}")] += math.prod(dims)
+    return dict(found)
+
+
+def _values(message: memoryview, wanted: int) -> Iterator[Any]:
+    """Every value of one field: an integer, or the bytes of a message or string."""
+    at = 0
+    while at < len(message):
+        key, at = _integer(message, at)
+        value: int | memoryview
+        if key & 7 == 0:
+            value, at = _integer(message, at)
+        else:
+            size, at = _integer(message, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+            value, at = message[at : at + size], at + size
+        if key >> 3 == wanted:
+            yield value
+
+
+def _integer(message: memoryview, at: int) -> tuple[int, int]:
+    """A varint: seven bits a byte, lowest first, the eighth says that more follow. -> (the integer, where it ends)"""
+    value = shift = 0
+    while True:
+        value |= (message[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if message[at - 1] < 128:
+            return value, at
 
 
 def contradictions(found: Audit, label: str) -> list[str]:

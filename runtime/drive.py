@@ -30,7 +30,7 @@ from ..devices.sts3215 import MODEL_NUMBER, Register
 from ..devices.telemetry import JointState
 from ..devices.units import degrees_per_unit, to_raw
 from ..devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
-from . import command, rehearsal, report, runlog
+from . import command, recording, report
 from .bundle import Manifest
 from .chunks import ChunkQueue, LatencyTracker
 from .control import ControlLoop, Log, Rig
@@ -62,7 +62,7 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
     policy = Policy.load(plan.bundle, chosen.device, backend=chosen.backend, realtime=True, seed=chosen.seed)
     print(policy.graphs.reason)
     policy.preprocessor.tokenizer.encode(plan.task)  # a task that does not fit is known before anything opens
-    inference = InferenceThread(policy, plan.task, chosen.steps)
+    inference = InferenceThread(policy, plan.task, chosen.steps or manifest.sampling.num_steps)
     with ExitStack() as stack:
         # Left in the reverse order: the arm is switched off first, the policy's thread is waited for last.
         inference.start()
@@ -75,8 +75,8 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
         if mode == "dry-run":
             print("dry run: nothing was energised, no goal was written")
             return Log()
-        records = stack.enter_context(runlog.opened(plan, policy))
-        arm.bus.on_write = records.wrote
+        log = stack.enter_context(recording.opened(plan, policy))
+        arm.bus.on_write = log.wrote
         operator = stack.enter_context(Operator())
         if mode == "drive":
             stack.enter_context(_guarded(arm, GuardianAction(chosen.guardian)))
@@ -92,8 +92,8 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
             keys=operator,
             say=command.say,
             asked_to_end=asked,
-            watch=report.Watcher(records.tick, JOINT_NAMES),
-            answered=records.chunk,
+            watch=report.Watcher(log.tick, JOINT_NAMES),
+            answered=log.answered,
             patience_s=max(30.0, 10 * latency.p95_s),
             degrees_per_unit=_degrees(arm, manifest),
         )
@@ -111,7 +111,7 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
             command.say(report.summary(loop.log, 1 / plan.fps, arm.counts, arm.anomalies))
             command.said()
         if mode == "rehearse":
-            rehearsal.judge(loop.log, arm.counts, arm.anomalies, plan, failure)
+            report.judge(loop.log, arm.counts, arm.anomalies, plan, failure)
         return loop.log
 
 

@@ -10,6 +10,8 @@ fails or a folder that is removed ends the recording, not the run. A chunk's fil
 log, a crash may cut the last line. runtime/replay.py reads all of it back.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json
@@ -19,21 +21,28 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from ..devices.calibration import JOINT_NAMES
 from .bundle import Precision
 from .errors import SettingsError
 from .sampling import RealTimeChunking
 from .strict import encode
+
+if TYPE_CHECKING:
+    from .control import Tick
+    from .inference import Chunk
+    from .plan import Plan
+    from .policy import Policy
 
 FORMAT, VERSION = "smolvla-edge-recording", 1
 META, TICKS, CHUNKS = "run.json", "ticks.jsonl", "chunks"
@@ -101,6 +110,28 @@ class RunLog:
         data = json.dumps(_plain(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         self.dropped += not self._put(partial(self._append, data))
 
+    def tick(self, tick: Tick) -> None:
+        """A line of what a tick read, sent and took."""
+        log, emitted = tick.log, dict(vars(tick.emitted))
+        line = {"t_s": tick.elapsed_s, "doing": tick.doing, "queued": tick.queued, "late_ms": log.late_ms[-1]}
+        line |= {"read_ms": log.read_ms[-1], "write_ms": log.write_ms[-1], "missed": log.counts.missed}
+        line |= vars(tick.state)
+        line |= {"goal": emitted.pop("raw"), "goal_position": emitted.pop("position")}
+        # Of the pipeline's steps only those that bit, and where.
+        line |= {name: value for name, value in emitted.items() if np.any(value)}
+        if tick.seam_deg is not None:
+            line["seam_deg"] = tick.seam_deg
+        if tick.events:
+            line["events"] = tick.events
+        self.write(line)
+
+    def wrote(self, servo_id: int, register: object, value: int) -> None:
+        """The journal of everything that was written to a servo but goals."""
+        self.write({"write": str(register), "id": servo_id, "value": value})
+
+    def answered(self, chunk: Chunk) -> None:
+        """A chunk of the policy's: only a Recorder keeps it."""
+
     def close(self) -> None:
         """Write what is queued, for so long as CLOSE_LIMIT_S, and end the thread. May be called again."""
         with contextlib.suppress(queue.Full):
@@ -155,6 +186,22 @@ class Recorder(RunLog):
         super().__init__(folder / TICKS)
         self.chunks = 0
 
+    def answered(self, chunk: Chunk) -> None:
+        seen = chunk.observation
+        self.chunk(
+            Asked(
+                images=seen.images,
+                state=seen.state,
+                noise=chunk.noise,
+                steps=chunk.steps,
+                prev_chunk=seen.ask.prev_chunk,
+                delay=seen.ask.delay,
+                actions=chunk.actions,
+                time_s=seen.time_s,
+                latency_s=chunk.latency_s,
+            )
+        )
+
     def chunk(self, asked: Asked) -> None:
         """Returns at once. May be called from another thread than `write`."""
         self.dropped_chunks += not self._put(partial(self._save, self.chunks, asked))
@@ -169,6 +216,37 @@ class Recorder(RunLog):
         arrays = io.BytesIO()
         np.savez(arrays, **{name: value for name, value in rest.items() if value is not None})
         _write_whole(folder / f"{number:06d}.npz", arrays.getvalue())
+
+
+@contextlib.contextmanager
+def opened(plan: Plan, policy: Policy) -> Iterator[RunLog]:
+    """The log of one run, closed on the way out. SettingsError when --record names a folder of no use."""
+    chosen, manifest = plan.settings, plan.bundle.manifest
+    if chosen.record:
+        ours = JOINT_NAMES if manifest.action.dim == len(JOINT_NAMES) else ()
+        meta = RunMeta(
+            bundle=chosen.bundle,
+            bundle_digest=plan.bundle.digest,
+            precision=manifest.precision,
+            device=policy.graphs.reason,
+            task=plan.task,
+            fps=plan.fps,
+            units=plan.units.value,
+            chunking=chosen.chunking,
+            rtc=policy.rtc,
+            cameras=tuple(c.name for c in manifest.cameras),
+            joints=manifest.joints or ours,
+            seed=chosen.seed,
+        )
+        log: RunLog = Recorder(Path(chosen.record), meta)
+        print(f"recording to {chosen.record}")
+    else:
+        log = RunLog(default_log_path())
+        print(f"log: {log.path}")
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 def default_log_path() -> Path:

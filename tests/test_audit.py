@@ -25,8 +25,8 @@ from smolvla_edge.runtime.audit import (
     contradictions,
     last_runs,
     multiply_adds,
+    stored_weights,
 )
-from smolvla_edge.runtime.stored import stored_weights
 
 
 def event(operator, inputs, output, provider=CPU, ts=0, kind="float"):

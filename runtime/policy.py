@@ -86,15 +86,15 @@ class Policy:
 
     def _prove(self) -> None:
         """Run the bundle's self-check, once for each TensorRT engine. Raises CheckFailed."""
-        graphs = self.graphs
-        if isinstance(graphs, TrtGraphs) and (proof := graphs.proof()) is not None:
+        engines = self.graphs.cache_of_engines if isinstance(self.graphs, TrtGraphs) else None
+        if engines is not None and (proof := engines.proof()) is not None:
             require(self, proof)
             return
         errors = run_selfcheck(self)
         require(self, errors)
-        if isinstance(graphs, TrtGraphs):
-            graphs.prove(errors)
-        graphs.reason += f", self-check passed with actions within {errors['actions']:.1e}"
+        if engines is not None:
+            engines.prove(errors)
+        self.graphs.reason += f", self-check passed with actions within {errors['actions']:.1e}"
 
     @property
     def manifest(self) -> Manifest:

@@ -109,14 +109,6 @@ class TrtGraphs:
         self.finish_prefill()
         return {t.name: self._download(t.name) for t in self._manifest.prefix.outputs}
 
-    def proof(self) -> dict[str, float] | None:
-        """The self-check that this bundle has passed with these engines, if it has."""
-        return self.cache_of_engines.proof()
-
-    def prove(self, errors: dict[str, float]) -> None:
-        """Keep a passed self-check with the engines."""
-        self.cache_of_engines.prove(errors)
-
     def close(self) -> None:
         """Free the device's memory."""
         self._stream.close()

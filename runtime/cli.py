@@ -87,17 +87,18 @@ def run(
     chosen.check_values()
     if dry_run + rehearse + self_check + (replay_ is not None) > 1:
         raise SettingsError("--dry-run, --rehearse, --replay and --self-check exclude each other")
-    if self_check:
-        _self_check(chosen)
-    elif replay_ is not None:
-        replay(replay_, Policy.load(chosen.bundle, chosen.device, backend=chosen.backend))
-    else:
+    if not self_check and replay_ is None:
         mode: Mode = "dry-run" if dry_run else "rehearse" if rehearse else "drive"
         drive(chosen, mode, far=allow_far_start, write_eeprom=write_eeprom)
-
-
-def _self_check(chosen: Settings) -> None:
+        return
     policy = Policy.load(chosen.bundle, chosen.device, backend=chosen.backend)
+    if replay_ is not None:
+        replay(replay_, policy)
+    else:
+        _self_check(policy)
+
+
+def _self_check(policy: Policy) -> None:
     print(policy.graphs.reason)
     errors = run_selfcheck(policy)
     for stage, value in summary(errors).items():

@@ -10,6 +10,7 @@ what was really sent, and is told when the arm wants to stop.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,7 +108,8 @@ class ControlLoop:
     """Runs one arm until `seconds` after the first action, or until somebody ends it."""
 
     def __init__(self, rig: Rig, *, fps: float, seconds: float | None) -> None:
-        self.rig, self.period_s, self.seconds, self.log = rig, 1 / fps, seconds, Log()
+        self.rig, self.period_s, self.log = rig, 1 / fps, Log()
+        self.seconds = math.inf if seconds is None else seconds
         self._first_action_s: float | None = None
         self._asked_s = self._forgot_s = 0.0
         self._usable_s: dict[str, float] = {}  # when each camera last had a usable picture
@@ -156,7 +158,7 @@ class ControlLoop:
                 raise KeyboardInterrupt
             if not self._parking:
                 self._park(KeyboardInterrupt())
-        elif self._over(now) and not self._parking and not self._stopping:
+        elif self._elapsed_s(now) >= self.seconds and not self._parking and not self._stopping:
             self._park(None)
         try:
             state = self._timed(self.log.read_ms, rig.arm.read)
@@ -184,13 +186,13 @@ class ControlLoop:
             self._event(f"warning: {text}")
         self.log.counts.ticks += 1
         self.log.queued.append(len(rig.queue))
-        elapsed = 0.0 if self._first_action_s is None else now - self._first_action_s
-        rig.watch(Tick(elapsed, doing, state, emitted, len(rig.queue), self._seam_deg, tuple(self._events), self.log))
+        seam, events = self._seam_deg, tuple(self._events)
+        rig.watch(Tick(self._elapsed_s(now), doing, state, emitted, len(rig.queue), seam, events, self.log))
         return bool(done)
 
-    def _over(self, now: float) -> bool:
-        first, seconds = self._first_action_s, self.seconds
-        return first is not None and seconds is not None and now - first >= seconds
+    def _elapsed_s(self, now: float) -> float:
+        """Since the first action; 0 before."""
+        return 0.0 if self._first_action_s is None else now - self._first_action_s
 
     def _look(self, now: float) -> dict[str, NDArray[np.uint8]]:
         """The pictures the policy may see. A camera that gave none for too long ends the run, whatever the policy is

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Backend, choose_for
+from .backend import choose_for
 from .bundle import Bundle, Manifest
 from .errors import BackendError, CheckFailed, InputError
 from .ort import OrtGraphs
@@ -68,7 +68,10 @@ class Policy:
         for name in choice.backends:
             graphs: Graphs | None = None
             try:
-                graphs = _graphs(opened, name, realtime)
+                if name == "tensorrt":
+                    graphs = TrtGraphs(opened, realtime=realtime)
+                else:
+                    graphs = OrtGraphs(opened, name, realtime=realtime)
                 policy = cls(opened, graphs, rtc or RealTimeChunking(), seed)
                 if name != "ort-cpu" or platform.machine() != "x86_64":
                     policy._prove()
@@ -195,12 +198,6 @@ class Policy:
             prev[0, :tail, :dof] = self.manifest.action.normalization.normalize_inverse(prev_chunk)
             weights[0, :, 0] = self.rtc.prefix_weights(delay, tail, chunk)
         return self.draw_noise() if noise is None else noise, prev, weights
-
-
-def _graphs(bundle: Bundle, backend: Backend, realtime: bool) -> Graphs:
-    if backend == "tensorrt":
-        return TrtGraphs(bundle, realtime=realtime)
-    return OrtGraphs(bundle, backend, realtime=realtime)
 
 
 def _array_problems(name: str, array: object, shape: tuple[int, ...]) -> list[str]:

@@ -3,7 +3,9 @@
     DIR/run.json                      RunMeta
     DIR/ticks.jsonl                   one JSON object per tick, as in a log without a recording
     DIR/chunks/000000.front.png       what camera `front` showed when chunk 0 was asked for; one for each camera
-    DIR/chunks/000000.npz             the rest of Asked; written last, so a chunk without it was never finished
+    DIR/chunks/000000.npz             what else computes it again bit for bit: state, noise, steps, prev_chunk (where
+                                      there was one), delay; and what came of it: actions, time_s, latency_s.
+                                      Written last, so a chunk without it was never finished
 
 One thread writes, from one bounded queue: whoever reports to it returns at once, and never sees an error. A disk that
 fails or a folder that is removed ends the recording, not the run. A chunk's files appear whole, by renaming; of the
@@ -30,7 +32,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from ..devices.calibration import JOINT_NAMES
 from .bundle import Precision
@@ -70,22 +71,6 @@ class RunMeta:
     seed: int | None
     format: str = FORMAT
     version: int = VERSION
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One chunk: what the policy was asked and what it answered, enough to compute it again bit for bit. The arrays
-    must not change afterwards."""
-
-    images: Mapping[str, NDArray[np.uint8]]  # camera -> [H, W, 3] RGB
-    state: NDArray[np.float64]  # [dof] in robot units
-    noise: NDArray[np.float32]  # [1, chunk_size, max_action_dim]
-    steps: int
-    prev_chunk: NDArray[np.float32] | None  # [k, dof] in robot units
-    delay: int  # actions
-    actions: NDArray[np.float32]  # [chunk_size, dof] in robot units
-    time_s: float  # monotonic, of the observation
-    latency_s: float
 
 
 class RunLog:
@@ -187,34 +172,25 @@ class Recorder(RunLog):
         self.chunks = 0
 
     def answered(self, chunk: Chunk) -> None:
-        seen = chunk.observation
-        self.chunk(
-            Asked(
-                images=seen.images,
-                state=seen.state,
-                noise=chunk.noise,
-                steps=chunk.steps,
-                prev_chunk=seen.ask.prev_chunk,
-                delay=seen.ask.delay,
-                actions=chunk.actions,
-                time_s=seen.time_s,
-                latency_s=chunk.latency_s,
-            )
-        )
-
-    def chunk(self, asked: Asked) -> None:
-        """Returns at once. May be called from another thread than `write`."""
-        self.dropped_chunks += not self._put(partial(self._save, self.chunks, asked))
+        """Returns at once. May be called from another thread than `write`. The arrays must not change afterwards."""
+        self.dropped_chunks += not self._put(partial(self._save, self.chunks, chunk))
         self.chunks += 1
 
-    def _save(self, number: int, asked: Asked) -> None:
-        folder, rest = self.path.parent / CHUNKS, dict(vars(asked))
-        for camera, image in rest.pop("images").items():
+    def _save(self, number: int, chunk: Chunk) -> None:
+        folder, seen = self.path.parent / CHUNKS, chunk.observation
+        for camera, image in seen.images.items():
             bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
             png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
             _write_whole(folder / f"{number:06d}.{camera}.png", png.tobytes())
+        asked = {
+            "state": seen.state,
+            "prev_chunk": seen.ask.prev_chunk,
+            "delay": seen.ask.delay,
+            "time_s": seen.time_s,
+        }
+        said = {n: getattr(chunk, n) for n in ("noise", "steps", "actions", "latency_s")}
         arrays = io.BytesIO()
-        np.savez(arrays, **{name: value for name, value in rest.items() if value is not None})
+        np.savez(arrays, **{name: value for name, value in (asked | said).items() if value is not None})
         _write_whole(folder / f"{number:06d}.npz", arrays.getvalue())
 
 
@@ -223,7 +199,6 @@ def opened(plan: Plan, policy: Policy) -> Iterator[RunLog]:
     """The log of one run, closed on the way out. SettingsError when --record names a folder of no use."""
     chosen, manifest = plan.settings, plan.bundle.manifest
     if chosen.record:
-        ours = JOINT_NAMES if manifest.action.dim == len(JOINT_NAMES) else ()
         meta = RunMeta(
             bundle=chosen.bundle,
             bundle_digest=plan.bundle.digest,
@@ -235,7 +210,7 @@ def opened(plan: Plan, policy: Policy) -> Iterator[RunLog]:
             chunking=chosen.chunking,
             rtc=policy.rtc,
             cameras=tuple(c.name for c in manifest.cameras),
-            joints=manifest.joints or ours,
+            joints=manifest.joints or JOINT_NAMES * (manifest.action.dim == len(JOINT_NAMES)),
             seed=chosen.seed,
         )
         log: RunLog = Recorder(Path(chosen.record), meta)

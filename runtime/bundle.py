@@ -302,7 +302,8 @@ def parse_manifest(raw: object, path: Path) -> Manifest:
 
 def _export_command(fields: dict[str, Any], folder: Path, target: str) -> str:
     """smolvla-export with what made the bundle at `folder`; fields: its manifest, of any version."""
-    source = fields.get("source") or {}
+    source = fields.get("source")
+    source = source if isinstance(source, dict) else {}
     checkpoint = "--demo" if source.get("demo") else source.get("checkpoint", "CHECKPOINT")
     command = f"smolvla-export {checkpoint} --precision {fields.get('precision', 'fp32')} --target {target}"
     if fields.get("precision") == "int8":

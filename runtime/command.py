@@ -37,11 +37,11 @@ def run(
         if isinstance(e, KeyboardInterrupt) or type(e).__name__ == "Abort":  # Abort: click's own Ctrl-C
             code, line = INTERRUPTED, ""
         elif isinstance(e, failures):
-            code, line = FAILED, str(e)
+            code, line = FAILED, f"error: {e}"
         elif isinstance(e, (*mistakes, OSError)):  # full disk, missing permission: the file is in the message
-            code, line = MISTAKE, str(e)
+            code, line = MISTAKE, f"error: {e}"
         elif hasattr(e, "format_message"):  # click's usage errors, under whatever name typer ships click
-            code, line = MISTAKE, e.format_message()
+            code, line = MISTAKE, f"error: {e.format_message()}"
         else:
             raise
         if "--debug" in sys.argv:
@@ -50,9 +50,9 @@ def run(
     said()
     sys.stdout.flush()  # so that the error is the last line in a log too
     if code == INTERRUPTED:  # typer answers Ctrl-C with a silent status of its own, too
-        print("interrupted", file=sys.stderr)
-    elif code != DONE:
-        print(f"error: {line}", file=sys.stderr)
+        line = "interrupted"
+    if line:
+        print(line, file=sys.stderr)
     sys.exit(code)
 
 

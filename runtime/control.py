@@ -87,8 +87,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class Rig:
-    """What a run is made of. faults: what the arm raises when it cannot be used;
-    asked_to_end: whether a first Ctrl-C has come; patience_s: how long a chunk may take; degrees_per_unit: [dof]."""
+    """What a run is made of. faults: what the arm raises when it cannot be used; asked_to_end: whether a first Ctrl-C
+    has come; patience_s: how long a chunk may take; degrees_per_unit: [dof]."""
 
     arm: SO101
     cameras: CameraWatch

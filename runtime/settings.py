@@ -121,7 +121,7 @@ def require_complete(settings: Settings, manifest: Manifest | None, problems: Se
     found = list(problems)
     if missing:
         found.append("missing " + ", ".join(missing))
-    if unknown and manifest:
+    if unknown:
         found.append(f"the bundle has no camera {', '.join(map(repr, unknown))}, it has {', '.join(names)}")
     sources = list(settings.cameras.values())
     found += [f"two cameras share {x}" for x in sorted({x for x in sources if sources.count(x) > 1})]

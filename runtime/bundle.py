@@ -192,6 +192,11 @@ class Manifest:
     float16_largest: float | None  # largest magnitude of a float16 tensor on the fixed observations (limit 65504)
     built_with: dict[str, str]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Of both graphs by name: what both call the same is the same memory."""
+        return {t.name: t for g in (self.prefix, self.expert) for t in (*g.inputs, *g.outputs)}
+
 
 class Bundle:
     """A bundle on disk whose manifest has been read and whose files have been checked."""
@@ -256,16 +261,10 @@ class Bundle:
                     problems.append(f"{name} has changed since the export (sha256 differs)")
         if problems:
             raise BundleError(f"bundle {self.folder} is damaged: {'; '.join(problems)}. Export or copy it again")
-        if known != now:
-            self._write_verified(now)
-
-    def _write_verified(self, now: dict[str, Any]) -> None:
-        """Best effort: a read-only home only costs the hashing at the next start."""
-        with suppress(OSError):
-            self.cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fresh = self.cache_folder / f"verified.{os.getpid()}"
-            fresh.write_text(json.dumps(now))
-            fresh.replace(self.cache_folder / "verified.json")
+        with suppress(OSError):  # a read-only home only costs the hashing at the next start
+            if known != now:
+                self.cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_whole(self.cache_folder / "verified.json", json.dumps(now).encode())
 
 
 def cache_home() -> Path:
@@ -376,3 +375,10 @@ def sha256_of(path: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there complete or, where that fails, as it was before. Raises OSError."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_bytes(data)
+    beside.replace(path)

@@ -226,11 +226,11 @@ def _preflight(policy: Policy, arm: SO101, watch: CameraWatch, plan: Plan, queue
     if not len(state) == n == chunk.shape[1]:
         print(f"note: the policy has {chunk.shape[1]} joints, the virtual arm shows the first {n}")
         return
-    found = preflight(JOINT_NAMES, state, manifest.state.normalization, chunk, jump)
-    print(found.table)
-    if not found.problems:
+    table, problems = preflight(JOINT_NAMES, state, manifest.state.normalization, chunk, jump)
+    print(table)
+    if not problems:
         return
-    listed = "\n  ".join(found.problems)
+    listed = "\n  ".join(problems)
     if far or plan.settings.simulated:
         print(f"note: {listed}")
         return

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .bundle import Bundle, cache_home, sha256_of
+from .bundle import Bundle, cache_home, sha256_of, write_whole
 from .cuda import Stream
 from .engine import Engine, Shapes, build, load_tensorrt
 from .errors import BackendError
@@ -176,6 +176,4 @@ def _read(folder: Path) -> Record:
 
 
 def _write(folder: Path, record: Record) -> None:
-    fresh = folder / f"{RECORD}.new"
-    fresh.write_text(json.dumps(encode(record), indent=1, sort_keys=True))
-    fresh.replace(folder / RECORD)
+    write_whole(folder / RECORD, json.dumps(encode(record), indent=1, sort_keys=True).encode())

@@ -109,9 +109,7 @@ class OrtGraphs:
         self._cameras = [c.name for c in manifest.cameras]
         self._check_signature(self._prefix, manifest.prefix, bundle)
         self._check_signature(self._expert, manifest.expert, bundle)
-        # One buffer per name: what both graphs call the same is the same memory.
-        tensors = {t.name: t for g in (manifest.prefix, manifest.expert) for t in (*g.inputs, *g.outputs)}
-        self._buffers = {name: self._buffer(t) for name, t in tensors.items()}
+        self._buffers = {name: self._buffer(t) for name, t in manifest.tensors.items()}
         self._cache = [t.name for t in manifest.prefix.outputs]
         self._prefill = self._call(self._prefix, manifest.prefix, {}, 1)
         there = {"noisy_actions": "noisy_actions", "next_actions": "next_actions"}

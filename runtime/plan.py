@@ -194,23 +194,15 @@ def _pair(n: Normalization, first: str, second: str) -> tuple[Vector, Vector] | 
     return (np.array(s[first]), np.array(s[second])) if first in s and second in s else None
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """table: one line a joint. problems: why the arm should not start from here."""
-
-    table: str
-    problems: tuple[str, ...]
-
-
 def preflight(
     joints: Sequence[str],
     position: Vector,
     state: Normalization,
     first_chunk: NDArray[np.float32],
     jump: Vector,
-) -> Preflight:
+) -> tuple[str, list[str]]:
     """Compare where the arm is, [dim], with the training range and the first chunk, [rows, dim]. jump: how far the
-    first target may be away, [dim]; all in robot units."""
+    first target may be away, [dim]; all in robot units. -> a table, one line a joint, and why not to start here."""
     known = seen_range(state)
     problems = []
     lines = [f"{'':<16}{'now':>9}{'trained on':>20}{'first target':>14}{'first chunk':>20}"]
@@ -224,4 +216,4 @@ def preflight(
             problems.append(f"{name} stands at {position[i]:.1f}, training has seen {low:.1f} to {high:.1f}")
         if abs(first - position[i]) > jump[i]:
             problems.append(f"{name} would go from {position[i]:.1f} to {first:.1f}, the limit is {jump[i]:.0f}")
-    return Preflight("\n".join(lines), tuple(problems))
+    return "\n".join(lines), problems

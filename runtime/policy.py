@@ -165,7 +165,7 @@ class Policy:
 
     def steps(self, count: int, *, guided: bool = False) -> list[Step]:
         """What the expert graph is given beside actions and cache, for each of `count` Euler steps."""
-        width = next(t.shape[1] for t in self.manifest.expert.inputs if t.name == "time_embedding")
+        width = self.manifest.tensors["time_embedding"].shape[1]
         return schedule(count, width, self.manifest.sampling, self.rtc if guided else None)
 
     def draw_noise(self) -> Array:

@@ -34,7 +34,7 @@ import cv2
 import numpy as np
 
 from ..devices.calibration import JOINT_NAMES
-from .bundle import Precision
+from .bundle import Precision, write_whole
 from .errors import SettingsError
 from .sampling import RealTimeChunking
 from .strict import encode
@@ -165,7 +165,7 @@ class Recorder(RunLog):
             if any(folder.iterdir()):
                 raise SettingsError(f"{folder} is not empty: record into a new folder, so that two runs never mix")
             (folder / CHUNKS).mkdir()
-            _write_whole(folder / META, json.dumps(encode(meta), indent=1).encode() + b"\n")
+            write_whole(folder / META, json.dumps(encode(meta), indent=1).encode() + b"\n")
         except (OSError, ValueError) as e:
             raise SettingsError(f"cannot record into {folder} ({_reason(e)}): name a new folder") from e
         super().__init__(folder / TICKS)
@@ -181,7 +181,7 @@ class Recorder(RunLog):
         for camera, image in seen.images.items():
             bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
             png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
-            _write_whole(folder / f"{number:06d}.{camera}.png", png.tobytes())
+            write_whole(folder / f"{number:06d}.{camera}.png", png.tobytes())
         asked = {
             "state": seen.state,
             "prev_chunk": seen.ask.prev_chunk,
@@ -191,7 +191,7 @@ class Recorder(RunLog):
         said = {n: getattr(chunk, n) for n in ("noise", "steps", "actions", "latency_s")}
         arrays = io.BytesIO()
         np.savez(arrays, **{name: value for name, value in (asked | said).items() if value is not None})
-        _write_whole(folder / f"{number:06d}.npz", arrays.getvalue())
+        write_whole(folder / f"{number:06d}.npz", arrays.getvalue())
 
 
 @contextlib.contextmanager
@@ -240,12 +240,6 @@ def default_log_path() -> Path:
         _warn(f"this run leaves no log ({_reason(e)})")
         return Path(os.devnull)
     return folder / name
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_bytes(data)
-    beside.replace(path)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .bundle import write_whole
 from .command import say
 from .control import Log, Tick
 from .errors import CheckFailed
@@ -137,9 +138,7 @@ def judge(log: Log, motion: MotionCounts, anomalies: Mapping[str, int], plan: Pl
         "fps": plan.fps,
         "chunking": chunking,
     }
-    beside = Path(f"{REHEARSAL}.part")
-    beside.write_text(json.dumps(document, indent=1))
-    beside.replace(REHEARSAL)
+    write_whole(Path(REHEARSAL), json.dumps(document, indent=1).encode())
     print(f"rehearsal {'passed' if passed else 'failed'}, see {REHEARSAL}")
     if not passed:
         raise CheckFailed("the rehearsal failed: " + ", ".join(name for name, ok, _ in checks if not ok))

@@ -47,10 +47,8 @@ class TrtGraphs:
             if wrong := mislabelled(m.precision, record.layers):
                 raise BackendError(f"the engine of {file} is not {m.precision}: {wrong}. Try --backend ort-cuda")
         self.reason = f"TensorRT {cache.tensorrt} on {cache.gpu}"
-        # One buffer per name: what both graphs call the same is the same memory.
-        tensors = {t.name: t for g in (m.prefix, m.expert) for t in (*g.inputs, *g.outputs)}
-        self._tensors = tensors
-        self._buffers = {name: self._stream.allocate(t.bytes) for name, t in tensors.items()}
+        self._tensors = m.tensors
+        self._buffers = {name: self._stream.allocate(t.bytes) for name, t in self._tensors.items()}
         self._steps: list[dict[str, int]] = []  # buffers of what differs between denoise steps
         self._resizers: dict[tuple[int, int], Engine] = {}  # by height and width
         self._slots: dict[tuple[int, tuple[int, int]], dict[str, int]] = {}  # buffers of a camera and size

@@ -129,13 +129,13 @@ def test_a_report_is_replaced_whole_or_not_at_all(folder, monkeypatch):
     judge(good_log())
     before = (folder / report.REHEARSAL).read_text()
 
-    def full_disk(path, text):
-        with path.open("w") as file:
-            file.write(text[:100])
+    def full_disk(path, data):
+        with path.open("wb") as file:
+            file.write(data[:100])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(Path, "write_text", full_disk)
+        m.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(OSError, match="No space"):
             judge(good_log(missed=0))
     assert (folder / report.REHEARSAL).read_text() == before

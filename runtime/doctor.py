@@ -249,7 +249,7 @@ def draft(
     """The text of a robot.toml; what was neither given nor found is a comment that says what is wanted."""
     units = chosen.units or (manifest and manifest.units)
     if manifest and not units:
-        seen = units_evidence((manifest.state.normalization, manifest.action.normalization), JOINT_NAMES).units
+        seen, _ = units_evidence((manifest.state.normalization, manifest.action.normalization), JOINT_NAMES)
         units = seen if seen in ("degrees", "range_m100_100") else None
     held = None if calibration is None else str(Path(calibration.source).absolute())
     lines = [

@@ -118,17 +118,17 @@ def _units_problems(manifest: Manifest, units: Units, sure: bool) -> list[str]:
     if manifest.units is not None:
         wrong = manifest.units != units.value
         return [f"units is {units.value}, but the bundle was trained in {manifest.units}"] * wrong
-    evidence = units_evidence((manifest.state.normalization, manifest.action.normalization), JOINT_NAMES)
-    if not evidence.units:
+    seen, why = units_evidence((manifest.state.normalization, manifest.action.normalization), JOINT_NAMES)
+    if not seen:
         if sure:
             return []
         return [
-            f"units is {units.value}, and the training statistics cannot confirm it ({evidence.why}). "
+            f"units is {units.value}, and the training statistics cannot confirm it ({why}). "
             "Look the units up where the data was recorded, then say --i-know-the-unit"
         ]
-    if evidence.units != units.value:
-        return [f"units is {units.value}, but the training statistics say otherwise: {evidence.why}"]
-    print(f"the training statistics confirm the units: {evidence.why}")
+    if seen != units.value:
+        return [f"units is {units.value}, but the training statistics say otherwise: {why}"]
+    print(f"the training statistics confirm the units: {why}")
     return []
 
 
@@ -141,39 +141,31 @@ def _limits(given: dict[str, float]) -> Limits:
     return Limits(**given | whole)
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """units: degrees, range_m100_100, other, or "" where the numbers fit either; why: in words."""
-
-    units: str
-    why: str
-
-
-def units_evidence(normalizations: Sequence[Normalization], joints: Sequence[str]) -> Evidence:
-    """What units the statistics look like."""
+def units_evidence(normalizations: Sequence[Normalization], joints: Sequence[str]) -> tuple[str, str]:
+    """What units the statistics look like: degrees, range_m100_100, other, or "" where they fit either; and why."""
     extremes = [found for n in normalizations if (found := _pair(n, "min", "max"))]
     # The root mean square: some value was at least as large.
     reached = [np.hypot(*found) for n in normalizations if (found := _pair(n, "mean", "std"))]
     reached += [np.maximum(np.abs(low), np.abs(high)) for low, high in extremes]
     if not reached:
-        return Evidence("", "there are no statistics")
+        return "", "there are no statistics"
     largest = np.max(reached, axis=0)
     if largest.max() < RADIANS:
-        return Evidence("other", f"nothing is larger than {largest.max():.2f}: they look like radians")
+        return "other", f"nothing is larger than {largest.max():.2f}: they look like radians"
     low, high = np.zeros_like(largest), np.zeros_like(largest)
     if extremes:
         low, high = np.min([e[0] for e in extremes], axis=0), np.max([e[1] for e in extremes], axis=0)
     if low[-1] < -1 or high[-1] > 101:
-        return Evidence("other", f"the gripper ranges from {low[-1]:.1f} to {high[-1]:.1f}, expected 0 to 100")
+        return "other", f"the gripper ranges from {low[-1]:.1f} to {high[-1]:.1f}, expected 0 to 100"
     body = largest[:-1]
     if (body > RANGE_END).any():
         joint = int(body.argmax())
-        return Evidence("degrees", f"{joints[joint]} reaches {body[joint]:.1f}, which -100 to 100 cannot")
+        return "degrees", f"{joints[joint]} reaches {body[joint]:.1f}, which -100 to 100 cannot"
     touching = (low[:-1] <= -TOUCHES) & (high[:-1] >= TOUCHES)
     if touching.any():
         joint = int(touching.argmax())
-        return Evidence("range_m100_100", f"{joints[joint]} ends at {low[joint]:.1f} and {high[joint]:.1f}")
-    return Evidence("", "the numbers fit degrees and -100 to 100 alike")
+        return "range_m100_100", f"{joints[joint]} ends at {low[joint]:.1f} and {high[joint]:.1f}"
+    return "", "the numbers fit degrees and -100 to 100 alike"
 
 
 def seen_range(n: Normalization) -> tuple[Vector, Vector] | None:

@@ -44,28 +44,24 @@ class Watcher:
 
 def summary(log: Log, period_s: float, motion: MotionCounts, anomalies: Mapping[str, int]) -> str:
     """Stages of a chunk and of a tick: median, 95th and 99th percentile and worst; then what was counted."""
-    stages: list[tuple[str, Sequence[float]]] = []
-    if log.chunks:
-        timings = [c.timing for c in log.chunks]
-        stages = [
-            ("preprocess", [t.preprocess_ms for t in timings]),
-            ("prefix", [t.prefix_ms for t in timings]),
-            ("denoise", [t.denoise_ms for t in timings]),
-            ("chunk, as the loop saw it", [1e3 * c.latency_s for c in log.chunks]),
-        ]
-    stages += [
-        ("tick: read the arm", log.read_ms),
-        ("tick: command the arm", log.write_ms),
-        ("tick: all work", log.busy_ms),
-        ("tick: late by", log.late_ms),
-        ("tick: period off by", log.period_error_ms),
-    ]
+    timings = [c.timing for c in log.chunks]
+    stages: dict[str, Sequence[float]] = {
+        "preprocess": [t.preprocess_ms for t in timings],
+        "prefix": [t.prefix_ms for t in timings],
+        "denoise": [t.denoise_ms for t in timings],
+        "chunk, as the loop saw it": [1e3 * c.latency_s for c in log.chunks],
+        "tick: read the arm": log.read_ms,
+        "tick: command the arm": log.write_ms,
+        "tick: all work": log.busy_ms,
+        "tick: late by": log.late_ms,
+        "tick: period off by": log.period_error_ms,
+    }
     lines = [f"{'milliseconds':<28}{'p50':>10}{'p95':>10}{'p99':>10}{'max':>10}{'n':>8}"]
-    for name, values in stages:
+    for name, values in stages.items():
         if values:
             cells = "".join(f"{x:>10.2f}" for x in (*np.percentile(values, [50, 95, 99]), max(values)))
             lines.append(f"{name:<28}{cells}{len(values):>8}")
-    c = log.counts
+    c, m = log.counts, motion
     lines.append(
         f"{c.ticks} ticks of {1e3 * period_s:.1f} ms, {c.missed} missed: {c.acted} with an action, {c.held} held "
         f"while no action was there ({c.starved} of them after the first action)"
@@ -75,7 +71,6 @@ def summary(log: Log, period_s: float, motion: MotionCounts, anomalies: Mapping[
     if log.seams_deg:
         gap, step = (f"{np.median(x):.1f} deg median, {max(x):.1f} at most" for x in (log.gaps_deg, log.seams_deg))
         lines.append(f"{len(log.seams_deg)} seams: chunks disagree by {gap}; the first step of the new one is {step}")
-    m = motion
     lines.append(
         f"{m.accepted} targets followed: {m.clipped} clipped to the calibrated range, {m.slewed} slowed to the speed "
         f"limit, {m.slowed} to the acceleration limit, {m.led} held close to the joint; {m.ramped} of them at the "

@@ -229,12 +229,11 @@ def _arm(chosen: Settings) -> tuple[list[Finding], str | None, Calibration | Non
             calibration = load_calibration(chosen.calibration)
         except DeviceError as e:
             found.append(Finding("servos", "stop", str(e)))
-    if port in (None, settings.AUTO):
+    if port is None or port == settings.AUTO:
         try:
             port, _ = find_port()
         except DeviceError as e:
             return [*found, Finding("servos", "stop" if port else "unknown", str(e))], None, calibration
-    assert port is not None
     more, held = servos(port, calibration)
     return found + more, port, held
 

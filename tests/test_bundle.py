@@ -27,7 +27,7 @@ def test_a_missing_bundle_names_the_command_that_makes_one(tmp_path):
 
 
 def test_a_newer_bundle_asks_for_a_newer_runtime(tiny_bundle):
-    edit(tiny_bundle, lambda m: m.update(version=contract.VERSION + 1, future="yes"))
+    edit(tiny_bundle, lambda m: m.update(version=contract.VERSION + 1, source="elsewhere", future="yes"))
     refused(tiny_bundle, "upgrade the runtime")
 
 

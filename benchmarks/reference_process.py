@@ -149,7 +149,7 @@ def _views(asked: Asked, checkpoint: Any, bundle: Bundle, stack: ExitStack) -> S
             x = torch.as_tensor(noise)
             nothing = torch.zeros_like(x)
             for step in schedule(m.sampling.num_steps, width, m.sampling, None):
-                given = (torch.as_tensor(a) for a in (step.embedding, step.time, step.dt))
+                given = (torch.as_tensor(step[name]) for name in ("time_embedding", "time", "dt"))
                 _, x = expert(x, *given, nothing, nothing[:, :, :1], torch.zeros(1), mask, *cache)
         return m.action.normalization.unnormalize(x.cpu().numpy()[0, :, : m.action.dim])
 

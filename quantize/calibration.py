@@ -150,8 +150,8 @@ def _open_recording(folder: Path, cameras: Sequence[str]) -> tuple[Episodes, Rea
         )
 
     def read(_: int, indices: Sequence[int]) -> list[Sample]:
-        asked = [recording.chunk(recording.files[i]) for i in indices]
-        return [Sample({c: a.images[c] for c in cameras}, np.asarray(a.state, np.float32), meta.task) for a in asked]
+        seen = [recording.chunk(recording.files[i]).observation for i in indices]
+        return [Sample({c: o.images[c] for c in cameras}, np.asarray(o.state, np.float32), meta.task) for o in seen]
 
     return {0: (len(recording.files), (meta.task,))}, read
 

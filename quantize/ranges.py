@@ -82,12 +82,9 @@ def policy_ranges(policy: Policy, runs: Sequence[tuple[Feeds, NDArray[np.float32
         expert += [
             {
                 "noisy_actions": x,
-                "time_embedding": step.embedding,
-                "time": step.time,
-                "dt": step.dt,
                 "prev_chunk": nothing,
                 "prev_weights": nothing[:, :, :1],
-                "guidance": step.guidance,
+                **step,
                 **cache,
             }
             for x, step in ((noise, steps[0]), (policy.denoise(noise), steps[-1]))

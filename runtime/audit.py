@@ -9,8 +9,8 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,12 @@ import typer
 
 from . import command
 from .backend import PROVIDER, choose_for
-from .bundle import Bundle, Manifest
+from .bundle import Bundle, Precision
 from .errors import CheckFailed, SmolVLAError
 from .ort import OrtGraphs
 from .policy import Policy
 from .sampling import RealTimeChunking
 from .selfcheck import run_selfcheck
-from .stored import stored_weights
 
 FLOPS_TOLERANCE = 0.02
 CPU, CUDA, TENSORRT = (PROVIDER[name] for name in ("ort-cpu", "ort-cuda", "ort-tensorrt"))
@@ -33,6 +32,10 @@ _ACTIVATIONS_FIRST = ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "Dynami
 _MAYBE_TRANSPOSED = ("Gemm", "FusedGemm", "FusedMatMul", "QGemm")
 _DTYPES = {"float": "float32", "double": "float64", "uint8": "int8"}  # as a profile calls them; others stay
 _NARROW = ("float16", "bfloat16", "int8")
+# Numbers in onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.dims and .data_type; then DataType's.
+_GRAPH, _INITIALIZER, _DIMS, _DATA_TYPE = 7, 5, 1, 2
+_NO_WEIGHTS = (6, 7, 9)  # int32, int64, bool: shapes, indices, masks
+_STORED = {1: "float32", 2: "int8", 3: "int8", 10: "float16", 16: "bfloat16"}
 
 app = command.new_app()
 
@@ -107,21 +110,16 @@ def audit(bundle: Bundle, device: str = "cpu") -> Audit:
             more, ms = last_runs(name, json.loads(profile.read_text()), runs[name])
             rows += more
             chunk_ms += ms
+    # A portable INT8 bundle is for TensorRT: what ONNX Runtime makes of its Q/DQ on a CPU is no claim of it.
+    counts = m.target == "cpu" and sessions.provider == CPU
     return Audit(
         provider=sessions.provider,
         rows=tuple(sorted(rows, key=lambda row: -row.ms)),
         chunk_ms=chunk_ms,
         expected=sum(g.flops * runs[name] for name, g in graphs.items()) // 2,
         stored={name: stored_weights(bundle.path(g.file)) for name, g in graphs.items()},
-        claimed=_claimed(m, sessions.provider),
+        claimed=(m.int8.weights, m.int8.multiply_adds if counts else 0) if m.int8 else (0, 0),
     )
-
-
-def _claimed(m: Manifest, provider: str) -> tuple[int, int]:
-    """A portable INT8 bundle is for TensorRT: what ONNX Runtime makes of its Q/DQ on a CPU is no claim of it."""
-    if m.int8 is None:
-        return 0, 0
-    return m.int8.weights, m.int8.multiply_adds if m.target == "cpu" and provider == CPU else 0
 
 
 def last_runs(graph: str, events: Sequence[dict[str, Any]], runs: int) -> tuple[list[Row], float]:
@@ -160,7 +158,46 @@ def multiply_adds(operator: str, inputs: Sequence[Shape], output: Shape) -> int:
     return 0
 
 
-def contradictions(found: Audit, label: str) -> list[str]:
+def stored_weights(path: Path) -> dict[str, int]:
+    """dtype -> how many values the matrices of an ONNX file have in it. Signed or not, 8-bit integers are int8.
+
+    Read without the onnx package: protobuf holds few kinds of things."""
+    found: Counter[str] = Counter()
+    for graph in _values(memoryview(path.read_bytes()), _GRAPH):
+        for tensor in _values(graph, _INITIALIZER):
+            dims = [*_values(tensor, _DIMS)]
+            kind = next(_values(tensor, _DATA_TYPE))
+            if len(dims) > 1 and kind not in _NO_WEIGHTS:
+                found[_STORED.get(kind, f"ONNX type {kind}")] += math.prod(dims)
+    return dict(found)
+
+
+def _values(message: memoryview, wanted: int) -> Iterator[Any]:
+    """Every value of one field: an integer, or the bytes of a message or string."""
+    at = 0
+    while at < len(message):
+        key, at = _integer(message, at)
+        value: int | memoryview
+        if key & 7 == 0:
+            value, at = _integer(message, at)
+        else:
+            size, at = _integer(message, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+            value, at = message[at : at + size], at + size
+        if key >> 3 == wanted:
+            yield value
+
+
+def _integer(message: memoryview, at: int) -> tuple[int, int]:
+    """A varint: seven bits a byte, lowest first, the eighth says that more follow. -> (the integer, where it ends)"""
+    value = shift = 0
+    while True:
+        value |= (message[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if message[at - 1] < 128:
+            return value, at
+
+
+def contradictions(found: Audit, label: Precision) -> list[str]:
     """What the audit says against the label fp32, fp16 or int8, and against the manifest's count; empty when nothing
     does."""
     ran, weights = Counter[str](), Counter[str]()
@@ -172,7 +209,6 @@ def contradictions(found: Audit, label: str) -> list[str]:
     stored = f"labelled {label}, but stored are {_percents(weights)} of the weights"
     off = abs(found.multiply_adds - found.expected) > FLOPS_TOLERANCE * found.expected
     checks = [
-        (label not in ("fp32", "fp16", "int8"), f"label {label!r} is unknown, expected fp32, fp16 or int8"),
         (
             off and not found.untold,
             f"a chunk has {found.expected / 1e9:.6g} G multiply-adds by the manifest, "
@@ -197,7 +233,6 @@ def _percents(counts: Counter[str]) -> str:
 def show(
     bundle: Path = typer.Option(Path("bundle"), help="Bundle folder."),
     device: str = typer.Option("auto", help="cpu, cuda, jetson, or auto: CUDA where it is there, else CPU."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),
     version: bool | None = command.version_option(),
 ) -> None:
@@ -207,13 +242,8 @@ def show(
     """
     opened = Bundle.open(bundle)
     found, label = audit(opened, device), opened.manifest.precision
-    wrong = contradictions(found, label)
-    if as_json:
-        more = {"label": label, "shares": found.shares(), "multiply_adds": found.multiply_adds}
-        print(json.dumps(asdict(found) | more | {"notes": _notes(found), "contradictions": wrong}, indent=1))
-    else:
-        print("\n".join(_lines(found, label)))
-    if wrong:
+    print("\n".join(_lines(found, label)))
+    if wrong := contradictions(found, label):
         raise CheckFailed(f"bundle {bundle} is not what it says: {'; '.join(wrong)}. Export it again")
 
 
@@ -225,7 +255,14 @@ def _lines(found: Audit, label: str) -> list[str]:
         lines.append(f"computed  {provider}: {shares} of the multiply-adds seen")
     counted, expected = found.multiply_adds / 1e9, found.expected / 1e9
     lines.append(f"counted   {counted:.6g} G multiply-adds a chunk, by the manifest {expected:.6g} G")
-    lines += [f"note      {note}" for note in _notes(found)]
+    # What a reader would otherwise take for more than it is.
+    if found.untold:
+        lines.append(f"note      TensorRT runs {found.untold} subgraphs as its own: not told by ONNX Runtime")
+    if elsewhere := found.elsewhere():
+        names = ", ".join(f"{name} {count}" for name, count in elsewhere.items())
+        lines.append(f"note      not on {found.provider}: {sum(elsewhere.values())} runs ({names}), so no CUDA graph")
+    if CUDA in found.shares():
+        lines.append(f"note      on {CUDA} ms are the host's share, and float32 may be TF32: neither is told")
     lines.append(
         f"\ngraph   {'operator':<30}{'precision':<10}{'provider':<26}{'runs':>5}{'G mul-adds':>12}{'ms':>10}{'%':>6}"
     )
@@ -235,19 +272,6 @@ def _lines(found: Audit, label: str) -> list[str]:
             f"{row.multiply_adds / 1e9:>12.4f}{row.ms:>10.2f}{100 * row.ms / found.chunk_ms:>6.1f}"
         )
     return lines
-
-
-def _notes(found: Audit) -> list[str]:
-    """What a reader would otherwise take for more than it is."""
-    notes = []
-    if found.untold:
-        notes.append(f"TensorRT runs {found.untold} subgraphs as its own: not told by ONNX Runtime")
-    if elsewhere := found.elsewhere():
-        names = ", ".join(f"{name} {count}" for name, count in elsewhere.items())
-        notes.append(f"not on {found.provider}: {sum(elsewhere.values())} runs ({names}), so no CUDA graph")
-    if CUDA in found.shares():
-        notes.append(f"on {CUDA} ms are the host's share, and float32 may be TF32: neither is told by ONNX Runtime")
-    return notes
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,16 +44,9 @@ class Choice:
     reason: str
 
 
-def choose(
-    device: str = "auto",
-    backend: str | None = None,
-    *,
-    available: Sequence[str] | None = None,
-    loads: Callable[[str], bool] | None = None,
-) -> Choice:
+def choose(device: str = "auto", backend: str | None = None) -> Choice:
     """What can run on this machine of what `device` stands for, or `backend` alone where it is named.
 
-    available: ONNX Runtime's providers, loads: whether a shared library can be loaded; this machine's when None.
     Raises BackendError when nothing can, with what each one needs.
     """
     if device not in BACKENDS:
@@ -65,12 +57,12 @@ def choose(
     if backend is not None and device == "cpu" and backend != "ort-cpu":
         raise BackendError(f"backend {backend} does not run on the device cpu: leave one of the two out")
     wanted = BACKENDS[device] if backend is None else tuple(b for b in known if b == backend)
-    missing = {b: lacks(b, available, loads) for b in wanted}
+    missing = {b: lacks(b) for b in wanted}
     able = tuple(b for b in wanted if not missing[b])
     left_out = [f"{b} needs {what}" for b, what in missing.items() if what]
     asked = f"device {device}" if backend is None else f"backend {backend}"
     if not able:
-        other = "cpu" if lacks("ort-cuda", available, loads) else "cuda"
+        other = "cpu" if lacks("ort-cuda") else "cuda"
         raise BackendError(f"{asked} cannot be had: {'; '.join(left_out)}. On this machine use --device {other}")
     why = (
         f"because {'; '.join(left_out)}" if left_out else "as asked" if device != "auto" or backend else "it is there"
@@ -102,12 +94,8 @@ def choose_for(bundle: Bundle, device: str = "auto", backend: str | None = None)
     return Choice(choice.backends, choice.reason + hint)
 
 
-def lacks(
-    backend: Backend, available: Sequence[str] | None = None, loads: Callable[[str], bool] | None = None
-) -> str:
+def lacks(backend: Backend) -> str:
     """What this machine is missing for `backend`, in words; empty when nothing is."""
-    available = onnxruntime.get_available_providers() if available is None else available
-    loads = _loads if loads is None else loads
     if backend == "ort-cpu":
         return ""
     missing = []
@@ -120,7 +108,7 @@ def lacks(
             )
             if not _importable(name)
         ]
-    elif PROVIDER[backend] not in available:
+    elif PROVIDER[backend] not in onnxruntime.get_available_providers():
         package = (
             "an onnxruntime-gpu built with TensorRT, as for JetPack"
             if backend == "ort-tensorrt"
@@ -130,9 +118,9 @@ def lacks(
         installed = {str(d.metadata["Name"]).lower().replace("_", "-") for d in importlib.metadata.distributions()}
         if {"onnxruntime", "onnxruntime-gpu"} <= installed:
             missing.append("only one of onnxruntime and onnxruntime-gpu (remove both, then install onnxruntime-gpu)")
-    if not loads("libcuda.so.1"):
+    if not _loads("libcuda.so.1"):
         missing.append("the NVIDIA driver (libcuda.so.1)")
-    if backend == "ort-tensorrt" and not any(loads(f"libnvinfer.so.{version}") for version in (10, 11)):
+    if backend == "ort-tensorrt" and not any(_loads(f"libnvinfer.so.{version}") for version in (10, 11)):
         missing.append("TensorRT 10.3 to 11 (libnvinfer.so.10 or .11)")
     return ", ".join(missing)
 

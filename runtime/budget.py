@@ -13,7 +13,7 @@ import numpy as np
 
 from .bundle import Manifest
 from .policy import Policy, Timing
-from .roofline import BOARDS, ONNX_ALONE, PEAK, Board, Chunk, find_board, sustained_hz
+from .roofline import BOARDS, ONNX_ALONE, Board, Chunk, find_board, sustained_hz
 from .settings import EXAMPLE_TASK
 
 TARGET_MS = 30.0
@@ -120,7 +120,7 @@ def budget(m: Manifest, board: Board, measured: Timing | None = None) -> Budget:
 
 def _times(chunk: Chunk, board: Board) -> dict[str, dict[str, float]]:
     """Stage -> kind -> milliseconds."""
-    kinds = {"floor": chunk.ms(board, PEAK), "projected": chunk.ms(board, ONNX_ALONE)}
+    kinds = {"floor": chunk.ms(board), "projected": chunk.ms(board, **ONNX_ALONE)}
     for ms in kinds.values():
         ms["prefix"] = ms["vision"] + ms["language"]
         ms["chunk"] = ms["prefix"] + ms["denoise"]
@@ -130,7 +130,7 @@ def _times(chunk: Chunk, board: Board) -> dict[str, dict[str, float]]:
 
 def _options(chunk: Chunk, board: Board, int8: bool) -> dict[str, tuple[Option, ...]]:
     """int8: whether the chunk is so already, and is then left as it is."""
-    cameras, steps = range(chunk.cameras, 0, -1), (chunk.steps, *(n for n in FEWER_STEPS if n < chunk.steps))
+    cameras, steps = range(chunk.cameras, 0, -1), [chunk.steps, *(n for n in FEWER_STEPS if n < chunk.steps)]
     tried = []
     for count, n, to_int8 in product(cameras, steps, (False,) if int8 else (False, True)):
         other = replace(chunk.with_cameras(count), steps=n)

@@ -17,9 +17,12 @@ import os
 import re
 import stat
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from .errors import BundleError
 from .normalization import Normalization
@@ -47,10 +50,7 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
-        size = {"float32": 4, "float16": 2, "int32": 4, "bool": 1}[self.dtype]
-        for n in self.shape:
-            size *= n
-        return size
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,11 @@ class Manifest:
     float16_largest: float | None  # largest magnitude of a float16 tensor on the fixed observations (limit 65504)
     built_with: dict[str, str]
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Of both graphs by name: what both call the same is the same memory."""
+        return {t.name: t for g in (self.prefix, self.expert) for t in (*g.inputs, *g.outputs)}
+
 
 class Bundle:
     """A bundle on disk whose manifest has been read and whose files have been checked."""
@@ -236,7 +241,10 @@ class Bundle:
         return self.folder / name
 
     def _verify(self) -> None:
-        known, now, problems = self._read_verified(), {}, []
+        known, now, problems = None, {}, []
+        with suppress(OSError, ValueError):
+            known = json.loads((self.cache_folder / "verified.json").read_text())
+        known = known if isinstance(known, dict) else {}
         for name, file in self.manifest.files.items():
             try:
                 info = self.path(name).lstat()
@@ -253,25 +261,10 @@ class Bundle:
                     problems.append(f"{name} has changed since the export (sha256 differs)")
         if problems:
             raise BundleError(f"bundle {self.folder} is damaged: {'; '.join(problems)}. Export or copy it again")
-        if known != now:
-            self._write_verified(now)
-
-    def _read_verified(self) -> dict[str, Any]:
-        try:
-            known = json.loads((self.cache_folder / "verified.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return known if isinstance(known, dict) else {}
-
-    def _write_verified(self, now: dict[str, Any]) -> None:
-        """Best effort: a read-only home only costs the hashing at the next start."""
-        try:
-            self.cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.cache_folder, delete=False) as f:
-                json.dump(now, f)
-            Path(f.name).replace(self.cache_folder / "verified.json")
-        except OSError:
-            return
+        with suppress(OSError):  # a read-only home only costs the hashing at the next start
+            if known != now:
+                self.cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_whole(self.cache_folder / "verified.json", json.dumps(now).encode())
 
 
 def cache_home() -> Path:
@@ -292,16 +285,11 @@ def parse_manifest(raw: object, path: Path) -> Manifest:
     version = fields.get("version")
     if not isinstance(version, int) or isinstance(version, bool):
         raise BundleError(f"{path} has version {version!r}, expected an integer")
-    if version > VERSION:
-        raise BundleError(
-            f"{path} has version {version}, this runtime reads {VERSION}: upgrade the runtime "
-            "(pip install --upgrade smolvla-edge)"
-        )
-    if version < VERSION:
-        raise BundleError(
-            f"{path} has version {version}, this runtime reads {VERSION}: export again with "
-            + _export_command(fields, path.parent, fields.get("target", "portable"))
-        )
+    if version != VERSION:
+        again = _export_command(fields, path.parent, fields.get("target", "portable"))
+        newer = "upgrade the runtime (pip install --upgrade smolvla-edge)"
+        do = newer if version > VERSION else f"export again with {again}"
+        raise BundleError(f"{path} has version {version}, this runtime reads {VERSION}: {do}")
     problems: list[str] = []
     manifest = decode(Manifest, fields, problems)
     if manifest is not None:
@@ -336,29 +324,27 @@ def _contradictions(m: Manifest) -> list[str]:
     names = [c.name for c in m.cameras]
     if not names or len(set(names)) != len(names):
         found.append(f"cameras are {names}, expected at least one and no name twice")
-    sizes = {"image_size": m.image_size, "tokens.length": m.tokens.length}
-    found += [f"{name} is {value}, expected at least 1" for name, value in sizes.items() if value < 1]
+    counts = {"image_size": (1, m.image_size), "tokens.length": (1, m.tokens.length), "pad_id": (0, m.tokens.pad_id)}
+    found += [
+        f"{name} is {n}, expected {low} to {2**31 - 1}" for name, (low, n) in counts.items() if not low <= n < 2**31
+    ]
     found += m.sampling.problems()
-    shapes = {t.name: t.shape for t in (*m.prefix.inputs, *m.expert.inputs)}
-    size, chunk = m.image_size, m.sampling.chunk_size
-    for name, shape in (
-        ("images", (len(m.cameras), 3, size, size)),
-        ("tokens", (1, m.tokens.length)),
-        ("state", (1, m.state.padded)),
-        ("noisy_actions", (1, chunk, m.action.padded)),
-    ):
-        if shapes.get(name) != shape:
-            found.append(f"graph input {name} has shape {shapes.get(name)}, expected {shape}")
+    inputs = {t.name: t for t in (*m.prefix.inputs, *m.expert.inputs)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "images": (len(m.cameras), 3, m.image_size, m.image_size),
+        "tokens": (1, m.tokens.length),
+        "state": (1, m.state.padded),
+        "noisy_actions": (1, m.sampling.chunk_size, m.action.padded),
+    }
+    for name, shape in shapes.items():
+        if name not in inputs or inputs[name].shape != shape:
+            found.append(f"graph input {name} is {inputs.get(name)}, expected the shape {shape}")
     if m.joints is not None and len(m.joints) != m.action.dim:
         found.append(f"{len(m.joints)} joints are named, the action has {m.action.dim} values")
     if m.fps is not None and not 0 < m.fps <= 200:
         found.append(f"fps is {m.fps}, expected above 0 and at most 200")
-    if not 0 <= m.tokens.pad_id < 2**31:
-        found.append(f"tokens.pad_id is {m.tokens.pad_id}, expected a token id")
-    written = {t.name: t for t in m.prefix.outputs}
-    read = {t.name: t for t in m.expert.inputs if t.name in written}
     found += [
-        f"the expert takes {name} not as the prefix leaves it" for name in written if read.get(name) != written[name]
+        f"the expert takes {t.name} not as the prefix leaves it" for t in m.prefix.outputs if inputs.get(t.name) != t
     ]
     kinds = {t.dtype for t in m.prefix.outputs if t.name != "prefix_mask"}
     if kinds != {"float32" if m.precision == "fp32" or (m.precision, m.target) == ("int8", "cpu") else "float16"}:
@@ -389,3 +375,10 @@ def sha256_of(path: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there complete or, where that fails, as it was before. Raises OSError."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_bytes(data)
+    beside.replace(path)

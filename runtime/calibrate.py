@@ -16,7 +16,7 @@ import typer
 from ..devices.bus import FeetechBus
 from ..devices.calibration import IDS, JOINT_NAMES, Calibration, calibration_path, load_calibration
 from ..devices.eeprom import configuration, differences
-from ..devices.errors import ArmError, DeviceError
+from ..devices.errors import ArmError, DeviceError, listed
 from ..devices.homing import FULL_TURN_JOINT, Sweep, write_calibration
 from ..devices.inspection import inspect
 from ..devices.port import find_port
@@ -72,7 +72,7 @@ def calibrate(
             print(f"saved {path}; --restore {path} writes it to the servos again", flush=True)
         print(f"{len(write_calibration(bus, wanted))} EPROM registers written", flush=True)
         if problems := inspect(bus, calibration).problems:
-            raise ArmError("the calibration was written, but the arm is not ready:\n  " + "\n  ".join(problems))
+            raise ArmError(listed("the calibration was written, but the arm is not ready:", problems))
     print(f"done: smolvla-run --port {port} --calibration {robot_id or output or restore}")
 
 
@@ -84,15 +84,13 @@ def _agreed(
     for warning in findings.warnings:
         print(f"warning: {warning}")
     if findings.problems:
-        listing = "\n  ".join(findings.problems)
-        raise ArmError(f"the arm on {bus.path} is refused, nothing was written:\n  {listing}")
+        raise ArmError(listed(f"the arm on {bus.path} is refused, nothing was written:", findings.problems))
     calibration = known or _sweep(bus, str(path))
     print(f"\n   {'joint':<14} {'offset':>6} {'min':>6} {'max':>6} {'degrees':>8}")
     for name, joint in zip(JOINT_NAMES, calibration.joints, strict=True):
         low, high = joint.range_min, joint.range_max
-        print(
-            f"   {name:<14} {joint.homing_offset:>6} {low:>6} {high:>6} {(high - low) * 360 / TICKS_PER_TURN:>8.0f}"
-        )
+        span_deg = (high - low) * 360 / TICKS_PER_TURN
+        print(f"   {name:<14} {joint.homing_offset:>6} {low:>6} {high:>6} {span_deg:>8.0f}")
     wanted = {i: configuration(i, findings.values[i]) | calibration.joints[i - 1].registers for i in IDS}
     changes = differences(findings.values, wanted)
     print("\nchanges in the servos' EPROM:", *(map(str, changes) if changes else ["none"]), sep="\n   ")

@@ -1,5 +1,6 @@
 """smolvla-run: a bundle drives an arm."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import typer
@@ -19,6 +20,7 @@ app = command.new_app()
 
 @app.command()
 def run(
+    context: typer.Context,
     bundle: str | None = typer.Option(None, help="Bundle folder.  [default: bundle]"),
     device: str | None = typer.Option(
         None, help="cpu, cuda, jetson, or auto: CUDA where it is there, else CPU.  [default: auto]"
@@ -79,41 +81,24 @@ def run(
     """
     command.terminate_like_interrupt()
     stored = settings.read_settings(config or Path("robot.toml"), required=config is not None)
-    chosen = settings.override(
-        stored,
-        bundle=bundle,
-        device=device,
-        backend=backend,
-        port=port,
-        units=units,
-        calibration=calibration,
-        task=task,
-        seconds=seconds,
-        fps=fps,
-        steps=steps,
-        seed=seed,
-        chunking=chunking,
-        guardian=guardian,
-        record=record,
-        i_know_the_unit=i_know_the_unit or None,
-        cameras=stored.cameras | settings.parse_cameras(camera or []),
-    )
+    flags = {field.name: context.params.get(field.name) for field in fields(Settings)}  # by the same names
+    flags["i_know_the_unit"] = i_know_the_unit or None
+    chosen = settings.override(stored, **flags | {"cameras": stored.cameras | settings.parse_cameras(camera or [])})
     chosen.check_values()
-    modes: list[Mode] = []
-    modes += ["dry-run"] if dry_run else []
-    modes += ["rehearse"] if rehearse else []
-    if len(modes) + self_check + (replay_ is not None) > 1:
+    if dry_run + rehearse + self_check + (replay_ is not None) > 1:
         raise SettingsError("--dry-run, --rehearse, --replay and --self-check exclude each other")
-    if self_check:
-        _self_check(chosen)
-    elif replay_ is not None:
-        replay(replay_, Policy.load(chosen.bundle, chosen.device, backend=chosen.backend))
-    else:
-        drive(chosen, *modes, far=allow_far_start, write_eeprom=write_eeprom)
-
-
-def _self_check(chosen: Settings) -> None:
+    if not self_check and replay_ is None:
+        mode: Mode = "dry-run" if dry_run else "rehearse" if rehearse else "drive"
+        drive(chosen, mode, far=allow_far_start, write_eeprom=write_eeprom)
+        return
     policy = Policy.load(chosen.bundle, chosen.device, backend=chosen.backend)
+    if replay_ is not None:
+        replay(replay_, policy)
+    else:
+        _self_check(policy)
+
+
+def _self_check(policy: Policy) -> None:
     print(policy.graphs.reason)
     errors = run_selfcheck(policy)
     for stage, value in summary(errors).items():

@@ -30,29 +30,29 @@ def run(
 ) -> NoReturn:
     """Run `app` and exit: 0 done, 1 one of `failures` (a check failed, a safety stop), 2 one of `mistakes` or
     wrong usage, 130 interrupted. --debug anywhere on the line shows tracebacks."""
-    debug = "--debug" in sys.argv
     try:
         status = app(standalone_mode=False)
-        code = status if isinstance(status, int) else DONE
-        if code == INTERRUPTED:  # typer answers Ctrl-C with a silent status of its own
-            code = _say("interrupted", INTERRUPTED, False)
-    except KeyboardInterrupt:
-        code = _say("interrupted", INTERRUPTED, debug)
-    except failures as e:
-        code = _say(f"error: {e}", FAILED, debug)
-    except mistakes as e:
-        code = _say(f"error: {e}", MISTAKE, debug)
-    except OSError as e:  # full disk, missing permission: the file is in the message
-        code = _say(f"error: {e}", MISTAKE, debug)
-    except Exception as e:
-        if type(e).__name__ == "Abort":  # click's own Ctrl-C
-            code = _say("interrupted", INTERRUPTED, debug)
+        code, line = status if isinstance(status, int) else DONE, ""
+    except (Exception, KeyboardInterrupt) as e:
+        if isinstance(e, KeyboardInterrupt) or type(e).__name__ == "Abort":  # Abort: click's own Ctrl-C
+            code, line = INTERRUPTED, ""
+        elif isinstance(e, failures):
+            code, line = FAILED, f"error: {e}"
+        elif isinstance(e, (*mistakes, OSError)):  # full disk, missing permission: the file is in the message
+            code, line = MISTAKE, f"error: {e}"
         elif hasattr(e, "format_message"):  # click's usage errors, under whatever name typer ships click
-            code = _say(f"error: {e.format_message()}", MISTAKE, debug)
+            code, line = MISTAKE, f"error: {e.format_message()}"
         else:
             raise
+        if "--debug" in sys.argv:
+            said()
+            traceback.print_exc()
     said()
-    sys.stdout.flush()
+    sys.stdout.flush()  # so that the error is the last line in a log too
+    if code == INTERRUPTED:  # typer answers Ctrl-C with a silent status of its own, too
+        line = "interrupted"
+    if line:
+        print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -145,15 +145,6 @@ def _print_version(value: bool | None) -> None:
     if value:
         print(f"smolvla-edge {importlib.metadata.version('smolvla-edge')}")
         raise typer.Exit
-
-
-def _say(line: str, code: int, debug: bool) -> int:
-    said()
-    sys.stdout.flush()  # so that the error is the last line in a log too
-    if debug:
-        traceback.print_exc()
-    print(line, file=sys.stderr)
-    return code
 
 
 def require_linux() -> None:

@@ -8,10 +8,13 @@ What a target may do to the arm (range, speed, first move) is the arm's own busi
 what was really sent, and is told when the arm wants to stop.
 """
 
+from __future__ import annotations
+
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,68 +24,16 @@ from .chunks import ChunkQueue
 from .errors import SafetyStop
 from .inference import Chunk, InferenceThread, Observation
 
+if TYPE_CHECKING:  # who runs the loop hands it the devices
+    from ..devices.camera_watch import CameraWatch
+    from ..devices.motion import Emitted
+    from ..devices.so101 import SO101
+    from ..devices.telemetry import JointState
+    from .operator import Operator
+
 CAMERA_FAULT_S = 2.0  # a camera without a usable picture for this long ends the run
 BAD_CHUNKS, BAD_CHUNKS_S = 3, 10.0  # so many non-finite chunks in a row, or within this time, end the run
 AGAIN_S = 0.75  # a key held down repeats itself sooner; later, the stop key was pressed again
-
-
-class View(Protocol):
-    """A camera's newest picture, and why the policy must not see it ("" when it may)."""
-
-    @property
-    def image(self) -> NDArray[np.uint8]: ...
-    @property
-    def problem(self) -> str: ...
-
-
-class JointState(Protocol):
-    """One reading of the joints, in robot units."""
-
-    @property
-    def position(self) -> NDArray[np.float64]: ...
-    @property
-    def missed(self) -> Sequence[int]: ...
-
-
-class Emitted(Protocol):
-    """What was really sent."""
-
-    @property
-    def rejected(self) -> str: ...
-    @property
-    def stale(self) -> bool: ...
-    @property
-    def ramping(self) -> bool: ...
-
-
-class Arm(Protocol):
-    """What the loop needs of an arm; each method raises one of the loop's `faults` when the arm cannot be used."""
-
-    @property
-    def stopped(self) -> str: ...
-    def read(self) -> JointState: ...
-    def new_warnings(self) -> list[str]: ...
-    def send(self, target: NDArray[np.floating], due_s: float | None = None, /) -> Emitted:
-        """Step towards `target`, [dof] in robot units, meant for `due_s`."""
-
-    def hold(self) -> Emitted:
-        """Send the last goal again."""
-
-    def stop(self, reason: str) -> None: ...
-    def resume(self) -> None: ...
-    def begin_park(self) -> float: ...
-    def park(self) -> tuple[bool, Emitted]: ...
-
-
-class Cameras(Protocol):
-    def look(self) -> Mapping[str, View]: ...
-    def warnings(self) -> list[str]: ...
-
-
-class Keys(Protocol):
-    @property
-    def present(self) -> bool: ...
-    def keys(self) -> Sequence[Literal["stop", "resume", "quit"]]: ...
 
 
 @dataclass
@@ -136,15 +87,15 @@ class Tick:
 
 @dataclass(frozen=True)
 class Rig:
-    """What a run is made of. faults: what the arm raises when it cannot be used; warned: told each new warning;
-    asked_to_end: whether a first Ctrl-C has come; patience_s: how long a chunk may take; degrees_per_unit: [dof]."""
+    """What a run is made of. faults: what the arm raises when it cannot be used; asked_to_end: whether a first Ctrl-C
+    has come; patience_s: how long a chunk may take; degrees_per_unit: [dof]."""
 
-    arm: Arm
-    cameras: Cameras
+    arm: SO101
+    cameras: CameraWatch
     inference: InferenceThread
     queue: ChunkQueue
     faults: tuple[type[Exception], ...]
-    keys: Keys
+    keys: Operator
     say: Callable[[str], None]
     asked_to_end: Callable[[], bool]
     watch: Callable[[Tick], None] = lambda _: None
@@ -157,7 +108,8 @@ class ControlLoop:
     """Runs one arm until `seconds` after the first action, or until somebody ends it."""
 
     def __init__(self, rig: Rig, *, fps: float, seconds: float | None) -> None:
-        self.rig, self.period_s, self.seconds, self.log = rig, 1 / fps, seconds, Log()
+        self.rig, self.period_s, self.log = rig, 1 / fps, Log()
+        self.seconds = math.inf if seconds is None else seconds
         self._first_action_s: float | None = None
         self._asked_s = self._forgot_s = 0.0
         self._usable_s: dict[str, float] = {}  # when each camera last had a usable picture
@@ -206,7 +158,7 @@ class ControlLoop:
                 raise KeyboardInterrupt
             if not self._parking:
                 self._park(KeyboardInterrupt())
-        elif self._over(now) and not self._parking and not self._stopping:
+        elif self._elapsed_s(now) >= self.seconds and not self._parking and not self._stopping:
             self._park(None)
         try:
             state = self._timed(self.log.read_ms, rig.arm.read)
@@ -234,13 +186,13 @@ class ControlLoop:
             self._event(f"warning: {text}")
         self.log.counts.ticks += 1
         self.log.queued.append(len(rig.queue))
-        elapsed = 0.0 if self._first_action_s is None else now - self._first_action_s
-        rig.watch(Tick(elapsed, doing, state, emitted, len(rig.queue), self._seam_deg, tuple(self._events), self.log))
+        seam, events = self._seam_deg, tuple(self._events)
+        rig.watch(Tick(self._elapsed_s(now), doing, state, emitted, len(rig.queue), seam, events, self.log))
         return bool(done)
 
-    def _over(self, now: float) -> bool:
-        first, seconds = self._first_action_s, self.seconds
-        return first is not None and seconds is not None and now - first >= seconds
+    def _elapsed_s(self, now: float) -> float:
+        """Since the first action; 0 before."""
+        return 0.0 if self._first_action_s is None else now - self._first_action_s
 
     def _look(self, now: float) -> dict[str, NDArray[np.uint8]]:
         """The pictures the policy may see. A camera that gave none for too long ends the run, whatever the policy is

@@ -5,10 +5,8 @@ Beside `--write-config`, which writes a new file, only the bundle's own cache of
 
 import importlib.metadata
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,9 @@ from .backend import BACKENDS, choose, choose_for, lacks
 from .budget import measure, report
 from .bundle import Bundle, Manifest
 from .engine_cache import engine_records
-from .errors import BackendError, BundleError, CheckFailed, InputError, SettingsError, SmolVLAError
+from .errors import BackendError, BundleError, CheckFailed, SettingsError, SmolVLAError
+from .plan import units_evidence
 from .policy import Policy
-from .preflight import units_evidence
 from .roofline import find_board
 from .settings import Settings
 
@@ -86,7 +84,8 @@ def doctor(
     else:
         print("\n".join(map(_lines, findings)))
     if write_config is not None:
-        _write(write_config, drafted)
+        with write_config.open("x") as file:
+            file.write(drafted)
         print(f"wrote {write_config}", file=sys.stderr)
     if stops := [f.area for f in findings if f.status == "stop"]:
         raise CheckFailed(f"{len(stops)} of these would stop a run: {', '.join(dict.fromkeys(stops))}")
@@ -103,11 +102,8 @@ def _budget(chosen: Settings, board_name: str | None) -> tuple[str, dict[str, An
     if chosen.device == "cpu" or chosen.backend == "ort-cpu":
         raise SettingsError("the budget is of the board's GPU: leave out --device cpu and --backend ort-cpu")
     fast = "super" in f"{board.name} {board.power_modes.get(board.power_mode or 0, '')}".lower()
-    name = board.module.split(" (")[0] + " Super" * fast
-    try:
-        find_board(name)  # before a chunk is measured
-    except InputError:
-        name = find_board(board.name).name
+    # Before a chunk is measured.
+    name = find_board(board.module.split(" (")[0] + " Super" * fast, board.name).name
     policy = Policy.load(bundle, "jetson" if chosen.device == "auto" else chosen.device, backend=chosen.backend)
     print(policy.graphs.reason, file=sys.stderr)
     return report(bundle.manifest, name, measure(policy))
@@ -186,11 +182,8 @@ def _software(bundle: Bundle | None, chosen: Settings, board: Board, gpu: Gpu) -
     yield Finding(
         "gpu", "ok" if gpu.name or not board.jetson else "warning", f"{gpu.name or 'no NVIDIA GPU'}, {versions}"
     )
-    found = {}
-    for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    packages = ", ".join(f"{name} {value}" for name, value in found.items())
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    packages = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     yield Finding("python", "ok", f"{packages}; providers {', '.join(onnxruntime.get_available_providers())}")
     for backend in BACKENDS["jetson"]:
         missing = lacks(backend)
@@ -236,12 +229,11 @@ def _arm(chosen: Settings) -> tuple[list[Finding], str | None, Calibration | Non
             calibration = load_calibration(chosen.calibration)
         except DeviceError as e:
             found.append(Finding("servos", "stop", str(e)))
-    if port in (None, settings.AUTO):
+    if port is None or port == settings.AUTO:
         try:
             port, _ = find_port()
         except DeviceError as e:
             return [*found, Finding("servos", "stop" if port else "unknown", str(e))], None, calibration
-    assert port is not None
     more, held = servos(port, calibration)
     return found + more, port, held
 
@@ -256,7 +248,7 @@ def draft(
     """The text of a robot.toml; what was neither given nor found is a comment that says what is wanted."""
     units = chosen.units or (manifest and manifest.units)
     if manifest and not units:
-        seen = units_evidence((manifest.state.normalization, manifest.action.normalization), JOINT_NAMES).units
+        seen, _ = units_evidence((manifest.state.normalization, manifest.action.normalization), JOINT_NAMES)
         units = seen if seen in ("degrees", "range_m100_100") else None
     held = None if calibration is None else str(Path(calibration.source).absolute())
     lines = [
@@ -278,28 +270,13 @@ def draft(
     for name in names:
         sure = free[0] if len(missing) == len(free) == 1 else None  # which of two is which, a machine cannot know
         source = chosen.cameras.get(name, sure)
-        lines.append(_line(_toml(name), source, "/dev/video0", f"found: {', '.join(free) or 'none'}"))
+        lines.append(_line(settings.toml(name), source, "/dev/video0", f"found: {', '.join(free) or 'none'}"))
     return "\n".join(lines) + "\n"
 
 
 def _line(key: str, value: object, example: object, wanted: str) -> str:
-    text = f"{key} = {_toml(example if value is None else value)}"
+    text = f"{key} = {settings.toml(example if value is None else value)}"
     return f"# {text}  # {wanted}" if value is None else text
-
-
-def _toml(value: object) -> str:
-    """JSON's strings and numbers are TOML's too, but for halves of characters."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _write(path: Path, text: str) -> None:
-    """Complete or not at all, and never over another file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        path.hardlink_to(temporary)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _lines(finding: Finding) -> str:

@@ -30,16 +30,15 @@ from ..devices.sts3215 import MODEL_NUMBER, Register
 from ..devices.telemetry import JointState
 from ..devices.units import degrees_per_unit, to_raw
 from ..devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
-from . import command, rehearsal, report, runlog
+from . import command, recording, report
 from .bundle import Manifest
 from .chunks import ChunkQueue, LatencyTracker
 from .control import ControlLoop, Log, Rig
 from .errors import SafetyStop, SettingsError
 from .inference import InferenceThread
 from .operator import HELP, Operator
-from .plan import Plan, check
+from .plan import Plan, check, preflight
 from .policy import Policy
-from .preflight import preflight
 from .settings import Settings
 
 Mode = Literal["drive", "dry-run", "rehearse"]
@@ -62,7 +61,7 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
     policy = Policy.load(plan.bundle, chosen.device, backend=chosen.backend, realtime=True, seed=chosen.seed)
     print(policy.graphs.reason)
     policy.preprocessor.tokenizer.encode(plan.task)  # a task that does not fit is known before anything opens
-    inference = InferenceThread(policy, plan.task, chosen.steps)
+    inference = InferenceThread(policy, plan.task, chosen.steps or manifest.sampling.num_steps)
     with ExitStack() as stack:
         # Left in the reverse order: the arm is switched off first, the policy's thread is waited for last.
         inference.start()
@@ -75,8 +74,8 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
         if mode == "dry-run":
             print("dry run: nothing was energised, no goal was written")
             return Log()
-        records = stack.enter_context(runlog.opened(plan, policy))
-        arm.bus.on_write = records.wrote
+        log = stack.enter_context(recording.opened(plan, policy))
+        arm.bus.on_write = log.wrote
         operator = stack.enter_context(Operator())
         if mode == "drive":
             stack.enter_context(_guarded(arm, GuardianAction(chosen.guardian)))
@@ -92,10 +91,11 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
             keys=operator,
             say=command.say,
             asked_to_end=asked,
-            watch=report.Watcher(records.tick, JOINT_NAMES),
-            answered=records.chunk,
+            watch=report.Watcher(log.tick, JOINT_NAMES),
+            answered=log.answered,
             patience_s=max(30.0, 10 * latency.p95_s),
-            degrees_per_unit=_degrees(arm, manifest),
+            # For seams in degrees; the gripper has none.
+            degrees_per_unit=_fit(degrees_per_unit(arm.calibration, arm.units)[:-1], manifest.action.dim),
         )
         seconds = REHEARSAL_S if mode == "rehearse" and chosen.seconds is None else chosen.seconds
         loop = ControlLoop(rig, fps=plan.fps, seconds=seconds)
@@ -111,7 +111,7 @@ def drive(chosen: Settings, mode: Mode = "drive", *, far: bool = False, write_ee
             command.say(report.summary(loop.log, 1 / plan.fps, arm.counts, arm.anomalies))
             command.said()
         if mode == "rehearse":
-            rehearsal.judge(loop.log, arm.counts, arm.anomalies, plan, failure)
+            report.judge(loop.log, arm.counts, arm.anomalies, plan, failure)
         return loop.log
 
 
@@ -223,16 +223,14 @@ def _preflight(policy: Policy, arm: SO101, watch: CameraWatch, plan: Plan, queue
         print(f"real-time chunking: the first {queue.delay} actions are fixed, {horizon} guided")
     per_unit = degrees_per_unit(arm.calibration, arm.units)
     jump = np.append(plan.limits.jump_deg / per_unit[:-1], np.inf)
-    named = len(state) == n == chunk.shape[1]
-    names = JOINT_NAMES if named else [f"joint {i}" for i in range(chunk.shape[1])]
-    if not named:
+    if not len(state) == n == chunk.shape[1]:
         print(f"note: the policy has {chunk.shape[1]} joints, the virtual arm shows the first {n}")
         return
-    found = preflight(names, state, manifest.state.normalization, chunk, jump)
-    print(found.table)
-    if not found.problems:
+    table, problems = preflight(JOINT_NAMES, state, manifest.state.normalization, chunk, jump)
+    print(table)
+    if not problems:
         return
-    listed = "\n  ".join(found.problems)
+    listed = "\n  ".join(problems)
     if far or plan.settings.simulated:
         print(f"note: {listed}")
         return
@@ -256,14 +254,14 @@ def _pace(queue: ChunkQueue) -> str:
 def _pictures(watch: CameraWatch) -> Mapping[str, NDArray[np.uint8]]:
     """A usable picture of every camera, waited for a moment."""
     until = time.monotonic() + FIRST_PICTURES_S
-    views = watch.look()
-    while any(view.problem for view in views.values()):
-        if time.monotonic() > until:
-            told = "; ".join(f"camera '{n}': {v.problem}" for n, v in views.items() if v.problem)
-            raise SafetyStop(f"no usable pictures: {told}. Check the cables")
-        time.sleep(0.05)
+    while True:
         views = watch.look()
-    return {name: view.image for name, view in views.items()}
+        problems = [f"camera '{name}': {view.problem}" for name, view in views.items() if view.problem]
+        if not problems:
+            return {name: view.image for name, view in views.items()}
+        if time.monotonic() > until:
+            raise SafetyStop(f"no usable pictures: {'; '.join(problems)}. Check the cables")
+        time.sleep(0.05)
 
 
 def _compare_cameras(watch: CameraWatch, plan: Plan) -> None:
@@ -316,21 +314,11 @@ def _fit(vector: NDArray[Any], dim: int) -> NDArray[np.float64]:
     return out
 
 
-def _degrees(arm: SO101, manifest: Manifest) -> NDArray[np.float64]:
-    """For seams in degrees: the gripper has none."""
-    per_unit = degrees_per_unit(arm.calibration, arm.units)
-    per_unit[-1] = 0.0
-    return _fit(per_unit, manifest.action.dim)
-
-
 def _raise_priority() -> str:
     """A chunk being computed must not delay a tick. Threads started later keep the normal priority."""
-    try:
-        policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
-        os.sched_setscheduler(0, policy, os.sched_param(CONTROL_PRIORITY))
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(CONTROL_PRIORITY))
         return "real-time priority"
-    except (OSError, AttributeError):
-        pass
     # Nobody may raise a thread without a permission, but anybody may lower the others.
     for task in Path("/proc/self/task").iterdir():
         if int(task.name) != threading.get_native_id():

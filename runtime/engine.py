@@ -50,15 +50,8 @@ def build(onnx: Path, plan: Path, timing: Path, shapes: Shapes, say: Callable[[s
 
     Raises BackendError with what TensorRT said.
     """
-    line = [
-        sys.executable,
-        "-c",
-        f"from {__name__} import main; main()",
-        str(onnx),
-        str(plan),
-        str(timing),
-        json.dumps(dict(shapes)),
-    ]
+    line = [sys.executable, "-c", f"from {__name__} import main; main()"]
+    line += [str(onnx), str(plan), str(timing), json.dumps(dict(shapes))]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             assert process.stdout is not None
@@ -126,11 +119,13 @@ class Engine:
         if self._context is None:
             raise BackendError("TensorRT has no memory for the engine's activations: stop other programs")
         engine = self._engine
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        self.tensors = tuple(  # a dtype that no bundle has is caught when they are compared with the manifest
-            Tensor(n, _dtype(engine.get_tensor_dtype(n)), tuple(engine.get_tensor_shape(n)))  # type: ignore[arg-type]
-            for n in names
-        )
+        self.tensors: list[
+            Tensor
+        ] = []  # a dtype that no bundle has is caught when they are compared with the manifest
+        for i in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(i)
+            dtype: Any = _DTYPES.get(engine.get_tensor_dtype(name).name)
+            self.tensors.append(Tensor(name, dtype, tuple(engine.get_tensor_shape(name))))
         self._inspector = trt.LayerInformationFormat.JSON
 
     def precisions(self) -> dict[str, int]:
@@ -165,10 +160,6 @@ def count_precisions(information: str) -> dict[str, int]:
     return dict(found)
 
 
-def _dtype(kind: Any) -> str:
-    return _DTYPES.get(kind.name, str(kind.name))
-
-
 def _logger(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]  # of a module that mypy does not see
         """Keeps what went wrong, for our own error messages."""
@@ -190,22 +181,20 @@ def _progress(trt: Any) -> Any:
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
             self.told_s = time.monotonic()
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.steps[phase] = steps
             if parent is None:
                 print(f"{phase}", flush=True)
 
         def step_complete(self, phase: str, step: int) -> bool:
             if time.monotonic() - self.told_s > TOLD_EVERY_S:
                 self.told_s = time.monotonic()
-                print(f"{phase}: {step + 1} of {self.steps.get(phase, 0)}", flush=True)
+                print(f"{phase}: step {step + 1}", flush=True)
             return True
 
         def phase_finish(self, phase: str) -> None:
-            self.steps.pop(phase, None)
+            pass
 
     return Progress()
 

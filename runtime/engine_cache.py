@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .bundle import Bundle, cache_home, sha256_of
+from .bundle import Bundle, cache_home, sha256_of, write_whole
 from .cuda import Stream
 from .engine import Engine, Shapes, build, load_tensorrt
 from .errors import BackendError
@@ -71,7 +71,7 @@ class EngineCache:
         Raises BackendError when it cannot be built, or not be loaded right after."""
         key = self._key(graph, dict(shapes or {}))
         folder = self.folder / key.digest
-        record = _read(folder, key)
+        record = _fitting(folder, key)
         if record is None:
             if folder.exists():
                 self.say(f"the engine of {graph} is damaged: building it again")
@@ -123,7 +123,7 @@ class EngineCache:
                 _write(new, record)
                 new.rename(folder)
             except OSError as e:
-                if (theirs := _read(folder, key)) is not None:  # somebody else's build of the same was quicker
+                if (theirs := _fitting(folder, key)) is not None:  # somebody else's build of the same was quicker
                     return theirs
                 raise BackendError(f"the engine of {key.graph} cannot be kept in {self.folder}: {e}") from e
         return record
@@ -134,11 +134,9 @@ def engine_records() -> list[tuple[Path, Record | str]]:
     found: list[tuple[Path, Record | str]] = []
     for file in sorted((cache_home() / "engines").glob(f"*/{RECORD}")):
         try:
-            record = _decode(file)
-            whole = sha256_of(file.with_name(PLAN)) == record.plan_sha256
-            found.append((file.parent, record if whole else "is damaged: its hash differs"))
+            found.append((file.parent, _read(file.parent)))
         except (OSError, ValueError) as e:
-            found.append((file.parent, f"cannot be read: {e}"))
+            found.append((file.parent, f"is damaged: {e}"))
     return found
 
 
@@ -157,28 +155,25 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def _read(folder: Path, key: Key) -> Record | None:
-    """The record of an engine that is what it says it is; None of any other."""
+def _fitting(folder: Path, key: Key) -> Record | None:
+    """The record of an engine that is what it says it is, and of `key`; None of any other."""
     try:
-        record = _decode(folder / RECORD)
-        return record if record.key == key and sha256_of(folder / PLAN) == record.plan_sha256 else None
+        record = _read(folder)
     except (OSError, ValueError):
         return None
+    return record if record.key == key else None
 
 
-def _decode(file: Path) -> Record:
+def _read(folder: Path) -> Record:
+    """Raises OSError or ValueError for an engine that is not what it says it is."""
     problems: list[str] = []
-    record = decode(Record, json.loads(file.read_text()), problems)
-    if record is None or problems:
+    record = decode(Record, json.loads((folder / RECORD).read_text()), problems)
+    if record is None:
         raise ValueError("; ".join(problems))
+    if sha256_of(folder / PLAN) != record.plan_sha256:
+        raise ValueError("its hash differs")
     return record
 
 
 def _write(folder: Path, record: Record) -> None:
-    fresh = folder / f"{RECORD}.new"
-    try:
-        fresh.write_text(json.dumps(encode(record), indent=1, sort_keys=True))
-        fresh.replace(folder / RECORD)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+    write_whole(folder / RECORD, json.dumps(encode(record), indent=1, sort_keys=True).encode())

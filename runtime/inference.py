@@ -27,11 +27,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What it answered. actions: float32 [rows, dof] in robot units; noise: what they were made from; latency_s: from
-    request to answer."""
+    """What it answered. actions: float32 [rows, dof] in robot units; noise: what they were made from, in how many
+    steps; latency_s: from request to answer."""
 
     actions: NDArray[np.float32]
     noise: NDArray[np.float32]
+    steps: int
     observation: Observation
     latency_s: float
     timing: Timing
@@ -40,7 +41,7 @@ class Chunk:
 class InferenceThread:
     """One request at a time: `request`, then `poll` until the chunk is there."""
 
-    def __init__(self, policy: Policy, task: str, steps: int | None) -> None:
+    def __init__(self, policy: Policy, task: str, steps: int) -> None:
         self._policy, self._task, self._steps = policy, task, steps
         self._requests: queue.SimpleQueue[Observation | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Chunk | BaseException] = queue.SimpleQueue()
@@ -87,6 +88,6 @@ class InferenceThread:
                     delay=observation.ask.delay,
                 )
                 latency_s = time.monotonic() - observation.time_s
-                self._answers.put(Chunk(actions, noise, observation, latency_s, self._policy.timing))
+                self._answers.put(Chunk(actions, noise, self._steps, observation, latency_s, self._policy.timing))
             except BaseException as e:  # raised again in the thread that polls
                 self._answers.put(e)

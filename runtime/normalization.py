@@ -1,5 +1,6 @@
 """LeRobot's normalisation of states and actions (lerobot 0.4.4, processor/normalize_processor.py)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,11 +56,18 @@ class Normalization:
 
     def normalize(self, x: Array) -> Array:
         """Robot units [..., dim] -> what the policy sees, float32."""
+        return self._normalized(x, lambda std: std + self.eps)
+
+    def normalize_inverse(self, x: Array) -> Array:
+        """Robot units back to what `unnormalize` was given: its exact inverse, without LeRobot's eps."""
+        return self._normalized(x, lambda std: np.where(std == 0, 1, std))
+
+    def _normalized(self, x: Array, divisor: Callable[[Array], Array]) -> Array:
         if not self.active:
             return x.astype(np.float32)
         a, b = self._pair()
         if self.mode == "MEAN_STD":
-            return np.asarray((x - a) / (b + self.eps), np.float32)
+            return np.asarray((x - a) / divisor(b), np.float32)
         return np.asarray(2 * (x - a) / self._span(a, b) - 1, np.float32)
 
     def unnormalize(self, x: Array) -> Array:
@@ -70,15 +78,6 @@ class Normalization:
         if self.mode == "MEAN_STD":
             return np.asarray(x * b + a, np.float32)
         return np.asarray((x + 1) / 2 * self._span(a, b) + a, np.float32)
-
-    def normalize_inverse(self, x: Array) -> Array:
-        """Robot units back to what `unnormalize` was given: its exact inverse, without LeRobot's eps."""
-        if not self.active:
-            return x.astype(np.float32)
-        a, b = self._pair()
-        if self.mode == "MEAN_STD":
-            return np.asarray((x - a) / np.where(b == 0, 1, b), np.float32)
-        return np.asarray(2 * (x - a) / self._span(a, b) - 1, np.float32)
 
     def _pair(self) -> tuple[Array, Array]:
         first, second = NEEDS[self.mode]

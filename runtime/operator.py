@@ -7,7 +7,6 @@ import sys
 import termios
 import tty
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Literal
 
 Key = Literal["stop", "resume", "quit"]
@@ -36,9 +35,7 @@ class Operator:
             termios.tcsetattr(self._fd, termios.TCSANOW, mode)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._fd is not None and self._saved is not None:
             with suppress(termios.error):  # the terminal is gone
                 termios.tcsetattr(self._fd, termios.TCSANOW, self._saved)

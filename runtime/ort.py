@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from .errors import BackendError
 from .preprocessing import CAMERA_GRAPH, Feeds, require_resized, resampling
 from .sampling import Step
 
-_NUMPY = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "bool": np.bool_}
 _CPU, _CUDA, _TENSORRT = (PROVIDER[name] for name in ("ort-cpu", "ort-cuda", "ort-tensorrt"))
 _Calls = queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
 
@@ -66,12 +65,10 @@ class OrtGraphs:
         backend: Backend = "ort-cpu",
         *,
         realtime: bool = False,
-        cuda_graphs: bool = True,
         profile: Path | None = None,
     ) -> None:
-        """realtime: leave a core to a control loop and do not spin while waiting. cuda_graphs: try them, on CUDA.
-        profile: a folder in which ONNX Runtime keeps what it ran, until `end_profiling`; without CUDA graphs then, of
-        which it sees nothing.
+        """realtime: leave a core to a control loop and do not spin while waiting. profile: a folder in which ONNX
+        Runtime keeps what it ran, until `end_profiling`; without CUDA graphs then, of which it sees nothing.
 
         Raises BackendError when the backend or a graph cannot be used.
         """
@@ -83,7 +80,7 @@ class OrtGraphs:
         self.device = "cpu" if provider == _CPU else "cuda"
         self.takes_frames = self.device == "cuda" and CAMERA_GRAPH in bundle.manifest.files
         self._calls: _Calls | None = None
-        if cuda_graphs and profile is None and provider == _CUDA:
+        if profile is None and provider == _CUDA:
             self._calls = calls = _Calls()
             # A daemon: a device that hangs must not keep the process alive.
             threading.Thread(target=_serve, args=(calls,), name="cuda", daemon=True).start()
@@ -112,9 +109,7 @@ class OrtGraphs:
         self._cameras = [c.name for c in manifest.cameras]
         self._check_signature(self._prefix, manifest.prefix, bundle)
         self._check_signature(self._expert, manifest.expert, bundle)
-        # One buffer per name: what both graphs call the same is the same memory.
-        tensors = {t.name: t for g in (manifest.prefix, manifest.expert) for t in (*g.inputs, *g.outputs)}
-        self._buffers = {name: self._buffer(t) for name, t in tensors.items()}
+        self._buffers = {name: self._buffer(t) for name, t in manifest.tensors.items()}
         self._cache = [t.name for t in manifest.prefix.outputs]
         self._prefill = self._call(self._prefix, manifest.prefix, {}, 1)
         there = {"noisy_actions": "noisy_actions", "next_actions": "next_actions"}
@@ -127,10 +122,12 @@ class OrtGraphs:
         for i, name in enumerate(self._cameras):
             if (frame := feeds.get(f"frame.{name}")) is not None:
                 self._run(partial(self._place, i, frame))
-        for name, array in feeds.items():
-            if name in self._buffers:
-                self._buffers[name].update_inplace(np.ascontiguousarray(array))
+        self._update({name: array for name, array in feeds.items() if name in self._buffers})
         self._run(self._prefill)
+
+    def _update(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        for name, array in arrays.items():
+            self._buffers[name].update_inplace(np.ascontiguousarray(array))
 
     def finish_prefill(self) -> None:
         """Nothing: `prefill` has waited."""
@@ -162,14 +159,9 @@ class OrtGraphs:
         prev_chunk is normalised and padded like noise, prev_weights [1, chunk, 1]; zeros switch guidance off.
         `velocities`, where given, collects each step's velocity.
         """
-        self._buffers["noisy_actions"].update_inplace(noise)
-        self._buffers["prev_chunk"].update_inplace(prev_chunk)
-        self._buffers["prev_weights"].update_inplace(prev_weights)
+        self._update({"noisy_actions": noise, "prev_chunk": prev_chunk, "prev_weights": prev_weights})
         for i, step in enumerate(steps):
-            self._buffers["time"].update_inplace(step.time)
-            self._buffers["dt"].update_inplace(step.dt)
-            self._buffers["time_embedding"].update_inplace(step.embedding)
-            self._buffers["guidance"].update_inplace(step.guidance)
+            self._update(step)
             self._run(self._steps[i % 2])
             if velocities is not None:
                 velocities.append(self._buffers["velocity"].numpy().copy())
@@ -222,20 +214,18 @@ class OrtGraphs:
 
     @staticmethod
     def _check_signature(session: Any, graph: Graph, bundle: Bundle) -> None:
-        names = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int32)": "int32"}
-        names |= {"tensor(bool)": "bool"}
         for what, tensors, found in (
             ("inputs", graph.inputs, session.get_inputs()),
             ("outputs", graph.outputs, session.get_outputs()),
         ):
-            has = [(t.name, names.get(t.type, t.type), tuple(t.shape)) for t in found]
-            if has != [(t.name, t.dtype, t.shape) for t in tensors]:
+            has = [(t.name, t.type, tuple(t.shape)) for t in found]
+            if has != [(t.name, f"tensor({t.dtype.replace('float32', 'float')})", t.shape) for t in tensors]:
                 raise BackendError(
                     f"{graph.file} in {bundle.folder} has other {what} than the manifest says: export again"
                 )
 
     def _buffer(self, tensor: Tensor) -> Any:
-        zeros: NDArray[Any] = np.zeros(tensor.shape, _NUMPY[tensor.dtype])
+        zeros: NDArray[Any] = np.zeros(tensor.shape, tensor.dtype)
         return onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
 
     def _call(self, session: Any, graph: Graph, renamed: dict[str, str], graph_id: int) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .backend import Backend, choose_for
+from .backend import choose_for
 from .bundle import Bundle, Manifest
 from .errors import BackendError, CheckFailed, InputError
 from .ort import OrtGraphs
@@ -68,7 +68,10 @@ class Policy:
         for name in choice.backends:
             graphs: Graphs | None = None
             try:
-                graphs = _graphs(opened, name, realtime)
+                if name == "tensorrt":
+                    graphs = TrtGraphs(opened, realtime=realtime)
+                else:
+                    graphs = OrtGraphs(opened, name, realtime=realtime)
                 policy = cls(opened, graphs, rtc or RealTimeChunking(), seed)
                 if name != "ort-cpu" or platform.machine() != "x86_64":
                     policy._prove()
@@ -86,15 +89,15 @@ class Policy:
 
     def _prove(self) -> None:
         """Run the bundle's self-check, once for each TensorRT engine. Raises CheckFailed."""
-        graphs = self.graphs
-        if isinstance(graphs, TrtGraphs) and (proof := graphs.proof()) is not None:
+        engines = self.graphs.cache_of_engines if isinstance(self.graphs, TrtGraphs) else None
+        if engines is not None and (proof := engines.proof()) is not None:
             require(self, proof)
             return
         errors = run_selfcheck(self)
         require(self, errors)
-        if isinstance(graphs, TrtGraphs):
-            graphs.prove(errors)
-        graphs.reason += f", self-check passed with actions within {errors['actions']:.1e}"
+        if engines is not None:
+            engines.prove(errors)
+        self.graphs.reason += f", self-check passed with actions within {errors['actions']:.1e}"
 
     @property
     def manifest(self) -> Manifest:
@@ -162,7 +165,7 @@ class Policy:
 
     def steps(self, count: int, *, guided: bool = False) -> list[Step]:
         """What the expert graph is given beside actions and cache, for each of `count` Euler steps."""
-        width = next(t.shape[1] for t in self.manifest.expert.inputs if t.name == "time_embedding")
+        width = self.manifest.tensors["time_embedding"].shape[1]
         return schedule(count, width, self.manifest.sampling, self.rtc if guided else None)
 
     def draw_noise(self) -> Array:
@@ -195,12 +198,6 @@ class Policy:
             prev[0, :tail, :dof] = self.manifest.action.normalization.normalize_inverse(prev_chunk)
             weights[0, :, 0] = self.rtc.prefix_weights(delay, tail, chunk)
         return self.draw_noise() if noise is None else noise, prev, weights
-
-
-def _graphs(bundle: Bundle, backend: Backend, realtime: bool) -> Graphs:
-    if backend == "tensorrt":
-        return TrtGraphs(bundle, realtime=realtime)
-    return OrtGraphs(bundle, backend, realtime=realtime)
 
 
 def _array_problems(name: str, array: object, shape: tuple[int, ...]) -> list[str]:

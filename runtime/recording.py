@@ -3,12 +3,16 @@
     DIR/run.json                      RunMeta
     DIR/ticks.jsonl                   one JSON object per tick, as in a log without a recording
     DIR/chunks/000000.front.png       what camera `front` showed when chunk 0 was asked for; one for each camera
-    DIR/chunks/000000.npz             the rest of Asked; written last, so a chunk without it was never finished
+    DIR/chunks/000000.npz             what else computes it again bit for bit: state, noise, steps, prev_chunk (where
+                                      there was one), delay; and what came of it: actions, time_s, latency_s.
+                                      Written last, so a chunk without it was never finished
 
 One thread writes, from one bounded queue: whoever reports to it returns at once, and never sees an error. A disk that
 fails or a folder that is removed ends the recording, not the run. A chunk's files appear whole, by renaming; of the
 log, a crash may cut the last line. runtime/replay.py reads all of it back.
 """
+
+from __future__ import annotations
 
 import contextlib
 import io
@@ -19,21 +23,27 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from .bundle import Precision
+from ..devices.calibration import JOINT_NAMES
+from .bundle import Precision, write_whole
 from .errors import SettingsError
 from .sampling import RealTimeChunking
 from .strict import encode
+
+if TYPE_CHECKING:
+    from .control import Tick
+    from .inference import Chunk
+    from .plan import Plan
+    from .policy import Policy
 
 FORMAT, VERSION = "smolvla-edge-recording", 1
 META, TICKS, CHUNKS = "run.json", "ticks.jsonl", "chunks"
@@ -63,22 +73,6 @@ class RunMeta:
     version: int = VERSION
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One chunk: what the policy was asked and what it answered, enough to compute it again bit for bit. The arrays
-    must not change afterwards."""
-
-    images: Mapping[str, NDArray[np.uint8]]  # camera -> [H, W, 3] RGB
-    state: NDArray[np.float64]  # [dof] in robot units
-    noise: NDArray[np.float32]  # [1, chunk_size, max_action_dim]
-    steps: int
-    prev_chunk: NDArray[np.float32] | None  # [k, dof] in robot units
-    delay: int  # actions
-    actions: NDArray[np.float32]  # [chunk_size, dof] in robot units
-    time_s: float  # monotonic, of the observation
-    latency_s: float
-
-
 class RunLog:
     """Appends one JSON line per tick to a file. `problem` says why it is incomplete, and is empty while it is not."""
 
@@ -100,6 +94,28 @@ class RunLog:
         # Encoded here: the caller may change its arrays afterwards, and a second busy thread would cost it more.
         data = json.dumps(_plain(line), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         self.dropped += not self._put(partial(self._append, data))
+
+    def tick(self, tick: Tick) -> None:
+        """A line of what a tick read, sent and took."""
+        log, emitted = tick.log, dict(vars(tick.emitted))
+        line = {"t_s": tick.elapsed_s, "doing": tick.doing, "queued": tick.queued, "late_ms": log.late_ms[-1]}
+        line |= {"read_ms": log.read_ms[-1], "write_ms": log.write_ms[-1], "missed": log.counts.missed}
+        line |= vars(tick.state)
+        line |= {"goal": emitted.pop("raw"), "goal_position": emitted.pop("position")}
+        # Of the pipeline's steps only those that bit, and where.
+        line |= {name: value for name, value in emitted.items() if np.any(value)}
+        if tick.seam_deg is not None:
+            line["seam_deg"] = tick.seam_deg
+        if tick.events:
+            line["events"] = tick.events
+        self.write(line)
+
+    def wrote(self, servo_id: int, register: object, value: int) -> None:
+        """The journal of everything that was written to a servo but goals."""
+        self.write({"write": str(register), "id": servo_id, "value": value})
+
+    def answered(self, chunk: Chunk) -> None:
+        """A chunk of the policy's: only a Recorder keeps it."""
 
     def close(self) -> None:
         """Write what is queued, for so long as CLOSE_LIMIT_S, and end the thread. May be called again."""
@@ -149,26 +165,63 @@ class Recorder(RunLog):
             if any(folder.iterdir()):
                 raise SettingsError(f"{folder} is not empty: record into a new folder, so that two runs never mix")
             (folder / CHUNKS).mkdir()
-            _write_whole(folder / META, json.dumps(encode(meta), indent=1).encode() + b"\n")
+            write_whole(folder / META, json.dumps(encode(meta), indent=1).encode() + b"\n")
         except (OSError, ValueError) as e:
             raise SettingsError(f"cannot record into {folder} ({_reason(e)}): name a new folder") from e
         super().__init__(folder / TICKS)
         self.chunks = 0
 
-    def chunk(self, asked: Asked) -> None:
-        """Returns at once. May be called from another thread than `write`."""
-        self.dropped_chunks += not self._put(partial(self._save, self.chunks, asked))
+    def answered(self, chunk: Chunk) -> None:
+        """Returns at once. May be called from another thread than `write`. The arrays must not change afterwards."""
+        self.dropped_chunks += not self._put(partial(self._save, self.chunks, chunk))
         self.chunks += 1
 
-    def _save(self, number: int, asked: Asked) -> None:
-        folder, rest = self.path.parent / CHUNKS, dict(vars(asked))
-        for camera, image in rest.pop("images").items():
+    def _save(self, number: int, chunk: Chunk) -> None:
+        folder, seen = self.path.parent / CHUNKS, chunk.observation
+        for camera, image in seen.images.items():
             bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
             png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
-            _write_whole(folder / f"{number:06d}.{camera}.png", png.tobytes())
+            write_whole(folder / f"{number:06d}.{camera}.png", png.tobytes())
+        asked = {
+            "state": seen.state,
+            "prev_chunk": seen.ask.prev_chunk,
+            "delay": seen.ask.delay,
+            "time_s": seen.time_s,
+        }
+        said = {n: getattr(chunk, n) for n in ("noise", "steps", "actions", "latency_s")}
         arrays = io.BytesIO()
-        np.savez(arrays, **{name: value for name, value in rest.items() if value is not None})
-        _write_whole(folder / f"{number:06d}.npz", arrays.getvalue())
+        np.savez(arrays, **{name: value for name, value in (asked | said).items() if value is not None})
+        write_whole(folder / f"{number:06d}.npz", arrays.getvalue())
+
+
+@contextlib.contextmanager
+def opened(plan: Plan, policy: Policy) -> Iterator[RunLog]:
+    """The log of one run, closed on the way out. SettingsError when --record names a folder of no use."""
+    chosen, manifest = plan.settings, plan.bundle.manifest
+    if chosen.record:
+        meta = RunMeta(
+            bundle=chosen.bundle,
+            bundle_digest=plan.bundle.digest,
+            precision=manifest.precision,
+            device=policy.graphs.reason,
+            task=plan.task,
+            fps=plan.fps,
+            units=plan.units.value,
+            chunking=chosen.chunking,
+            rtc=policy.rtc,
+            cameras=tuple(c.name for c in manifest.cameras),
+            joints=manifest.joints or JOINT_NAMES * (manifest.action.dim == len(JOINT_NAMES)),
+            seed=chosen.seed,
+        )
+        log: RunLog = Recorder(Path(chosen.record), meta)
+        print(f"recording to {chosen.record}")
+    else:
+        log = RunLog(default_log_path())
+        print(f"log: {log.path}")
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 def default_log_path() -> Path:
@@ -187,12 +240,6 @@ def default_log_path() -> Path:
         _warn(f"this run leaves no log ({_reason(e)})")
         return Path(os.devnull)
     return folder / name
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_bytes(data)
-    beside.replace(path)
 
 
 def _plain(value: Any) -> Any:

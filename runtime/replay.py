@@ -14,9 +14,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from .chunks import Ask
 from .errors import CheckFailed, InputError, SettingsError
-from .policy import Policy
-from .recording import CHUNKS, FORMAT, META, VERSION, Asked, RunMeta
+from .inference import Chunk, Observation
+from .policy import Policy, Timing
+from .recording import CHUNKS, FORMAT, META, VERSION, RunMeta
 from .selfcheck import TOLERANCE
 from .strict import decode
 
@@ -28,8 +30,8 @@ class Recording:
     meta: RunMeta
     files: tuple[Path, ...]  # one .npz per finished chunk, in the order they were asked for
 
-    def chunk(self, file: Path) -> Asked:
-        """Raises SettingsError for a damaged file."""
+    def chunk(self, file: Path) -> Chunk:
+        """As it was asked and answered; its timing is not known. Raises SettingsError for a damaged file."""
         path, images = file, {}
         try:
             for camera in self.meta.cameras:
@@ -41,7 +43,9 @@ class Recording:
             path = file
             with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
                 rest = {name: value if value.ndim else value.item() for name, value in stored.items()}
-            return Asked(images, **{"prev_chunk": None} | rest)
+            ask = Ask(0, rest.pop("prev_chunk", None), rest.pop("delay"))
+            seen = Observation(images, rest.pop("state"), ask, rest.pop("time_s"))
+            return Chunk(observation=seen, timing=Timing(0.0, 0.0, 0.0), **rest)
         except Exception as e:  # numpy and OpenCV have a dozen kinds for a damaged file
             raise SettingsError(f"{path} is damaged ({e}): remove the chunk {file.stem}.* to replay the rest") from e
 
@@ -83,11 +87,12 @@ def differences(recording: Recording, policy: Policy) -> Iterator[tuple[Path, ND
         raise InputError(f"the recording does not fit {policy.bundle.folder}: {'; '.join(wrong)}")
     policy.rtc = meta.rtc
     for file in recording.files:
-        asked = recording.chunk(file)
+        chunk = recording.chunk(file)
+        seen, ask = chunk.observation, chunk.observation.ask
         got = policy.predict_chunk(
-            asked.images, asked.state, meta.task, asked.noise, asked.steps, asked.prev_chunk, asked.delay
+            seen.images, seen.state, meta.task, chunk.noise, chunk.steps, ask.prev_chunk, ask.delay
         ).astype(np.float64)
-        was = asked.actions.astype(np.float64)
+        was = chunk.actions.astype(np.float64)
         if got.shape != was.shape:
             raise InputError(f"{file} holds actions of shape {was.shape}, the bundle answers {got.shape}")
         with np.errstate(invalid="ignore"):

@@ -6,8 +6,10 @@ not a measurement: one board's use of its peaks is assumed of another.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 
 from .errors import InputError
 
@@ -65,32 +67,23 @@ BOARDS = (
 _NOISE = {"nvidia", "jetson", "engineering", "reference", "developer", "kit", "module"}
 
 
-def find_board(name: str) -> Board:
-    """The board of BOARDS that people or a device tree call `name`. Raises InputError that lists all."""
-    for board in BOARDS:
+def find_board(*names: str) -> Board:
+    """The board of BOARDS that people or a device tree call by the first of `names` that is known. Raises InputError
+    that lists all."""
+    for name, board in product(names, BOARDS):
         if _words(name) in [_words(known) for known in (board.name, *board.also)]:
             return board
-    raise InputError(f"board {name!r} is unknown, expected one of: {', '.join(board.name for board in BOARDS)}")
+    raise InputError(f"board {names[-1]!r} is unknown, expected one of: {', '.join(board.name for board in BOARDS)}")
 
 
 def _words(name: str) -> set[str]:
     return set(re.sub(r"(\d) +gb", r"\1gb", re.sub(r"[-_\s]+", " ", name.lower())).split()) - _NOISE
 
 
-@dataclass(frozen=True)
-class Efficiency:
-    """Shares of the peaks that are reached. The expert's arithmetic counts as the language model's."""
-
-    vision: float
-    language: float
-    memory: float
-
-
-PEAK = Efficiency(1.0, 1.0, 1.0)
 # Fitted to the best public run of SmolVLA without custom kernels: 133.6 ms with TensorRT engines from ONNX on an Orin
 # Nano 8GB Super, FP16, 2 cameras, 10 steps (eetmie/jetson-orin-nano-vla on GitHub). INT8, of which no run is public,
 # is given the same shares.
-ONNX_ALONE = Efficiency(0.31, 0.34, 0.49)
+ONNX_ALONE = {"vision": 0.31, "language": 0.34, "memory": 0.49}
 
 
 @dataclass(frozen=True)
@@ -106,18 +99,19 @@ class Chunk:
     prefix_tokens: int
     image_tokens: int  # of one camera
 
-    def ms(self, board: Board, efficiency: Efficiency = PEAK) -> dict[str, float]:
-        """Stage -> milliseconds; "denoise" is all steps."""
+    def ms(self, board: Board, vision: float = 1, language: float = 1, memory: float = 1) -> dict[str, float]:
+        """Stage -> milliseconds; "denoise" is all steps. Of the board's peaks, such shares are reached: by the
+        arithmetic of vision and of the language model, as which the expert's counts, and by what reads memory."""
 
         def stage(work: Work, share: float, cache_bytes: int = 0) -> float:
             int8 = work.gemm.get("int8", 0)
             arithmetic = ((work.flops - int8) / board.float_tflops + int8 / board.int8_tops) / 1e9 / share
-            return max(arithmetic, (work.weight_bytes + cache_bytes) / board.gb_s / 1e6 / efficiency.memory)
+            return max(arithmetic, (work.weight_bytes + cache_bytes) / board.gb_s / 1e6 / memory)
 
         return {
-            "vision": stage(self.vision, efficiency.vision),
-            "language": stage(self.language, efficiency.language),
-            "denoise": self.steps * stage(self.expert, efficiency.language, self.cache_bytes),
+            "vision": stage(self.vision, vision),
+            "language": stage(self.language, language),
+            "denoise": self.steps * stage(self.expert, language, self.cache_bytes),
         }
 
     def with_cameras(self, count: int) -> "Chunk":
@@ -136,19 +130,18 @@ class Chunk:
 
     def in_float16(self) -> "Chunk":
         """Where float32 is stored, float16 instead, the cache included."""
-        names = {"float32": "float16"}
-        return replace(self._renamed(names), cache_bytes=self.cache_bytes // 2)
+        return replace(self._stored({"float32": "float16"}), cache_bytes=self.cache_bytes // 2)
 
     def in_int8(self) -> "Chunk":
         """Every product with weights in INT8."""
-        return self._renamed({"float32": "int8", "float16": "int8"})
+        return self._stored({"float32": "int8", "float16": "int8"})
 
-    def _renamed(self, names: Mapping[str, str]) -> "Chunk":
+    def _stored(self, names: Mapping[str, str]) -> "Chunk":
         def renamed(counts: Mapping[str, int]) -> dict[str, int]:
-            found: dict[str, int] = {}
+            found = Counter[str]()
             for dtype, n in counts.items():
-                found[names.get(dtype, dtype)] = found.get(names.get(dtype, dtype), 0) + n
-            return found
+                found[names.get(dtype, dtype)] += n
+            return dict(found)
 
         vision, language, expert = (
             Work(renamed(w.gemm), w.attention, renamed(w.weights)) for w in (self.vision, self.language, self.expert)

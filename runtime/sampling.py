@@ -11,16 +11,9 @@ from .bundle import Sampling
 from .errors import InputError
 
 Schedule = Literal["zeros", "ones", "linear", "exp"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one run of the expert graph is given beside the actions. Scalars are float32 [1]."""
-
-    time: NDArray[np.float32]
-    dt: NDArray[np.float32]
-    embedding: NDArray[np.float32]  # [1, expert width]
-    guidance: NDArray[np.float32]
+# What one run of the expert graph is given beside actions and cache: float32 time, dt, guidance [1] and
+# time_embedding [1, expert width].
+Step = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -83,12 +76,8 @@ def schedule(steps: int, width: int, sampling: Sampling, rtc: RealTimeChunking |
     for i in range(steps):
         time = 1.0 + i * dt
         seen = float(np.float32(time))  # LeRobot hands the network a float32 time
-        result.append(
-            Step(
-                time=np.array([time], np.float32),
-                dt=np.array([dt], np.float32),
-                embedding=time_embedding(seen, width, sampling.min_period, sampling.max_period),
-                guidance=np.array([rtc.guidance(time) if rtc else 0.0], np.float32),
-            )
-        )
+        scalars = {"time": time, "dt": dt, "guidance": rtc.guidance(time) if rtc else 0.0}
+        step = {name: np.array([value], np.float32) for name, value in scalars.items()}
+        embedding = time_embedding(seen, width, sampling.min_period, sampling.max_period)
+        result.append(step | {"time_embedding": embedding})
     return result

@@ -21,7 +21,6 @@ from .preprocessing import CAMERA_GRAPH, Feeds, require_resized, resampling
 from .sampling import Step
 
 Array = NDArray[np.float32]
-_FED_EACH_STEP = ("time", "dt", "time_embedding", "guidance")
 
 
 class TrtGraphs:
@@ -48,14 +47,12 @@ class TrtGraphs:
             if wrong := mislabelled(m.precision, record.layers):
                 raise BackendError(f"the engine of {file} is not {m.precision}: {wrong}. Try --backend ort-cuda")
         self.reason = f"TensorRT {cache.tensorrt} on {cache.gpu}"
-        # One buffer per name: what both graphs call the same is the same memory.
-        tensors = {t.name: t for g in (m.prefix, m.expert) for t in (*g.inputs, *g.outputs)}
-        self._tensors = tensors
-        self._buffers = {name: self._stream.allocate(t.bytes) for name, t in tensors.items()}
+        self._tensors = m.tensors
+        self._buffers = {name: self._stream.allocate(t.bytes) for name, t in self._tensors.items()}
         self._steps: list[dict[str, int]] = []  # buffers of what differs between denoise steps
         self._resizers: dict[tuple[int, int], Engine] = {}  # by height and width
         self._slots: dict[tuple[int, tuple[int, int]], dict[str, int]] = {}  # buffers of a camera and size
-        self._frames: list[tuple[Engine, dict[str, int]]] | None = None  # runs that make images of frames
+        self._frames: list[tuple[Engine, dict[str, int]]] = []  # runs that make images of frames
         self._shapes: list[tuple[int, int]] = []
         self._stale = False  # the cache is not yet that of the last prefill
         self._captured: dict[tuple[int, bool], Callable[[], None]] = {}
@@ -64,7 +61,7 @@ class TrtGraphs:
         """Upload what Preprocessor made: either `images`, or a raw frame for each camera."""
         frames = [feeds[f"frame.{c.name}"] for c in self._manifest.cameras if f"frame.{c.name}" in feeds]
         self._use_frames([(f.shape[0], f.shape[1]) for f in frames])
-        for (_, addresses), frame in zip(self._frames or [], frames, strict=True):
+        for (_, addresses), frame in zip(self._frames, frames, strict=True):
             self._stream.upload(addresses["frame"], np.ascontiguousarray(frame))
         for name, array in feeds.items():
             if name in self._buffers:
@@ -109,14 +106,6 @@ class TrtGraphs:
         self.finish_prefill()
         return {t.name: self._download(t.name) for t in self._manifest.prefix.outputs}
 
-    def proof(self) -> dict[str, float] | None:
-        """The self-check that this bundle has passed with these engines, if it has."""
-        return self.cache_of_engines.proof()
-
-    def prove(self, errors: dict[str, float]) -> None:
-        """Keep a passed self-check with the engines."""
-        self.cache_of_engines.prove(errors)
-
     def close(self) -> None:
         """Free the device's memory."""
         self._stream.close()
@@ -129,10 +118,9 @@ class TrtGraphs:
 
     def _use_frames(self, shapes: list[tuple[int, int]]) -> None:
         """Prepare for frames of these (height, width); none: for ready images. Captured graphs end with a change."""
-        if self._frames is not None and shapes == self._shapes:
-            return
-        frames = [self._camera(i, shape) for i, shape in enumerate(shapes)]
-        self._shapes, self._captured, self._frames = shapes, {}, frames
+        if shapes != self._shapes:
+            self._frames = [self._camera(i, shape) for i, shape in enumerate(shapes)]
+            self._shapes, self._captured = shapes, {}
 
     def _camera(self, index: int, size: tuple[int, int]) -> tuple[Engine, dict[str, int]]:
         """The run that turns camera `index`'s frame of (height, width) into its slice of `images`."""
@@ -156,11 +144,11 @@ class TrtGraphs:
         require_resized(self._stream.download(addresses["image"], (3, self._size, self._size), np.float32), frame)
 
     def _feed_steps(self, steps: Sequence[Step]) -> None:
-        while len(self._steps) < len(steps):
-            self._steps.append({name: self._stream.allocate(self._tensors[name].bytes) for name in _FED_EACH_STEP})
-        for step, addresses in zip(steps, self._steps, strict=False):
-            for name, array in zip(_FED_EACH_STEP, (step.time, step.dt, step.embedding, step.guidance), strict=True):
-                self._stream.upload(addresses[name], array)
+        for i, step in enumerate(steps):
+            if i == len(self._steps):
+                self._steps.append({name: self._stream.allocate(array.nbytes) for name, array in step.items()})
+            for name, array in step.items():
+                self._stream.upload(self._steps[i][name], array)
 
     def _chunk(self, steps: int, with_prefix: bool) -> None:
         """Run a chunk: the first time of its kind as it is, then captured, from then on by one launch."""
@@ -183,7 +171,7 @@ class TrtGraphs:
             self._step(i)
 
     def _run_prefix(self) -> None:
-        for camera, addresses in self._frames or []:
+        for camera, addresses in self._frames:
             camera.run(addresses)
         self._prefix.run(self._buffers)
 

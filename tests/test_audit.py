@@ -25,8 +25,8 @@ from smolvla_edge.runtime.audit import (
     contradictions,
     last_runs,
     multiply_adds,
+    stored_weights,
 )
-from smolvla_edge.runtime.stored import stored_weights
 
 
 def event(operator, inputs, output, provider=CPU, ts=0, kind="float"):
@@ -81,7 +81,6 @@ def test_a_bundle_is_what_its_label_says_and_no_other_label_is_believed(precisio
     assert any(f"labelled {other}, but stored are" in text for text in contradictions(found, other))
     (refused,) = contradictions(found, "int8")
     assert refused.startswith("labelled int8, but stored are float")
-    assert contradictions(found, "fp8") == ["label 'fp8' is unknown, expected fp32, fp16 or int8"]
 
 
 def test_what_is_stored_is_what_onnx_reads(export_case):
@@ -167,11 +166,10 @@ def test_the_command_prints_both_truths(export_case):
     assert done.exit_code == 0, done.output
     assert "stored    prefix: float16 98.0 %" in done.output
     assert f"computed  {CPU}: float" in done.output
-    told = json.loads(CliRunner().invoke(app, ["--bundle", folder, "--device", "cpu", "--json"]).output)
-    assert (told["label"], told["contradictions"], told["notes"]) == ("fp16", [], [])
-    assert sum(row["multiply_adds"] for row in told["rows"]) == told["multiply_adds"] > 0
-    times = [row["ms"] for row in told["rows"]]
-    assert times == sorted(times, reverse=True)
+    assert "note" not in done.output
+    rows = done.output.splitlines()[done.output.splitlines().index("") + 2 :]
+    times = [float(row.split()[-2]) for row in rows]
+    assert times == sorted(times, reverse=True) and times[0] > 0
 
 
 def test_the_command_refuses_a_bundle_that_does_other_work_than_its_manifest_says(tiny_bundle):

@@ -249,7 +249,7 @@ def test_progress_is_told_now_and_then_and_the_outcome_once(made, monkeypatch):
 def record(folder, chunks=10):
     recorder = Recorder(folder, replace(META, task="Push."))
     for i in range(chunks):
-        recorder.chunk(some_chunk(seed=i))
+        recorder.answered(some_chunk(seed=i))
     recorder.close()
     return folder
 
@@ -258,9 +258,9 @@ def test_a_recording_is_one_episode_of_what_the_policy_saw(tmp_path):
     drawn = read(record(tmp_path / "run"), frames=8, held_out=2)
     assert (drawn.record.kind, drawn.record.frames, drawn.record.episodes) == ("recording", 10, 1)
     for i, sample in enumerate((*drawn.calibration, *drawn.held_out)):
-        asked = some_chunk(seed=i)
-        assert all(np.array_equal(sample.images[c], asked.images[c]) for c in ("front", "wrist"))
-        assert np.array_equal(sample.state, asked.state.astype(np.float32)) and sample.state.dtype == np.float32
+        seen = some_chunk(seed=i).observation
+        assert all(np.array_equal(sample.images[c], seen.images[c]) for c in ("front", "wrist"))
+        assert np.array_equal(sample.state, seen.state.astype(np.float32)) and sample.state.dtype == np.float32
         assert sample.task == "Push."
 
 

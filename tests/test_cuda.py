@@ -114,8 +114,8 @@ def test_where_capture_fails_it_runs_without_and_says_why(cuda, export_case, mon
     wait_for_no_cuda_thread()
 
 
-def test_cuda_graphs_can_be_switched_off(cuda, export_case):
-    graphs = OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "ort-cuda", cuda_graphs=False)
+def test_a_profile_is_of_single_runs_without_cuda_graphs(cuda, export_case, tmp_path):
+    graphs = OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "ort-cuda", profile=tmp_path)
     assert "CUDA graphs" not in graphs.reason
     assert [s.providers[0][1]["enable_cuda_graph"] for s in cuda.made] == ["0", "0", "0"]
 

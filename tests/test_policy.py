@@ -105,39 +105,55 @@ def everything(_):
     return True
 
 
-def test_jetson_without_tensorrt_says_what_each_backend_needs_and_what_to_use():
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this machine one with such providers of ONNX Runtime and such shared libraries."""
+
+    def make(*providers, loads=everything):
+        monkeypatch.setattr("onnxruntime.get_available_providers", lambda: list(providers))
+        monkeypatch.setattr("smolvla_edge.runtime.backend._loads", loads)
+
+    return make
+
+
+def test_jetson_without_tensorrt_says_what_each_backend_needs_and_what_to_use(machine):
+    machine(CPU, loads=lambda _: False)
     with pytest.raises(BackendError, match=r"tensorrt needs .*module tensorrt .*; ort-tensorrt needs .*libnvinfer.*; "
                        r"ort-cuda needs .*libcuda.*On this machine use --device cpu"):  # fmt: skip
-        choose("jetson", available=[CPU], loads=lambda _: False)
+        choose("jetson")
+    machine(TENSORRT, CUDA, CPU, loads=lambda name: name == "libcuda.so.1")
     with pytest.raises(BackendError, match=r"backend ort-tensorrt cannot be had: .*libnvinfer.*use --device cuda"):
-        choose(backend="ort-tensorrt", available=[TENSORRT, CUDA, CPU], loads=lambda name: name == "libcuda.so.1")
+        choose(backend="ort-tensorrt")
 
 
-def test_a_device_is_the_first_backend_that_can_run_and_says_why_the_others_cannot():
-    choice = choose("jetson", available=[TENSORRT, CUDA, CPU], loads=everything)
+def test_a_device_is_the_first_backend_that_can_run_and_says_why_the_others_cannot(machine):
+    machine(TENSORRT, CUDA, CPU)
+    choice = choose("jetson")
     assert choice.backends == ("ort-tensorrt", "ort-cuda")
     assert choice.reason.startswith(
         "device jetson: ort-tensorrt, because tensorrt needs the Python module tensorrt ("
     )
-    assert choose("cuda", available=[CUDA, CPU], loads=everything) == Choice(
-        ("ort-cuda",), "device cuda: ort-cuda, as asked"
-    )
-    assert choose("cuda", "ort-tensorrt", available=[TENSORRT, CPU], loads=everything).backends == ("ort-tensorrt",)
+    assert choose("cuda") == Choice(("ort-cuda",), "device cuda: ort-cuda, as asked")
+    assert choose("cuda", "ort-tensorrt").backends == ("ort-tensorrt",)
 
 
-def test_cuda_without_a_driver_is_refused_before_anything_is_loaded():
+def test_cuda_without_a_driver_is_refused_before_anything_is_loaded(machine):
+    machine(CUDA, CPU, loads=lambda _: False)
     with pytest.raises(BackendError, match=r"needs the NVIDIA driver .* use --device cpu"):
-        choose("cuda", available=[CUDA, CPU], loads=lambda _: False)
+        choose("cuda")
 
 
-def test_automatic_choices_give_their_reason():
-    choice = choose(available=[CPU], loads=everything)
+def test_automatic_choices_give_their_reason(machine):
+    machine(CPU)
+    choice = choose()
     assert choice.backends == ("ort-cpu",)
     assert choice.reason.startswith(
         "device auto: ort-cpu, because ort-cuda needs ONNX Runtime's CUDAExecutionProvider"
     )
-    assert "libcuda.so.1" in choose(available=[CUDA, CPU], loads=lambda _: False).reason
-    assert choose(available=[CUDA, CPU], loads=everything).reason == "device auto: ort-cuda, it is there"
+    machine(CUDA, CPU, loads=lambda _: False)
+    assert "libcuda.so.1" in choose().reason
+    machine(CUDA, CPU)
+    assert choose().reason == "device auto: ort-cuda, it is there"
 
 
 @pytest.mark.parametrize(

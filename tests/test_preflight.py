@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from smolvla_edge.runtime.normalization import Normalization
-from smolvla_edge.runtime.preflight import preflight, seen_range, units_evidence
+from smolvla_edge.runtime.plan import preflight, seen_range, units_evidence
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 # The extremes of an arm in use, in either unit; nothing else is known of it.
@@ -84,21 +84,21 @@ EVIDENCE = {
 
 @pytest.mark.parametrize("name", EVIDENCE)
 def test_units_are_told_from_the_statistics(name):
-    given, units, why = EVIDENCE[name]
-    evidence = units_evidence((given,), JOINTS)
-    assert evidence.units == units
-    assert why in evidence.why
+    given, units, words = EVIDENCE[name]
+    seen, why = units_evidence((given,), JOINTS)
+    assert seen == units
+    assert words in why
 
 
 def test_state_and_action_are_looked_at_together():
     ordinary, wide = extremes(), extremes(high={"wrist_roll": 170.0})
     for pair in ((ordinary, wide), (wide, ordinary), (statistics(), wide)):
-        assert units_evidence(pair, JOINTS).units == "degrees"
+        assert units_evidence(pair, JOINTS)[0] == "degrees"
     low, high = extremes(low={"wrist_flex": -100.0}), extremes(high={"wrist_flex": 100.0})
     for pair in ((low, high), (high, low)):
-        assert units_evidence(pair, JOINTS).units == "range_m100_100"
+        assert units_evidence(pair, JOINTS)[0] == "range_m100_100"
     moments = statistics(mean=[0] * 5 + [50], std=[20] * 5 + [49])  # a spread beyond 0 to 100 proves nothing
-    assert units_evidence((ordinary, moments), JOINTS).units == ""
+    assert units_evidence((ordinary, moments), JOINTS)[0] == ""
 
 
 def test_the_known_range_is_the_wider_of_extremes_and_five_deviations():
@@ -117,40 +117,40 @@ def chunk_from(first):
 
 
 def test_an_arm_where_the_policy_knows_it_has_no_problem_and_a_line_for_each_joint():
-    found = preflight(JOINTS, HOME, extremes(), chunk_from(HOME), JUMP)
-    assert found.problems == ()
-    lines = found.table.splitlines()
+    table, problems = preflight(JOINTS, HOME, extremes(), chunk_from(HOME), JUMP)
+    assert problems == []
+    lines = table.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(JOINTS)
     assert lines[2].split() == ["shoulder_lift", "-90.0", "-95.0", "to", "40.0", "-90.0", "-90.0", "to", "-87.0"]
 
 
 def test_joints_far_outside_the_training_range_are_all_named():
     position = np.add(HOME, [0, -20, 30, 0, 0, 0])
-    found = preflight(JOINTS, position, extremes(), chunk_from(position), JUMP)
-    assert found.problems == (
+    _, problems = preflight(JOINTS, position, extremes(), chunk_from(position), JUMP)
+    assert problems == [
         "shoulder_lift stands at -110.0, training has seen -95.0 to 40.0",
         "elbow_flex stands at 110.0, training has seen -30.0 to 97.0",
-    )
+    ]
 
 
 def test_a_joint_that_never_moved_in_training_may_stand_a_little_elsewhere():
     still = statistics(min=HOME, max=HOME, mean=HOME, std=[0.0] * 6)
-    assert preflight(JOINTS, HOME + 4.9, still, chunk_from(HOME), JUMP).problems == ()
-    assert len(preflight(JOINTS, HOME - 5.1, still, chunk_from(HOME), JUMP).problems) == 6
+    assert preflight(JOINTS, HOME + 4.9, still, chunk_from(HOME), JUMP)[1] == []
+    assert len(preflight(JOINTS, HOME - 5.1, still, chunk_from(HOME), JUMP)[1]) == 6
 
 
 def test_a_position_that_is_no_number_is_no_place_to_start_from():
-    found = preflight(JOINTS, HOME * np.nan, extremes(), chunk_from(HOME), JUMP)
-    assert len(found.problems) == 6
+    _, problems = preflight(JOINTS, HOME * np.nan, extremes(), chunk_from(HOME), JUMP)
+    assert len(problems) == 6
 
 
 def test_a_first_target_too_far_away_is_named_and_the_gripper_may_go_anywhere():
     first = np.add(HOME, [0, 0, 0, -60.5, 59.5, 90])
-    found = preflight(JOINTS, HOME, extremes(), chunk_from(first), JUMP)
-    assert found.problems == ("wrist_flex would go from 60.0 to -0.5, the limit is 60",)
+    _, problems = preflight(JOINTS, HOME, extremes(), chunk_from(first), JUMP)
+    assert problems == ["wrist_flex would go from 60.0 to -0.5, the limit is 60"]
 
 
 def test_without_statistics_only_the_first_target_is_judged():
-    found = preflight(JOINTS, HOME * 50, statistics(), chunk_from(HOME * 50), JUMP)
-    assert found.problems == ()
-    assert "not known" in found.table
+    table, problems = preflight(JOINTS, HOME * 50, statistics(), chunk_from(HOME * 50), JUMP)
+    assert problems == []
+    assert "not known" in table

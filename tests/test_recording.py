@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from smolvla_edge.runtime import CheckFailed, InputError, Policy, RealTimeChunking, SettingsError, recording
-from smolvla_edge.runtime.recording import QUEUE_LIMIT, Asked, Recorder, RunLog, RunMeta, default_log_path
+from smolvla_edge.runtime.chunks import Ask
+from smolvla_edge.runtime.inference import Chunk, Observation
+from smolvla_edge.runtime.policy import Timing
+from smolvla_edge.runtime.recording import QUEUE_LIMIT, Recorder, RunLog, RunMeta, default_log_path
 from smolvla_edge.runtime.replay import differences, read_recording, replay
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -34,10 +37,16 @@ META = RunMeta(
 )
 
 
+def chunk(images, state, noise, steps, prev_chunk, delay, actions, time_s, latency_s):
+    """What the writer takes, of what a reader gives back."""
+    seen = Observation(images, state, Ask(0, prev_chunk, delay), time_s)
+    return Chunk(actions, noise, steps, seen, latency_s, Timing(0.0, 0.0, 0.0))
+
+
 def some_chunk(seed=0, height=6, width=8, rows=50):
-    """What the writer takes; no policy has computed it."""
+    """No policy has computed it."""
     rng = np.random.default_rng(seed)
-    return Asked(
+    return chunk(
         images={n: rng.integers(0, 256, (height, width, 3), np.uint8) for n in META.cameras},
         state=rng.normal(size=6),
         noise=rng.normal(size=(1, rows, 32)).astype(np.float32),
@@ -73,7 +82,7 @@ def record(folder, policy, shaped=lambda noise: noise):
         }
         state, noise = rng.normal(size=6) * 30, shaped(policy.draw_noise())
         actions = policy.predict_chunk(images, state, meta.task, noise, steps, prev, delay)
-        recorder.chunk(Asked(images, state, noise, steps, prev, delay, actions, 1.0, 0.1))
+        recorder.answered(chunk(images, state, noise, steps, prev, delay, actions, 1.0, 0.1))
         prev, delay = (actions[10:], 4) if np.isfinite(actions).all() else (None, 0)
     recorder.close()
     assert recorder.problem == ""
@@ -318,11 +327,11 @@ from pathlib import Path
 import test_recording as t
 recorder = t.Recorder(Path(sys.argv[1]), t.META)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-recorder.chunk(t.some_chunk(0))
+recorder.answered(t.some_chunk(0))
 recorder.write({"tick": 1})
-recorder.chunk(t.some_chunk(1, **eval(sys.argv[2])))
+recorder.answered(t.some_chunk(1, **eval(sys.argv[2])))
 t.wait_until(lambda: recorder.problem)
-recorder.chunk(t.some_chunk(2))
+recorder.answered(t.some_chunk(2))
 recorder.write({"tick": 2})
 recorder.close()
 print(recorder.problem)
@@ -356,12 +365,12 @@ def test_what_was_recorded_before_the_disk_was_full_stays_readable(tmp_path, big
 
 
 def assert_equal(a, b):
-    assert {n: i.tolist() for n, i in a.images.items()} == {n: i.tolist() for n, i in b.images.items()}
-    for field in ("state", "noise", "actions"):
-        assert getattr(a, field).dtype == getattr(b, field).dtype
-        assert np.array_equal(getattr(a, field), getattr(b, field))
-    for field in ("steps", "prev_chunk", "delay", "time_s", "latency_s"):
-        assert getattr(a, field) == getattr(b, field)
+    x, y = a.observation, b.observation
+    assert {n: i.tolist() for n, i in x.images.items()} == {n: i.tolist() for n, i in y.images.items()}
+    for one, other in ((x.state, y.state), (a.noise, b.noise), (a.actions, b.actions)):
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other)
+    assert (a.steps, a.latency_s, x.ask, x.time_s) == (b.steps, b.latency_s, y.ask, y.time_s)
 
 
 KILLED = """
@@ -371,7 +380,7 @@ import test_recording as t
 recorder = t.Recorder(Path(sys.argv[1]), t.META)
 for i in range(10**6):
     recorder.write({"tick": i})
-    recorder.chunk(t.some_chunk(i))
+    recorder.answered(t.some_chunk(i))
 """
 
 
@@ -394,7 +403,7 @@ def test_what_was_recorded_before_a_kill_stays_readable(tmp_path):
 def test_a_folder_that_is_removed_ends_the_recording_and_not_the_run(tmp_path, capsys):
     recorder = Recorder(tmp_path / "run", META)
     (tmp_path / "run" / "chunks").rmdir()
-    recorder.chunk(some_chunk())
+    recorder.answered(some_chunk())
     recorder.write({"tick": 0})
     recorder.close()
     assert lines(tmp_path / "run" / "ticks.jsonl") == []
@@ -407,20 +416,20 @@ def test_a_disk_that_is_too_slow_costs_lines_and_chunks_that_are_counted(tmp_pat
     recorder = Recorder(tmp_path / "run", META)
     pipe = tmp_path / "run" / "chunks" / "000000.front.png.part"
     os.mkfifo(pipe)
-    recorder.chunk(some_chunk(0))
+    recorder.answered(some_chunk(0))
     wait_until(recorder._queue.empty)  # the writer has it, and is stuck
     for i in range(QUEUE_LIMIT - 1):
         recorder.write({"tick": i})
-    recorder.chunk(some_chunk(1))
+    recorder.answered(some_chunk(1))
     assert (recorder.dropped, recorder.dropped_chunks) == (0, 0)
     for i in range(3):
         recorder.write({"tick": 1000 + i})
     for i in range(2):
-        recorder.chunk(some_chunk(2 + i))
+        recorder.answered(some_chunk(2 + i))
     assert (recorder.dropped, recorder.dropped_chunks) == (3, 2)
     pipe.read_bytes()  # the disk answers again
     wait_until(recorder._queue.empty)
-    recorder.chunk(some_chunk(4))
+    recorder.answered(some_chunk(4))
     assert recorder.problem == ""
     recorder.close()
     assert "is incomplete: the disk was too slow for 3 ticks and 2 chunks" in capsys.readouterr().err
@@ -435,7 +444,7 @@ def test_a_disk_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkeypat
     pipe = tmp_path / "run" / "chunks" / "000000.front.png.part"
     os.mkfifo(pipe)
     for i in range(2 * QUEUE_LIMIT):
-        recorder.chunk(some_chunk(0) if i == 0 else some_chunk(1))
+        recorder.answered(some_chunk(0) if i == 0 else some_chunk(1))
     start = time.monotonic()
     recorder.close()
     recorder.close()

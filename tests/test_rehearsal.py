@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smolvla_edge.devices.motion import MotionCounts
-from smolvla_edge.runtime import command, rehearsal, report
+from smolvla_edge.runtime import command, report
 from smolvla_edge.runtime.chunks import Ask
 from smolvla_edge.runtime.control import Counts, Log, Tick
 from smolvla_edge.runtime.errors import CheckFailed
@@ -22,6 +22,7 @@ from smolvla_edge.runtime.settings import Settings
 CHUNK = Chunk(
     np.zeros((8, 6), np.float32),
     np.zeros((1, 8, 32), np.float32),
+    10,
     Observation({}, np.zeros(6), Ask(0, None, 0), 5.0),
     0.25,
     Timing(1.0, 20.0, 3.0),
@@ -47,7 +48,7 @@ def plan_for(chunking="async"):
 
 
 def judge(log, *, motion=None, chunking="async", failure=""):
-    rehearsal.judge(log, motion or MotionCounts(accepted=290), {"retries": 2}, plan_for(chunking), failure)
+    report.judge(log, motion or MotionCounts(accepted=290), {"retries": 2}, plan_for(chunking), failure)
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def read_report(folder):
-    assert [path.name for path in folder.iterdir()] == [rehearsal.REPORT]
-    return json.loads((folder / rehearsal.REPORT).read_text())
+    assert [path.name for path in folder.iterdir()] == [report.REHEARSAL]
+    return json.loads((folder / report.REHEARSAL).read_text())
 
 
 def test_a_good_rehearsal_passes_and_leaves_a_report(folder, capsys):
@@ -126,18 +127,18 @@ def test_a_few_missed_ticks_and_short_readings_are_forgiven(folder):
 
 def test_a_report_is_replaced_whole_or_not_at_all(folder, monkeypatch):
     judge(good_log())
-    before = (folder / rehearsal.REPORT).read_text()
+    before = (folder / report.REHEARSAL).read_text()
 
-    def full_disk(path, text):
-        with path.open("w") as file:
-            file.write(text[:100])
+    def full_disk(path, data):
+        with path.open("wb") as file:
+            file.write(data[:100])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr(Path, "write_text", full_disk)
+        m.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(OSError, match="No space"):
             judge(good_log(missed=0))
-    assert (folder / rehearsal.REPORT).read_text() == before
+    assert (folder / report.REHEARSAL).read_text() == before
     judge(good_log(ticks=301))
     assert read_report(folder)["counts"]["ticks"] == 301
 

@@ -155,7 +155,7 @@ def test_a_damaged_engine_is_built_again(board, bundle, capsys, file):
     capsys.readouterr()
     for path in (cache_home() / "engines").glob(f"*/{file}"):
         path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
-    assert sum("damaged" in str(r) or "cannot be read" in str(r) for _, r in engine_cache.engine_records()) == 2
+    assert sum("damaged" in str(r) for _, r in engine_cache.engine_records()) == 2
     load(bundle)
     assert capsys.readouterr().out.count("is damaged: building it again") == 2
     load(bundle)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..runtime.bundle import write_whole
 from ..runtime.strict import decode, encode
 from .errors import ResultError
 
@@ -346,7 +347,5 @@ def write(path: Path, result: Result) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Beside its place first, then renamed."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, allow_nan=False) + "\n")
-    part.replace(path)
+    """Whole or not at all."""
+    write_whole(path, (json.dumps(value, allow_nan=False) + "\n").encode())

@@ -25,7 +25,7 @@ from ..devices.virtual_arm import VirtualArm
 from . import command, settings
 from .backend import BACKENDS, choose, choose_for, lacks
 from .budget import measure, report
-from .bundle import Bundle, Manifest
+from .bundle import Bundle, Manifest, write_whole
 from .engine_cache import engine_records
 from .errors import BackendError, BundleError, CheckFailed, SettingsError, SmolVLAError
 from .plan import units_evidence
@@ -84,8 +84,9 @@ def doctor(
     else:
         print("\n".join(map(_lines, findings)))
     if write_config is not None:
-        with write_config.open("x") as file:
-            file.write(drafted)
+        if write_config.exists():  # by now
+            raise SettingsError(f"{write_config} is there already: give another name")
+        write_whole(write_config, drafted.encode())
         print(f"wrote {write_config}", file=sys.stderr)
     if stops := [f.area for f in findings if f.status == "stop"]:
         raise CheckFailed(f"{len(stops)} of these would stop a run: {', '.join(dict.fromkeys(stops))}")

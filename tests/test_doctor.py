@@ -393,6 +393,7 @@ def test_a_drafted_robot_toml_is_read_back_and_holds_what_was_found(saved, run, 
     assert code == 2
     assert "is there already" in err
     assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_a_draft_takes_the_only_camera_and_never_guesses_between_two(export_case):

@@ -407,14 +407,14 @@ def test_a_folder_that_is_removed_ends_the_recording_and_not_the_run(tmp_path, c
     recorder.write({"tick": 0})
     recorder.close()
     assert lines(tmp_path / "run" / "ticks.jsonl") == []
-    assert "chunks/000000.front.png.part: No such file" in recorder.problem
+    assert f"chunks/.000000.front.png.{os.getpid()}.part: No such file" in recorder.problem
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_disk_that_is_too_slow_costs_lines_and_chunks_that_are_counted(tmp_path, capsys):
     """A pipe that nobody empties stands in for the disk, where the first chunk's first file goes."""
     recorder = Recorder(tmp_path / "run", META)
-    pipe = tmp_path / "run" / "chunks" / "000000.front.png.part"
+    pipe = tmp_path / "run" / "chunks" / f".000000.front.png.{os.getpid()}.part"
     os.mkfifo(pipe)
     recorder.answered(some_chunk(0))
     wait_until(recorder._queue.empty)  # the writer has it, and is stuck
@@ -441,7 +441,7 @@ def test_a_disk_that_is_too_slow_costs_lines_and_chunks_that_are_counted(tmp_pat
 def test_a_disk_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recording, "CLOSE_LIMIT_S", 0.1)
     recorder = Recorder(tmp_path / "run", META)
-    pipe = tmp_path / "run" / "chunks" / "000000.front.png.part"
+    pipe = tmp_path / "run" / "chunks" / f".000000.front.png.{os.getpid()}.part"
     os.mkfifo(pipe)
     for i in range(2 * QUEUE_LIMIT):
         recorder.answered(some_chunk(0) if i == 0 else some_chunk(1))

@@ -193,7 +193,10 @@ def _accuracy(s: Source, result: Accuracy) -> Iterator[Section]:
     why = Cell("In robot units; a servo tick is 0.088 degrees, the spread is the reference's own over noise seeds.")
     table = s.table(columns, s.rows(f"{bundle}/joints", "{name}"))
     yield Section("Error of each joint", table, (why,), partial(joints, result.comparisons))
-    yield Section("Error along the chunk", plot=partial(drift, result.comparisons))
+    last = len(result.comparisons[0].drift) - 1
+    columns = {f"action {i + 1}": f"/drift/{i}" for i in sorted({0, last // 4, last // 2, 3 * last // 4, last})}
+    why = Cell("RMS over the spread over seeds, of the worst joint.")
+    yield Section("Error along the chunk", s.table(columns, rows), (why,), partial(drift, result.comparisons))
     yield Section("Worst error of each stage", s.table({"error": ""}, s.rows("/stages")))
 
 

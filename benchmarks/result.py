@@ -234,9 +234,8 @@ class Accuracy(Result):
     passed: bool  # the bundle meets the gate, and every control misses it
 
     def __post_init__(self) -> None:
-        joints = {len(c.joints) for c in self.comparisons}
-        _require(len(joints) == 1 and joints != {0}, f"comparisons with {sorted(joints) or 'no'} joints")
-        _require(all(c.drift for c in self.comparisons), "a comparison without drift")
+        sizes = {(len(c.joints), len(c.drift)) for c in self.comparisons}
+        _require(len(sizes) == 1 and all(*sizes), f"comparisons of {sorted(sizes) or 'no'} joints and actions")
 
 
 @dataclass(frozen=True)

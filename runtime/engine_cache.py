@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,6 +114,9 @@ class EngineCache:
 
     def _build(self, key: Key, folder: Path) -> Record:
         self.say(f"building the TensorRT engine of {key.graph}, once; large ones take minutes")
+        for left in self.folder.glob(".building-*"):
+            if time.time() - left.stat().st_mtime > 86400:  # by a build that was killed
+                shutil.rmtree(left, ignore_errors=True)
         timing = self.folder / f"timing-{hashlib.sha256((key.tensorrt + key.gpu).encode()).hexdigest()[:16]}.cache"
         with tempfile.TemporaryDirectory(prefix=".building-", dir=self.folder) as scratch:
             new = Path(scratch) / "engine"

@@ -157,7 +157,7 @@ def test_results_at_their_edges_are_drawn(tmp_path, change):
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
-        ("accuracy", {"comparisons": []}, "comparisons with no joints"),
+        ("accuracy", {"comparisons": []}, "comparisons of no joints and actions"),
         ("frontier", {"recommended": 99}, "recommended cell 99 of"),
         ("latency", {"rates": {"gflops": {"float32": [1.0]}, "copy_gbs": [1.0, 2.0]}}, "rates that are not pairs"),
         ("latency", {"steps": float("nan")}, "steps is nan, expected int"),

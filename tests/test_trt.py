@@ -4,6 +4,7 @@ Which calls, in which order, on which memory; what is kept and rebuilt; what fai
 """
 
 import json
+import os
 import stat
 import sys
 from dataclasses import replace
@@ -192,6 +193,16 @@ def test_an_interrupted_build_leaves_nothing_and_no_process(board, bundle, monke
         trt.TrtGraphs(bundle, say=interrupt)
     assert heard[-1] == "Building engine"
     assert list((cache_home() / "engines").iterdir()) == []
+
+
+def test_what_a_killed_program_left_half_built_goes_with_the_next_build(board, bundle):
+    left = [cache_home() / "engines" / name for name in (".building-old", ".building-now")]
+    for folder in left:
+        folder.mkdir(parents=True, mode=0o700)
+    left[0].parent.chmod(0o700)
+    os.utime(left[0], (0, 0))
+    load(bundle)
+    assert [folder.exists() for folder in left] == [False, True]
 
 
 def test_a_full_disk_is_an_error_that_names_the_folder(board, bundle, monkeypatch):

@@ -8,13 +8,14 @@ import time
 
 import numpy as np
 import pytest
+from faulty_arm import FaultyArm
 
 from smolvla_edge.devices.calibration import JOINT_NAMES, Calibration
 from smolvla_edge.devices.errors import ArmError, BusError, BusLost
 from smolvla_edge.devices.so101 import SO101
 from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.units import Units
-from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
+from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
 
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
@@ -319,7 +320,7 @@ def test_an_interrupt_during_release_waits_for_the_last_servo(virtual):
 
 
 def test_an_arm_unplugged_while_moving_is_one_error_and_closes():
-    with VirtualArm(cameras=()) as virtual:
+    with FaultyArm(cameras=()) as virtual:
         arm = driver(virtual)
         arm.connect()
         arm.enable()

@@ -14,14 +14,13 @@ from serial.tools import list_ports
 from .board import Board
 from .bus import FeetechBus
 from .calibration import Calibration, joint_label, load_calibration, saved_calibrations
-from .camera_modes import HEIGHT, WIDTH, Node
+from .camera_modes import FPS, HEIGHT, WIDTH, Node
 from .errors import CalibrationError, DeviceError
 from .inspection import inspect
 from .port import ADAPTERS, lasting_path
 from .sts3215 import ENCODER_MAX, Register
 
 Status = Literal["ok", "warning", "stop", "unknown"]
-FPS = 30.0  # what cameras are opened with
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .bus import FeetechBus
+from .calibration import IDS, joint_label
 from .errors import ArmError, DeviceError, listed
 from .frames import BROADCAST_ID
-from .inspection import ERROR_ADVICE, IDS, joint_label
+from .inspection import ERROR_ADVICE
 from .sts3215 import Register, error_names
 
 RAMP_ACCELERATION = 50  # 5000 step/s^2, until the first target has been reached

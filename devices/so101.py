@@ -17,10 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import power
 from .bus import FeetechBus
-from .calibration import JOINT_NAMES as JOINT_NAMES
-from .calibration import Calibration
+from .calibration import IDS, Calibration, joint_label
 from .errors import ArmError, DeviceError, listed
-from .inspection import IDS, inspect, joint_label
+from .inspection import inspect
 from .limits import JOINTS, Limits
 from .monitors import STOPPING_BITS, Monitors
 from .motion import Emitted, MotionCounts, MotionShaper

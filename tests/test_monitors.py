@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from faulty_arm import FaultyServo
 
-from smolvla_edge.devices.calibration import JOINT_NAMES
-from smolvla_edge.devices.inspection import IDS
+from smolvla_edge.devices.calibration import IDS, JOINT_NAMES
 from smolvla_edge.devices.limits import TICKS_PER_DEG, Limits
 from smolvla_edge.devices.monitors import Monitors
 from smolvla_edge.devices.motion import EASED_LEAD_TICKS, MotionShaper

@@ -1,4 +1,4 @@
-"""Pictures of the virtual arm: a table, discs for the red cube, the plate and the hand, and the arm, without perspective.
+"""Pictures of the virtual arm: discs for cube, plate and hand on a table, and the arm, without perspective.
 
 Metres, z up, x away from the base. The lengths resemble an SO-101; this is a drawing, not a model.
 """

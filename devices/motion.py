@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .calibration import JOINT_NAMES, Calibration
-from .errors import ArmError
 from .limits import JOINTS, TICKS_PER_DEG, Limits
 from .units import ENDS, Units, to_raw, to_values
 
@@ -81,8 +80,6 @@ class MotionShaper:
     """
 
     def __init__(self, calibration: Calibration, units: Units, limits: Limits, rate_hz: float) -> None:
-        if not (math.isfinite(rate_hz) and rate_hz > 0):
-            raise ArmError(f"rate_hz is {rate_hz}, expected a finite number above 0.")
         self._calibration, self._units, self._limits = calibration, units, limits
         self._max_dt_s = min(2 / rate_hz, MAX_DT_S)
         self._pause_s = max(limits.action_max_age_s, 2 / rate_hz)

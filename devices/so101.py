@@ -62,8 +62,6 @@ class SO101:
         *,
         motors_off: bool = False,
     ) -> None:
-        if not isinstance(units, Units):
-            raise ArmError(f"units is {units!r}, expected {' or '.join(map(str, Units))}.")
         self.limits = limits or Limits()
         self.bus = FeetechBus(port, reply_margin_s=REPLY_MARGIN_S)
         self.calibration, self.units, self.motors_off = calibration, units, motors_off
@@ -94,7 +92,7 @@ class SO101:
         try:
             result = self.release()
         finally:
-            self.close()
+            self.bus.close()
         if result.unconfirmed:
             if error is None:
                 raise ArmError(result.message)
@@ -162,8 +160,6 @@ class SO101:
 
         far: the first target may be further away than `jump_deg`.
         """
-        if not self.bus.is_open:
-            raise ArmError("enable() before connect(). Connect first: it checks the arm.")
         if self._enabled:
             return
         if self.motors_off:
@@ -249,14 +245,6 @@ class SO101:
         finally:
             result = power.switch_off(self.bus)
         return result
-
-    def close(self) -> None:
-        """Release the arm if it is energised, and close the port. May be called again."""
-        try:
-            if self._enabled:
-                self.release()
-        finally:
-            self.bus.close()
 
     def stop(self, *reasons: str) -> None:
         """Hold from now on, until `resume`."""

@@ -360,7 +360,7 @@ def test_f27_and_f37_a_port_that_is_gone_is_one_error_and_no_hang(how):
         start = time.monotonic()
         assert len(arm.release().unconfirmed) == 6
         assert time.monotonic() - start < 5
-        arm.close()
+        arm.bus.close()
 
 
 def test_what_goes_wrong_during_a_stop_is_told_and_unloaded_as_well(virtual, arm):

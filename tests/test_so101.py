@@ -69,7 +69,7 @@ def test_connecting_and_reading_write_nothing(virtual):
     assert abs(state.position[5] - 50) < 0.1
     assert 0 <= time.monotonic() - state.time_s < 1
     assert images(virtual) == before
-    arm.close()
+    arm.bus.close()
     assert images(virtual) == before
 
 
@@ -329,10 +329,5 @@ def test_an_arm_unplugged_while_moving_is_one_error_and_closes():
             arm.send(HOME)
         result = arm.release()
         assert len(result.unconfirmed) == 6
-        arm.close()
-        arm.close()
-
-
-def test_units_are_never_guessed(virtual):
-    with pytest.raises(ArmError, match=r"Units\.DEGREES or Units\.RANGE_M100_100"):
-        SO101(virtual.port, VIRTUAL_CALIBRATION, "degrees")
+        arm.bus.close()
+        arm.bus.close()

@@ -160,6 +160,8 @@ class SO101:
 
         far: the first target may be further away than `jump_deg`.
         """
+        if not self.bus.is_open:
+            raise ArmError("enable() before connect(). Connect first: it checks the arm.")
         if self._enabled:
             return
         if self.motors_off:

@@ -84,7 +84,12 @@ def switch_off(bus: FeetechBus) -> ReleaseResult:
     # Broadcast first: it reaches all servos at once and needs no answer.
     for servo_id in (BROADCAST_ID, *IDS):
         try:
-            _switch_off(bus, servo_id)
+            if servo_id == BROADCAST_ID:
+                bus.broadcast_torque_off()
+            elif bus.read(servo_id, Register.TORQUE_ENABLE).value:
+                bus.write(servo_id, Register.TORQUE_ENABLE, 0)
+                if left := bus.read(servo_id, Register.TORQUE_ENABLE).value:
+                    raise ArmError(f"Torque_Enable still reads {left} after it was set to 0")
         except DeviceError as error:
             unconfirmed[servo_id] = str(error)
         except BaseException as error:
@@ -92,15 +97,3 @@ def switch_off(bus: FeetechBus) -> ReleaseResult:
     if interrupt is not None:
         raise interrupt
     return ReleaseResult({joint_label(i): unconfirmed[i] for i in IDS if i in unconfirmed})
-
-
-def _switch_off(bus: FeetechBus, servo_id: int) -> None:
-    if servo_id == BROADCAST_ID:
-        bus.broadcast_torque_off()
-        return
-    if bus.read(servo_id, Register.TORQUE_ENABLE).value == 0:
-        return
-    bus.write(servo_id, Register.TORQUE_ENABLE, 0)
-    left = bus.read(servo_id, Register.TORQUE_ENABLE).value
-    if left:
-        raise ArmError(f"Torque_Enable still reads {left} after it was set to 0")

@@ -24,6 +24,7 @@ MODULES = {
     "p3701-0008": "Jetson AGX Orin Industrial",
 }
 PACKAGES = ("brltty", "nvidia-jetpack", "nvidia-l4t-core")
+INSTALLED = r"^Package: {}\nStatus: .* installed\n(?:.+\n)*?Version: (.+)"
 EVENTS = {"oc1": "under-voltage", "oc2": "average over-current", "oc3": "instantaneous over-current"}
 _GPU = re.compile("gpu|ga10b|gv11b")  # as devfreq calls it: Orin, Thor; older kernels; Xavier
 
@@ -70,7 +71,7 @@ def read_board(root: Path = Path("/")) -> Board:
     parts = _text(tree / "compatible").replace("\0", " ")
     numbers = re.findall(r"p\d{4}-\d{4}", parts)  # of the carrier board, then of the module
     l4t = _found(r"R(\d+) \(release\), REVISION: ([\d.]+)", root / "etc/nv_tegra_release")
-    modes = root / "etc/nvpmodel.conf"
+    dpkg, modes = root / "var/lib/dpkg/status", root / "etc/nvpmodel.conf"
     # What nvpmodel was last told, else what it starts with.
     mode = _found(r"pmode:(\d+)", root / "var/lib/nvpmodel/status") or _found(r"PM_CONFIG DEFAULT=(\d+)", modes)
     memory = dict(re.findall(r"(\w+):\s+(\d+) kB", _text(root / "proc/meminfo")))
@@ -84,7 +85,7 @@ def read_board(root: Path = Path("/")) -> Board:
         kernel=_text(root / "proc/sys/kernel/osrelease"),
         driver=_found(r"\s(\d+\.[\d.]+)\s", root / "proc/driver/nvidia/version"),
         cuda=_found(r'"cuda"\s*:\s*{[^}]*"version"\s*:\s*"([^"]+)', root / "usr/local/cuda/version.json"),
-        packages=_packages(_text(root / "var/lib/dpkg/status")),
+        packages={name: version for name in PACKAGES if (version := _found(INSTALLED.format(name), dpkg))},
         processes=frozenset(_text(path) for path in root.glob("proc/[0-9]*/comm")),
         power_modes={int(i): name for i, name in re.findall(r"POWER_MODEL ID=(\d+) NAME=(\S+)", _text(modes))},
         power_mode=int(mode) if mode else None,
@@ -115,15 +116,6 @@ def _found(pattern: str, path: Path) -> str:
 def _number(path: Path) -> int | None:
     text = _text(path)
     return int(text) if re.fullmatch(r"-?\d+", text) else None
-
-
-def _packages(status: str) -> dict[str, str]:
-    found = {}
-    for entry in status.split("\n\n"):
-        fields = dict(re.findall(r"^(Package|Status|Version): (.+)", entry, re.M))
-        if fields.get("Package") in PACKAGES and fields.get("Status", "").endswith(" installed"):
-            found[fields["Package"]] = fields.get("Version", "")
-    return found
 
 
 def _clocks(root: Path) -> Iterator[Clock]:

@@ -96,7 +96,8 @@ class FrameParser:
     def feed(self, data: bytes) -> list[Frame]:
         """Frames completed by `data`, oldest first."""
         self._buffer += data
-        buffer, found = self._buffer, []
+        buffer = self._buffer
+        found: list[Frame] = []
         while (start := buffer.find(HEADER)) >= 0:
             self._discard(start)
             if self._impossible():

@@ -67,21 +67,8 @@ class VirtualServo:
         """`size` bytes from `address`; addresses that do not exist read 0."""
         return bytes(self._memory[address : address + size]).ljust(size, b"\0")
 
-    def touched(self, address: int, data: bytes) -> dict[Register, int]:
-        """Every register that a write reaches, with the value it would have then."""
-        after = bytearray(self._memory)
-        after[address : address + len(data)] = data
-        return {
-            r: decode(r, bytes(after[r.address : r.end]))
-            for r in Register
-            if address < r.end and r.address < address + len(data)
-        }
-
     def write(self, address: int, data: bytes) -> None:
-        """Take the bytes where registers are writable."""
-        for register, value in self.touched(address, data).items():
-            if register.writable:
-                self._memory[register.address : register.end] = encode(register, value)
+        self._memory[address : address + len(data)] = data
 
     def advance(self, dt_s: float) -> None:
         """Move on by `dt_s` and bring the Present registers up to date."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from smolvla_edge.devices import frames
 from smolvla_edge.devices.errors import BusError, DeviceError
 from smolvla_edge.devices.frames import Instruction
-from smolvla_edge.devices.sts3215 import FORBIDDEN_WRITES, STREAMED, TICKS_PER_TURN, Register, encode
+from smolvla_edge.devices.sts3215 import FORBIDDEN_WRITES, STREAMED, TICKS_PER_TURN, Register, decode, encode
 from smolvla_edge.devices.virtual_arm import MOTION_PERIOD_S, PICTURE_PERIOD_S, VirtualArm, VirtualRig, main
 from smolvla_edge.devices.virtual_bus import VirtualBus, VirtualServo
 
@@ -83,6 +83,16 @@ class FaultyServo(VirtualServo):
             shown[register.address : register.end] = data
         return bytes(shown[address : address + size]).ljust(size, b"\0")
 
+    def touched(self, address, data):
+        """Every register that a write reaches, with the value it would have then."""
+        after = bytearray(self._memory)
+        after[address : address + len(data)] = data
+        return {
+            r: decode(r, bytes(after[r.address : r.end]))
+            for r in Register
+            if address < r.end and r.address < address + len(data)
+        }
+
     def objections(self, address, data):
         """What a careful host would not have written to this servo now."""
         written = self.touched(address, data)
@@ -108,18 +118,16 @@ class FaultyServo(VirtualServo):
         return [f"servo {self.id}: {what}" for what in found]
 
     def write(self, address, data, lost=()):
-        """`lost` registers stay as they are. EPROM bytes last only while Lock is 0."""
+        """Take the bytes where registers are writable and not `lost`. EPROM bytes last only while Lock is 0."""
         unlocked = self.peek(Register.LOCK) == 0
-        kept = {register: self.peek(register) for register in lost}
         written = self.touched(address, data)
-        super().write(address, data)
         self._last_goal = written.get(Register.GOAL_POSITION, self._last_goal)
-        for register, value in kept.items():
-            self._memory[register.address : register.end] = encode(register, value)
-        for register in written:
-            if register.area == "EPROM" and unlocked:
-                place = slice(register.address, register.end)
-                self._lasting[place] = self._memory[place]
+        for register, value in written.items():
+            if register.writable and register not in lost:
+                super().write(register.address, encode(register, value))
+                if register.area == "EPROM" and unlocked:
+                    place = slice(register.address, register.end)
+                    self._lasting[place] = self._memory[place]
 
     def reboot(self):
         """Lose power and come back: torque off, volatile registers as at power-up, goal at the position."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .bus import FeetechBus
 from .calibration import IDS, joint_label
+from .eeprom import write_verified
 from .errors import ArmError, DeviceError, listed
 from .frames import BROADCAST_ID
 from .inspection import ERROR_ADVICE
@@ -42,10 +43,7 @@ def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: 
     bus.write(servo_id, Register.GOAL_VELOCITY, goal_velocity)
     bus.write(servo_id, Register.TORQUE_LIMIT, torque_limit)
     present = bus.read(servo_id, Register.PRESENT_POSITION).value
-    bus.write(servo_id, Register.GOAL_POSITION, present)
-    goal = bus.read(servo_id, Register.GOAL_POSITION).value
-    if goal != present:
-        raise ArmError(f"{label} holds goal {goal}, expected its position {present}. Power the arm off and on.")
+    write_verified(bus, servo_id, Register.GOAL_POSITION, present)
     error = bus.write(servo_id, Register.TORQUE_ENABLE, 1)
     if error:
         raise ArmError(f"{label} reports {', '.join(error_names(error))} when switched on. {ERROR_ADVICE}")
@@ -59,7 +57,7 @@ def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: 
                 "Rest the arm, keep hands off, and look for a wrong calibration."
             )
         time.sleep(JUMP_WINDOW_S / 5)
-    return goal
+    return present
 
 
 def sink(
@@ -87,9 +85,7 @@ def switch_off(bus: FeetechBus) -> ReleaseResult:
             if servo_id == BROADCAST_ID:
                 bus.broadcast_torque_off()
             elif bus.read(servo_id, Register.TORQUE_ENABLE).value:
-                bus.write(servo_id, Register.TORQUE_ENABLE, 0)
-                if left := bus.read(servo_id, Register.TORQUE_ENABLE).value:
-                    raise ArmError(f"Torque_Enable still reads {left} after it was set to 0")
+                write_verified(bus, servo_id, Register.TORQUE_ENABLE, 0)
         except DeviceError as error:
             unconfirmed[servo_id] = str(error)
         except BaseException as error:

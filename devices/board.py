@@ -24,6 +24,7 @@ MODULES = {
     "p3701-0008": "Jetson AGX Orin Industrial",
 }
 PACKAGES = ("brltty", "nvidia-jetpack", "nvidia-l4t-core")
+INSTALLED = r"^Package: {}\nStatus: .* installed\n(?:.+\n)*?Version: (.+)"
 EVENTS = {"oc1": "under-voltage", "oc2": "average over-current", "oc3": "instantaneous over-current"}
 _GPU = re.compile("gpu|ga10b|gv11b")  # as devfreq calls it: Orin, Thor; older kernels; Xavier
 
@@ -69,30 +70,25 @@ def read_board(root: Path = Path("/")) -> Board:
     tree = root / "proc/device-tree"
     parts = _text(tree / "compatible").replace("\0", " ")
     numbers = re.findall(r"p\d{4}-\d{4}", parts)  # of the carrier board, then of the module
-    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
-    driver = re.search(r"\s(\d+\.[\d.]+)\s", _text(root / "proc/driver/nvidia/version"))
-    cuda = re.search(r'"cuda"\s*:\s*{[^}]*"version"\s*:\s*"([^"]+)', _text(root / "usr/local/cuda/version.json"))
-    modes = _text(root / "etc/nvpmodel.conf")
+    l4t = _found(r"R(\d+) \(release\), REVISION: ([\d.]+)", root / "etc/nv_tegra_release")
+    dpkg, modes = root / "var/lib/dpkg/status", root / "etc/nvpmodel.conf"
     # What nvpmodel was last told, else what it starts with.
-    mode = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status")) or re.search(
-        r"PM_CONFIG DEFAULT=(\d+)", modes
-    )
+    mode = _found(r"pmode:(\d+)", root / "var/lib/nvpmodel/status") or _found(r"PM_CONFIG DEFAULT=(\d+)", modes)
     memory = dict(re.findall(r"(\w+):\s+(\d+) kB", _text(root / "proc/meminfo")))
     swaps = re.findall(r"^(/\S+)\s+\S+\s+(\d+)\s+(\d+)", _text(root / "proc/swaps"), re.M)
-    cpu = re.search(r"^model name\s*:\s*(.+)", _text(root / "proc/cpuinfo"), re.M)
     return Board(
         name=_text(tree / "model") or _text(root / "sys/class/dmi/id/product_name"),
         module=MODULES.get(numbers[-1], numbers[-1]) if numbers else "",
-        jetson="nvidia,tegra" in parts or release is not None,
-        l4t=f"{release[1]}.{release[2]}" if release else "",
-        cpu=cpu[1] if cpu else platform.machine(),
+        jetson="nvidia,tegra" in parts or l4t != "",
+        l4t=l4t,
+        cpu=_found(r"^model name\s*:\s*(.+)", root / "proc/cpuinfo") or platform.machine(),
         kernel=_text(root / "proc/sys/kernel/osrelease"),
-        driver=driver[1] if driver else "",
-        cuda=cuda[1] if cuda else "",
-        packages=_packages(_text(root / "var/lib/dpkg/status")),
+        driver=_found(r"\s(\d+\.[\d.]+)\s", root / "proc/driver/nvidia/version"),
+        cuda=_found(r'"cuda"\s*:\s*{[^}]*"version"\s*:\s*"([^"]+)', root / "usr/local/cuda/version.json"),
+        packages={name: version for name in PACKAGES if (version := _found(INSTALLED.format(name), dpkg))},
         processes=frozenset(_text(path) for path in root.glob("proc/[0-9]*/comm")),
-        power_modes={int(i): name for i, name in re.findall(r"POWER_MODEL ID=(\d+) NAME=(\S+)", modes)},
-        power_mode=int(mode[1]) if mode else None,
+        power_modes={int(i): name for i, name in re.findall(r"POWER_MODEL ID=(\d+) NAME=(\S+)", _text(modes))},
+        power_mode=int(mode) if mode else None,
         clocks=tuple(_clocks(root)),
         temperatures={name: celsius for name, celsius, _ in _zones(root)},
         throttled=tuple(_throttled(root)),
@@ -111,18 +107,15 @@ def _text(path: Path) -> str:
         return ""
 
 
+def _found(pattern: str, path: Path) -> str:
+    """What the groups of `pattern` match in the file, joined by dots; empty where it does not."""
+    match = re.search(pattern, _text(path), re.M)
+    return ".".join(match.groups()) if match else ""
+
+
 def _number(path: Path) -> int | None:
     text = _text(path)
     return int(text) if re.fullmatch(r"-?\d+", text) else None
-
-
-def _packages(status: str) -> dict[str, str]:
-    found = {}
-    for entry in status.split("\n\n"):
-        fields = dict(re.findall(r"^(Package|Status|Version): (.+)", entry, re.M))
-        if fields.get("Package") in PACKAGES and fields.get("Status", "").endswith(" installed"):
-            found[fields["Package"]] = fields.get("Version", "")
-    return found
 
 
 def _clocks(root: Path) -> Iterator[Clock]:

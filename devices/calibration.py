@@ -59,8 +59,6 @@ class Calibration:
     source: str
 
     def __post_init__(self) -> None:
-        if len(self.joints) != len(JOINT_NAMES):
-            raise CalibrationError(f"{self.source}: {len(self.joints)} joints, expected {len(JOINT_NAMES)}.")
         problems = [
             problem
             for name, joint in zip(JOINT_NAMES, self.joints, strict=True)
@@ -87,6 +85,11 @@ class Calibration:
         if problems:
             raise CalibrationError(_refusal(source, problems))
         return cls(tuple(joints), source)
+
+    @property
+    def registers(self) -> dict[int, dict[Register, int]]:
+        """What each servo holds of it, {id: {register: value}}."""
+        return {joint.id: joint.registers for joint in self.joints}
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """The content of a calibration file."""

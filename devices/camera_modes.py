@@ -15,7 +15,7 @@ from pathlib import Path
 QUERYCAP, ENUM_FMT, ENUM_FRAMESIZES, ENUM_FRAMEINTERVALS = 0x80685600, 0xC0405602, 0xC02C564A, 0xC034564B
 CAP_VIDEO_CAPTURE, CAP_DEVICE_CAPS = 0x1, 0x80000000
 BUF_TYPE_VIDEO_CAPTURE = DISCRETE = 1
-WIDTH, HEIGHT = 640, 480  # what cameras are opened with
+WIDTH, HEIGHT, FPS = 640, 480, 30.0  # what cameras are opened with
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class CameraWatch:
         now_s = time.monotonic()
         for watched in self._watched:
             watched.look(now_s)
-            self._warnings += watched.rate()
+            if warning := watched.slow():
+                self._warnings.append(warning)
         return {w.name: View(w.frame.image, w.frame.time_s, w.problem) for w in self._watched}
 
     def warnings(self) -> list[str]:
@@ -118,21 +119,21 @@ class _Watched:
         elif same >= FROZEN_PICTURES and self.frame.time_s - self._changed.time_s >= FROZEN_S:
             self.problem = "frozen: the same picture again and again"
 
-    def rate(self) -> list[str]:
-        """The warning that it is slow, once."""
+    def slow(self) -> str:
+        """The warning that it is slow, once; else empty."""
         span_s = self.frame.time_s - self._rated.time_s
-        if span_s < RATE_WINDOW_S:
-            return []
+        if self._told_slow or span_s < RATE_WINDOW_S:
+            return ""
         pictures, self._rated = self.frame.number - self._rated.number, self.frame
         expected_hz = max(SLOWEST_HZ, self._camera.asked_fps / 2)
         # One more: whether a window ends before or after a picture is chance.
-        if self._told_slow or (pictures + 1) / span_s >= expected_hz:
-            return []
-        self._told_slow = True
-        return [
+        self._told_slow = (pictures + 1) / span_s < expected_hz
+        if not self._told_slow:
+            return ""
+        return (
             f"camera '{self.name}' is slow: {pictures / span_s:.1f} pictures a second, expected {expected_hz:g}. "
             "Check its USB port, and the light: in the dark it exposes longer"
-        ]
+        )
 
 
 def _equal(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:

@@ -13,15 +13,15 @@ from serial.tools import list_ports
 
 from .board import Board
 from .bus import FeetechBus
-from .calibration import Calibration, joint_label, load_calibration, saved_calibrations
-from .camera_modes import HEIGHT, WIDTH, Node
+from .calibration import IDS, Calibration, joint_label, load_calibration, saved_calibrations
+from .camera_modes import FPS, HEIGHT, WIDTH, Node
+from .eeprom import differences
 from .errors import CalibrationError, DeviceError
 from .inspection import inspect
 from .port import ADAPTERS, lasting_path
 from .sts3215 import ENCODER_MAX, Register
 
 Status = Literal["ok", "warning", "stop", "unknown"]
-FPS = 30.0  # what cameras are opened with
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,7 @@ def _held(values: Mapping[int, Mapping[Register, int]]) -> Calibration | None:
     for path in saved_calibrations():
         with suppress(CalibrationError):
             saved = load_calibration(path)
-            if all(
-                values.get(joint.id, {}).get(register) == value
-                for joint in saved.joints
-                for register, value in joint.registers.items()
-            ):
+            if len(values) == len(IDS) and not differences(values, saved.registers):
                 return saved
     return None
 

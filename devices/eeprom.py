@@ -84,20 +84,21 @@ def write_differences(bus: FeetechBus, wanted: Mapping[int, Mapping[Register, in
     for servo_id in dict.fromkeys(change.id for change in changes):
         try:
             # While Lock is 1, what is written is lost at power-off.
-            _write_verified(bus, Change(servo_id, Register.LOCK, found[servo_id][Register.LOCK], 0))
+            write_verified(bus, servo_id, Register.LOCK, 0)
             for change in changes:
                 if change.id == servo_id:
-                    _write_verified(bus, change)
+                    write_verified(bus, servo_id, change.register, change.wanted)
         finally:
-            _write_verified(bus, Change(servo_id, Register.LOCK, 0, 1))
+            write_verified(bus, servo_id, Register.LOCK, 1)
     return changes
 
 
-def _write_verified(bus: FeetechBus, change: Change) -> None:
-    bus.write(change.id, change.register, change.wanted)
-    reads = bus.read(change.id, change.register).value
-    if reads != change.wanted:
+def write_verified(bus: FeetechBus, servo_id: int, register: Register, value: int) -> None:
+    """Write, and read back whatever the servo acknowledged: ArmError when it holds something else."""
+    bus.write(servo_id, register, value)
+    reads = bus.read(servo_id, register).value
+    if reads != value:
         raise ArmError(
-            f"{joint_label(change.id)} did not take {change.register}: it had {change.had}, {change.wanted} was "
-            f"written, it reads {reads}. Power the arm off and on, then try again."
+            f"{joint_label(servo_id)} did not take {register}: {value} was written, it reads {reads}. "
+            "Power the arm off and on, then try again."
         )

@@ -96,37 +96,29 @@ class FrameParser:
     def feed(self, data: bytes) -> list[Frame]:
         """Frames completed by `data`, oldest first."""
         self._buffer += data
-        found = []
-        while (frame := self._next()) is not None:
-            found.append(frame)
+        buffer = self._buffer
+        found: list[Frame] = []
+        while (start := buffer.find(HEADER)) >= 0:
+            self._discard(start)
+            if self._impossible():
+                self._discard(1)
+                continue
+            if len(buffer) < 4 or len(buffer) < buffer[3] + 4:
+                return found
+            end = buffer[3] + 4
+            if checksum(buffer[2 : end - 1]) != buffer[end - 1]:
+                self.bad_checksums += 1
+                self._discard(1)
+                continue
+            found.append(Frame(buffer[2], buffer[4], bytes(buffer[5 : end - 1])))
+            del buffer[:end]
+        self._discard(len(buffer) - buffer.endswith(b"\xff"))
         return found
 
     @property
     def pending_bytes(self) -> int:
         """Bytes kept because they may be the start of a frame."""
         return len(self._buffer)
-
-    def _next(self) -> Frame | None:
-        buffer = self._buffer
-        while True:
-            start = buffer.find(HEADER)
-            if start < 0:
-                self._discard(len(buffer) - buffer.endswith(b"\xff"))
-                return None
-            self._discard(start)
-            if self._impossible():
-                self._discard(1)
-                continue
-            if len(buffer) < 4 or len(buffer) < buffer[3] + 4:
-                return None
-            end = buffer[3] + 4
-            if checksum(buffer[2 : end - 1]) != buffer[end - 1]:
-                self.bad_checksums += 1
-                self._discard(1)
-                continue
-            frame = Frame(buffer[2], buffer[4], bytes(buffer[5 : end - 1]))
-            del buffer[:end]
-            return frame
 
     def _impossible(self) -> bool:
         head = self._buffer[2:5]

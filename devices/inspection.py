@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .bus import FeetechBus
-from .calibration import IDS as IDS
-from .calibration import Calibration
-from .calibration import joint_label as joint_label
+from .calibration import IDS, Calibration, joint_label
 from .eeprom import configuration, differences
 from .errors import BusError, BusLost
 from .sts3215 import MODEL_NUMBER, PHASE_MULTI_TURN, Register, error_names

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .inspection import IDS, joint_label
+from .calibration import IDS, joint_label
 from .limits import JOINTS, TICKS_PER_DEG, Limits
 from .sts3215 import Register, error_names
 from .telemetry import MA_PER_STEP, UNBELIEVED_READINGS, JointState

@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .calibration import JOINT_NAMES, Calibration
-from .errors import ArmError
 from .limits import JOINTS, TICKS_PER_DEG, Limits
-from .units import Units, to_raw, to_values
+from .units import ENDS, Units, to_raw, to_values
 
 # Far outside any range, yet small enough that the conversion to ticks cannot overflow.
 LARGEST_VALUE = 1e6
@@ -81,16 +80,13 @@ class MotionShaper:
     """
 
     def __init__(self, calibration: Calibration, units: Units, limits: Limits, rate_hz: float) -> None:
-        if not (math.isfinite(rate_hz) and rate_hz > 0):
-            raise ArmError(f"rate_hz is {rate_hz}, expected a finite number above 0.")
         self._calibration, self._units, self._limits = calibration, units, limits
         self._max_dt_s = min(2 / rate_hz, MAX_DT_S)
         self._pause_s = max(limits.action_max_age_s, 2 / rate_hz)
         self._low = np.array([j.range_min for j in calibration.joints], np.int64) + limits.margin_ticks
         self._high = np.array([j.range_max for j in calibration.joints], np.int64) - limits.margin_ticks
         # Beyond these, the conversion itself clamps.
-        whole = math.inf if units is Units.DEGREES else 100.0
-        self._smallest, self._largest = np.array([-whole] * 5 + [0]), np.array([whole] * 5 + [100])
+        self._smallest, self._largest = np.array([ENDS.get(s, (-math.inf, math.inf)) for s in units.scales]).T
         self._speed = limits.ticks_per_s(calibration)
         self._first_speed = limits.ticks_per_s(calibration, first_move=True)
         self._accel = limits.accel_deg_s2 * TICKS_PER_DEG or math.inf

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .bus import FeetechBus
+from .calibration import IDS, joint_label
+from .eeprom import write_verified
 from .errors import ArmError, DeviceError, listed
 from .frames import BROADCAST_ID
-from .inspection import ERROR_ADVICE, IDS, joint_label
+from .inspection import ERROR_ADVICE
 from .sts3215 import Register, error_names
 
 RAMP_ACCELERATION = 50  # 5000 step/s^2, until the first target has been reached
@@ -41,10 +43,7 @@ def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: 
     bus.write(servo_id, Register.GOAL_VELOCITY, goal_velocity)
     bus.write(servo_id, Register.TORQUE_LIMIT, torque_limit)
     present = bus.read(servo_id, Register.PRESENT_POSITION).value
-    bus.write(servo_id, Register.GOAL_POSITION, present)
-    goal = bus.read(servo_id, Register.GOAL_POSITION).value
-    if goal != present:
-        raise ArmError(f"{label} holds goal {goal}, expected its position {present}. Power the arm off and on.")
+    write_verified(bus, servo_id, Register.GOAL_POSITION, present)
     error = bus.write(servo_id, Register.TORQUE_ENABLE, 1)
     if error:
         raise ArmError(f"{label} reports {', '.join(error_names(error))} when switched on. {ERROR_ADVICE}")
@@ -58,7 +57,7 @@ def switch_on(bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: 
                 "Rest the arm, keep hands off, and look for a wrong calibration."
             )
         time.sleep(JUMP_WINDOW_S / 5)
-    return goal
+    return present
 
 
 def sink(
@@ -83,7 +82,10 @@ def switch_off(bus: FeetechBus) -> ReleaseResult:
     # Broadcast first: it reaches all servos at once and needs no answer.
     for servo_id in (BROADCAST_ID, *IDS):
         try:
-            _switch_off(bus, servo_id)
+            if servo_id == BROADCAST_ID:
+                bus.broadcast_torque_off()
+            elif bus.read(servo_id, Register.TORQUE_ENABLE).value:
+                write_verified(bus, servo_id, Register.TORQUE_ENABLE, 0)
         except DeviceError as error:
             unconfirmed[servo_id] = str(error)
         except BaseException as error:
@@ -91,15 +93,3 @@ def switch_off(bus: FeetechBus) -> ReleaseResult:
     if interrupt is not None:
         raise interrupt
     return ReleaseResult({joint_label(i): unconfirmed[i] for i in IDS if i in unconfirmed})
-
-
-def _switch_off(bus: FeetechBus, servo_id: int) -> None:
-    if servo_id == BROADCAST_ID:
-        bus.broadcast_torque_off()
-        return
-    if bus.read(servo_id, Register.TORQUE_ENABLE).value == 0:
-        return
-    bus.write(servo_id, Register.TORQUE_ENABLE, 0)
-    left = bus.read(servo_id, Register.TORQUE_ENABLE).value
-    if left:
-        raise ArmError(f"Torque_Enable still reads {left} after it was set to 0")

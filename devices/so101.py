@@ -17,10 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import power
 from .bus import FeetechBus
-from .calibration import JOINT_NAMES as JOINT_NAMES
-from .calibration import Calibration
+from .calibration import IDS, Calibration, joint_label
 from .errors import ArmError, DeviceError, listed
-from .inspection import IDS, inspect, joint_label
+from .inspection import inspect
 from .limits import JOINTS, Limits
 from .monitors import STOPPING_BITS, Monitors
 from .motion import Emitted, MotionCounts, MotionShaper
@@ -63,8 +62,6 @@ class SO101:
         *,
         motors_off: bool = False,
     ) -> None:
-        if not isinstance(units, Units):
-            raise ArmError(f"units is {units!r}, expected {' or '.join(map(str, Units))}.")
         self.limits = limits or Limits()
         self.bus = FeetechBus(port, reply_margin_s=REPLY_MARGIN_S)
         self.calibration, self.units, self.motors_off = calibration, units, motors_off
@@ -95,7 +92,7 @@ class SO101:
         try:
             result = self.release()
         finally:
-            self.close()
+            self.bus.close()
         if result.unconfirmed:
             if error is None:
                 raise ArmError(result.message)
@@ -250,14 +247,6 @@ class SO101:
         finally:
             result = power.switch_off(self.bus)
         return result
-
-    def close(self) -> None:
-        """Release the arm if it is energised, and close the port. May be called again."""
-        try:
-            if self._enabled:
-                self.release()
-        finally:
-            self.bus.close()
 
     def stop(self, *reasons: str) -> None:
         """Hold from now on, until `resume`."""

@@ -19,14 +19,15 @@ PHASE_MULTI_TURN = 0x10
 
 
 class Register(Enum):
-    """(address, bytes, access, factory default or None, sign bit or None). Below address 40 lies EPROM.
+    """(address, bytes, access, factory default or None, sign bit or None), of those that matter here.
+
+    Below address 40 lies EPROM.
 
     Signed registers are sign-magnitude: the sign bit, then the magnitude below it; never two's complement.
     """
 
     FIRMWARE_MAJOR_VERSION = (0, 1, "R", None, None)
     FIRMWARE_MINOR_VERSION = (1, 1, "R", None, None)
-    ENDIANNESS = (2, 1, "R", 0, None)
     MODEL_NUMBER = (3, 2, "R", 777, None)
     ID = (5, 1, "RW", 1, None)
     BAUD_RATE = (6, 1, "RW", 0, None)
@@ -40,23 +41,17 @@ class Register(Enum):
     MAX_TORQUE_LIMIT = (16, 2, "RW", 1000, None)
     PHASE = (18, 1, "RW", None, None)
     UNLOADING_CONDITION = (19, 1, "RW", 44, None)
-    LED_ALARM_CONDITION = (20, 1, "RW", 47, None)
     P_COEFFICIENT = (21, 1, "RW", 32, None)
     D_COEFFICIENT = (22, 1, "RW", 32, None)
     I_COEFFICIENT = (23, 1, "RW", 0, None)
     MINIMUM_STARTUP_FORCE = (24, 1, "RW", None, None)
     INTEGRAL_LIMIT = (25, 1, "RW", None, None)
-    CW_DEAD_ZONE = (26, 1, "RW", 1, None)
-    CCW_DEAD_ZONE = (27, 1, "RW", 1, None)
     PROTECTION_CURRENT = (28, 2, "RW", 500, None)
-    ANGULAR_RESOLUTION = (30, 1, "RW", 1, None)
     HOMING_OFFSET = (31, 2, "RW", 0, 11)
     OPERATING_MODE = (33, 1, "RW", 0, None)
     PROTECTIVE_TORQUE = (34, 1, "RW", 20, None)
     PROTECTION_TIME = (35, 1, "RW", 200, None)
     OVERLOAD_TORQUE = (36, 1, "RW", 80, None)
-    VELOCITY_P = (37, 1, "RW", None, None)
-    OVER_CURRENT_PROTECTION_TIME = (38, 1, "RW", 200, None)
     VELOCITY_I = (39, 1, "RW", None, None)
     TORQUE_ENABLE = (40, 1, "RW", 0, None)
     ACCELERATION = (41, 1, "RW", 0, None)
@@ -70,11 +65,9 @@ class Register(Enum):
     PRESENT_LOAD = (60, 2, "R", None, 10)
     PRESENT_VOLTAGE = (62, 1, "R", None, None)
     PRESENT_TEMPERATURE = (63, 1, "R", None, None)
-    ASYNC_WRITE_FLAG = (64, 1, "R", None, None)
     STATUS = (65, 1, "R", None, None)
     MOVING = (66, 1, "R", None, None)
     PRESENT_CURRENT = (69, 2, "R", None, 15)
-    GOAL_POSITION_2 = (71, 2, "R", None, None)
 
     def __init__(self, address: int, size: int, access: str, default: int | None, sign_bit: int | None) -> None:
         self.address, self.size, self.default, self.sign_bit = address, size, default, sign_bit

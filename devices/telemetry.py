@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bus import BlockReading, FeetechBus
-from .calibration import Calibration
+from .calibration import IDS, Calibration, joint_label
 from .errors import BusError
-from .inspection import IDS, joint_label
 from .sts3215 import NO_LOAD_TICKS_PER_S, Register
 from .units import Units, to_values
 

@@ -22,6 +22,10 @@ class Scale(Enum):
     RANGE_0_100 = "range_0_100"
 
 
+# What the ends of the calibrated range are called; degrees are measured from its middle and know no ends.
+ENDS = {Scale.RANGE_M100_100: (-100.0, 100.0), Scale.RANGE_0_100: (0.0, 100.0)}
+
+
 class Units(Enum):
     """What the numbers of a robot mean. No checkpoint records it, so there is no default anywhere."""
 
@@ -39,12 +43,9 @@ def raw_to_value(raw: int, joint: JointCalibration, scale: Scale) -> float:
     low, high = joint.range_min, joint.range_max
     if scale is Scale.DEGREES:
         return (raw - (low + high) / 2) * 360 / ENCODER_MAX
-    bounded = min(high, max(low, raw))
-    if scale is Scale.RANGE_M100_100:
-        value = (bounded - low) / (high - low) * 200 - 100
-        return -value if joint.drive_mode else value
-    value = (bounded - low) / (high - low) * 100
-    return 100 - value if joint.drive_mode else value
+    first, last = ENDS[scale]
+    value = (min(high, max(low, raw)) - low) / (high - low) * (last - first) + first
+    return first + last - value if joint.drive_mode else value
 
 
 def value_to_raw(value: float, joint: JointCalibration, scale: Scale) -> int:
@@ -52,11 +53,9 @@ def value_to_raw(value: float, joint: JointCalibration, scale: Scale) -> int:
     low, high = joint.range_min, joint.range_max
     if scale is Scale.DEGREES:
         return int(value * ENCODER_MAX / 360 + (low + high) / 2)
-    if scale is Scale.RANGE_M100_100:
-        value = -value if joint.drive_mode else value
-        return int((min(100.0, max(-100.0, value)) + 100) / 200 * (high - low) + low)
-    value = 100 - value if joint.drive_mode else value
-    return int(min(100.0, max(0.0, value)) / 100 * (high - low) + low)
+    first, last = ENDS[scale]
+    value = first + last - value if joint.drive_mode else value
+    return int((min(last, max(first, value)) - first) / (last - first) * (high - low) + low)
 
 
 def to_values(raw: NDArray[np.int64], calibration: Calibration, units: Units) -> NDArray[np.float64]:
@@ -73,6 +72,6 @@ def to_raw(values: NDArray[np.float64], calibration: Calibration, units: Units) 
 
 def degrees_per_unit(calibration: Calibration, units: Units) -> NDArray[np.float64]:
     """[6] how many degrees one robot unit of each joint is."""
-    whole = {Scale.RANGE_M100_100: 200.0, Scale.RANGE_0_100: 100.0}
+    ends = [ENDS.get(scale) for scale in units.scales]
     spans = [(j.range_max - j.range_min) * 360 / ENCODER_MAX for j in calibration.joints]
-    return np.array([span / whole[s] if s in whole else 1.0 for span, s in zip(spans, units.scales, strict=True)])
+    return np.array([span / (e[1] - e[0]) if e else 1.0 for span, e in zip(spans, ends, strict=True)])

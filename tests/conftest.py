@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from faulty_arm import FaultyArm
 from running import POSE, WILD
-
-from smolvla_edge.devices.virtual_arm import VirtualArm
 
 DATA = Path(__file__).parent / "data"
 # Facts and full-size goldens that are not part of the repository; tests that need them skip without them.
@@ -94,7 +93,7 @@ def oldest_python():
 @pytest.fixture(scope="session")
 def bare_arm():
     """A virtual arm without cameras, for `virtual`."""
-    with VirtualArm(cameras=()) as arm:
+    with FaultyArm(cameras=()) as arm:
         yield arm
 
 
@@ -108,7 +107,7 @@ def virtual(bare_arm):
 @pytest.fixture(scope="module")
 def arm():
     """A virtual arm with two cameras, where the tiny policy expects it."""
-    with VirtualArm(cameras=("front", "wrist"), width=160, height=120, pose=POSE) as virtual:
+    with FaultyArm(cameras=("front", "wrist"), width=160, height=120, pose=POSE) as virtual:
         yield virtual
 
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from faulty_arm import FaultyArm
 
 from smolvla_edge.devices import camera_watch
 from smolvla_edge.devices.camera import Frame, ImageFileCamera, open_camera
 from smolvla_edge.devices.camera_watch import CameraWatch
 from smolvla_edge.devices.errors import CameraError
-from smolvla_edge.devices.virtual_arm import VirtualArm
 
 TICK_S = 1 / 32  # exact, so that sums of it are
 
@@ -260,7 +260,7 @@ def test_a_memory_that_cannot_be_read_counts_as_none(watch, front, tmp_path):
 
 
 def test_every_fault_of_the_virtual_cameras_is_told_and_passes():
-    with VirtualArm(cameras=("front", "wrist"), width=160, height=120) as arm:
+    with FaultyArm(cameras=("front", "wrist"), width=160, height=120) as arm:
         cameras = [open_camera(name, source) for name, source in arm.camera_sources.items()]
         watch = CameraWatch(cameras)
 

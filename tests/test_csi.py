@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from smolvla_edge.devices.camera import open_camera
-from smolvla_edge.devices.csi import CsiCamera
+from smolvla_edge.devices.camera import CsiCamera, open_camera
 from smolvla_edge.devices.errors import CameraError
 
 GSTREAMER = shutil.which("gst-launch-1.0")
@@ -46,7 +45,7 @@ def wait_for(condition):
 
 def test_pictures_are_rgb_new_and_end_with_the_camera(program):
     program(SHOW)
-    camera = CsiCamera("wrist", 0, 8, 6)
+    camera = CsiCamera("wrist", "csi:0", 8, 6)
     camera.open()
     first = camera.latest()
     assert first.image.shape == (6, 8, 3)
@@ -61,12 +60,12 @@ def test_pictures_are_rgb_new_and_end_with_the_camera(program):
 def test_the_pipeline_asks_for_the_sensor_size_and_rate(program):
     program("print(words)\nsys.exit(1)")
     with pytest.raises(CameraError, match=r"sensor-id=1.*width=1280,height=720,framerate=15/1"):
-        open_camera("wrist", "csi:1", 1280, 720, 15.0)
+        CsiCamera("wrist", "csi:1", 1280, 720, 15.0).open()
 
 
 def test_a_program_that_ends_says_why_and_what_to_do(program):
     program(f"{SHOW.replace('1000', '3')}\nprint('ERROR: No cameras available', file=sys.stderr)\nsys.exit(4)")
-    camera = CsiCamera("wrist", 0, 8, 6)
+    camera = CsiCamera("wrist", "csi:0", 8, 6)
     camera.open()
     with pytest.raises(CameraError, match=r"wrist \(csi:0\).*status 4.*No cameras available.*restart nvargus-daemon"):
         wait_for(lambda: not camera.latest())
@@ -74,10 +73,10 @@ def test_a_program_that_ends_says_why_and_what_to_do(program):
 
 
 def test_a_sensor_that_shows_nothing_is_told_and_its_program_ended(program, monkeypatch):
-    monkeypatch.setattr("smolvla_edge.devices.csi.OPEN_LIMIT_S", 0.5)
-    monkeypatch.setattr("smolvla_edge.devices.csi.STOP_LIMIT_S", 0.5)
+    monkeypatch.setattr("smolvla_edge.devices.camera.OPEN_LIMIT_S", 0.5)
+    monkeypatch.setattr("smolvla_edge.devices.camera.STOP_LIMIT_S", 0.5)
     program("import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)")
-    camera = CsiCamera("wrist", 0, 8, 6)
+    camera = CsiCamera("wrist", "csi:0", 8, 6)
     with pytest.raises(CameraError, match=r"no picture from csi:0 in 0\.5 s.*nvargus-daemon"):
         camera.open()
     assert camera._process.wait(1) == -9
@@ -99,7 +98,8 @@ line = line.replace("(memory:NVMM)", "").replace("nvvidconv", "videoconvert")
 os.set_inheritable(pipe, True)
 os.execv({GSTREAMER!r}, ["gst-launch-1.0", *line.split()])
 """)
-    camera = open_camera("wrist", "csi:0", width, 48)
+    camera = CsiCamera("wrist", "csi:0", width, 48, 30.0)
+    camera.open()
     frames = [camera.latest()]
     while len(frames) < 5:
         wait_for(lambda: camera.latest().number > frames[-1].number)

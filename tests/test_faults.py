@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from faulty_arm import FaultyArm
 
 from smolvla_edge.devices import frames
 from smolvla_edge.devices.errors import ArmError, BusError, BusLost, DeviceError
@@ -15,7 +16,7 @@ from smolvla_edge.devices.limits import Limits
 from smolvla_edge.devices.so101 import SO101
 from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.units import Units
-from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
+from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
 
 IDS = (1, 2, 3, 4, 5, 6)
 HOME = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
@@ -342,7 +343,7 @@ def test_f36_a_frame_cut_in_the_middle_does_not_disturb_the_next_connect(virtual
 
 @pytest.mark.parametrize("how", ["hang_up", "deaf"])
 def test_f27_and_f37_a_port_that_is_gone_is_one_error_and_no_hang(how):
-    with VirtualArm(cameras=()) as virtual:
+    with FaultyArm(cameras=()) as virtual:
         arm = SO101(virtual.port, VIRTUAL_CALIBRATION, Units.DEGREES)
         arm.connect()
         arm.enable()
@@ -359,7 +360,7 @@ def test_f27_and_f37_a_port_that_is_gone_is_one_error_and_no_hang(how):
         start = time.monotonic()
         assert len(arm.release().unconfirmed) == 6
         assert time.monotonic() - start < 5
-        arm.close()
+        arm.bus.close()
 
 
 def test_what_goes_wrong_during_a_stop_is_told_and_unloaded_as_well(virtual, arm):

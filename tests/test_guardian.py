@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from faulty_arm import FaultyArm
 
 from smolvla_edge.devices import frames
 from smolvla_edge.devices.bus import FeetechBus
 from smolvla_edge.devices.errors import GuardianLost
 from smolvla_edge.devices.guardian import Guardian, GuardianAction
 from smolvla_edge.devices.sts3215 import Register
-from smolvla_edge.devices.virtual_arm import VirtualArm
 
 IDS = (1, 2, 3, 4, 5, 6)
 LIMITS = {i: 500 if i == 6 else 1000 for i in IDS}
@@ -235,7 +235,7 @@ def test_a_guardian_that_is_ended_is_learned_of(arm):
 
 
 def test_a_port_that_is_gone_is_told_in_one_line():
-    with VirtualArm(cameras=()) as arm, hosted(arm.port) as host:
+    with FaultyArm(cameras=()) as arm, hosted(arm.port) as host:
         arm.hang_up()
         os.kill(host.pid, signal.SIGKILL)
         _, error = host.told()

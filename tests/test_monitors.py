@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from faulty_arm import FaultyServo
 
-from smolvla_edge.devices.calibration import JOINT_NAMES
-from smolvla_edge.devices.inspection import IDS
+from smolvla_edge.devices.calibration import IDS, JOINT_NAMES
 from smolvla_edge.devices.limits import TICKS_PER_DEG, Limits
 from smolvla_edge.devices.monitors import Monitors
 from smolvla_edge.devices.motion import EASED_LEAD_TICKS, MotionShaper
@@ -14,7 +14,7 @@ from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.telemetry import MA_PER_STEP, JointState
 from smolvla_edge.devices.units import Units
 from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
-from smolvla_edge.devices.virtual_servo import VARIANT_VALUES, VirtualServo
+from smolvla_edge.devices.virtual_bus import VARIANT_VALUES
 
 REGISTERS = {register: VARIANT_VALUES.get(register, register.default or 0) for register in Register}
 TICK_S = 1 / 16  # times that add up exactly
@@ -270,7 +270,7 @@ def test_a_gripper_that_presses_hard_is_eased_before_it_trips_and_the_arm_goes_o
 @pytest.mark.parametrize("own", [{Register.PROTECTION_CURRENT: 250}, {Register.OVERLOAD_TORQUE: 25}])
 def test_a_gripper_around_something_hard_is_eased_once_and_keeps_a_light_pressure(own):
     """Shaper, monitors and a blocked servo in a loop, for 20 s: no hunting between pressing and easing."""
-    servo = VirtualServo(6, VIRTUAL_CALIBRATION.joints[5], 2748)
+    servo = FaultyServo(VIRTUAL_CALIBRATION.joints[5], 2748)
     servo.set_register(Register.TORQUE_ENABLE, 1)
     servo.set_register(Register.TORQUE_LIMIT, 500)
     servo.stuck = True

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolvla_edge.devices.errors import ArmError
 from smolvla_edge.devices.limits import TICKS_PER_DEG, Limits
 from smolvla_edge.devices.motion import EASED_LEAD_TICKS, MotionCounts, MotionShaper
 from smolvla_edge.devices.units import Units, to_raw, to_values
@@ -263,12 +262,6 @@ def test_a_clock_that_stands_still_or_runs_back_moves_nothing():
     for step_s in (0.0, -1.0):
         bench.time_s += step_s - bench.period_s
         assert list(bench.run(MIDDLE + 100)[1].raw) == list(MIDDLE)
-
-
-def test_no_rate_is_refused():
-    for rate_hz in (0, -1, math.nan, math.inf):
-        with pytest.raises(ArmError, match="rate_hz"):
-            MotionShaper(VIRTUAL_CALIBRATION, Units.DEGREES, LIMITS, rate_hz)
 
 
 # 7 acceleration, where limited

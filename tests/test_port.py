@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import serial
+from faulty_arm import FaultyArm
 from serial.tools import list_ports
 from serial.tools.list_ports_common import ListPortInfo
 
@@ -18,7 +19,6 @@ from smolvla_edge.devices.bus import FeetechBus
 from smolvla_edge.devices.errors import BusError, BusLost
 from smolvla_edge.devices.port import find_port
 from smolvla_edge.devices.sts3215 import Register
-from smolvla_edge.devices.virtual_arm import VirtualArm
 
 IDS = (1, 2, 3, 4, 5, 6)
 TIOCGEXCL = 0x80045440
@@ -135,7 +135,7 @@ def test_plain_opens_by_others_are_locked_out_while_the_bus_is_open_and_not_afte
 
 
 def test_a_port_that_goes_away_is_one_kind_of_error():
-    with VirtualArm(cameras=()) as arm:
+    with FaultyArm(cameras=()) as arm:
         bus = FeetechBus(arm.port)
         bus.open()
         assert bus.ping(1)
@@ -168,7 +168,7 @@ def test_a_line_nobody_reads_is_lost_and_does_not_hang():
 
 
 def test_an_unplugged_adapter_is_one_kind_of_error():
-    with VirtualArm(cameras=()) as arm, FeetechBus(arm.port) as bus:
+    with FaultyArm(cameras=()) as arm, FeetechBus(arm.port) as bus:
         assert bus.ping(1)
         arm.hang_up()
         for action in (
@@ -182,7 +182,7 @@ def test_an_unplugged_adapter_is_one_kind_of_error():
 
 
 def test_a_device_that_stops_listening_is_lost_and_does_not_hang():
-    with VirtualArm(cameras=()) as arm, FeetechBus(arm.port) as bus:
+    with FaultyArm(cameras=()) as arm, FeetechBus(arm.port) as bus:
         arm.deaf(True)
         before = time.monotonic()
         with pytest.raises(BusLost):

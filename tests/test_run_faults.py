@@ -13,10 +13,10 @@ import time
 from contextlib import suppress
 
 import pytest
+from faulty_arm import FaultyArm
 from running import SERVOS, assert_limp_and_unharmed, real_port, run, wait_for_goals
 
 from smolvla_edge.devices.sts3215 import Register
-from smolvla_edge.devices.virtual_arm import VirtualArm
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_run_that_ended_leaves_no_guardian(fresh, under_way):
 
 
 def test_f27_a_port_that_is_unplugged_is_one_error(export_case, tmp_path, start):
-    with VirtualArm(cameras=("front", "wrist"), width=160, height=120) as virtual:
+    with FaultyArm(cameras=("front", "wrist"), width=160, height=120) as virtual:
         virtual.calibration.save(tmp_path / "my_arm.json")
         (tmp_path / "robot.toml").write_text("[limits]\njump_deg = 360\n")
         process = start(real_port(virtual, export_case("tiny", "fp32"), tmp_path))

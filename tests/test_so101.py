@@ -8,13 +8,14 @@ import time
 
 import numpy as np
 import pytest
+from faulty_arm import FaultyArm
 
 from smolvla_edge.devices.calibration import JOINT_NAMES, Calibration
 from smolvla_edge.devices.errors import ArmError, BusError, BusLost
 from smolvla_edge.devices.so101 import SO101
 from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.units import Units
-from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
+from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION
 
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
@@ -68,7 +69,7 @@ def test_connecting_and_reading_write_nothing(virtual):
     assert abs(state.position[5] - 50) < 0.1
     assert 0 <= time.monotonic() - state.time_s < 1
     assert images(virtual) == before
-    arm.close()
+    arm.bus.close()
     assert images(virtual) == before
 
 
@@ -319,7 +320,7 @@ def test_an_interrupt_during_release_waits_for_the_last_servo(virtual):
 
 
 def test_an_arm_unplugged_while_moving_is_one_error_and_closes():
-    with VirtualArm(cameras=()) as virtual:
+    with FaultyArm(cameras=()) as virtual:
         arm = driver(virtual)
         arm.connect()
         arm.enable()
@@ -328,10 +329,5 @@ def test_an_arm_unplugged_while_moving_is_one_error_and_closes():
             arm.send(HOME)
         result = arm.release()
         assert len(result.unconfirmed) == 6
-        arm.close()
-        arm.close()
-
-
-def test_units_are_never_guessed(virtual):
-    with pytest.raises(ArmError, match=r"Units\.DEGREES or Units\.RANGE_M100_100"):
-        SO101(virtual.port, VIRTUAL_CALIBRATION, "degrees")
+        arm.bus.close()
+        arm.bus.close()

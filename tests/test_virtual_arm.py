@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import rustypot
 import scservo_sdk
+from faulty_arm import FaultyArm, FaultyBus, Write
 
 from smolvla_edge.devices import frames
 from smolvla_edge.devices.bus import FeetechBus
@@ -21,7 +22,6 @@ from smolvla_edge.devices.camera import open_camera
 from smolvla_edge.devices.errors import DeviceError
 from smolvla_edge.devices.sts3215 import Register
 from smolvla_edge.devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
-from smolvla_edge.devices.virtual_bus import VirtualBus, Write
 
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = [2001, 2025, 2000, 2027, 2047, 2748]
@@ -29,7 +29,7 @@ MIDDLE = [2001, 2025, 2000, 2027, 2047, 2748]
 
 @pytest.fixture(scope="module")
 def started():
-    with VirtualArm(width=160, height=120) as arm:
+    with FaultyArm(width=160, height=120) as arm:
         yield arm
 
 
@@ -42,7 +42,7 @@ def arm(started):
 @pytest.fixture
 def bus():
     """The protocol without a port, at time 0."""
-    return VirtualBus(VIRTUAL_CALIBRATION, 0.0)
+    return FaultyBus(VIRTUAL_CALIBRATION, 0.0)
 
 
 def ask(bus, request):
@@ -487,7 +487,7 @@ def test_a_servo_does_not_turn_past_its_limits_and_keeps_the_goal_it_was_told(bu
 
 def test_an_arm_starts_and_restarts_at_its_pose():
     pose = [1000, 1100, 1200, 1300, 1400, 2500]
-    with VirtualArm(cameras=(), pose=pose) as arm:
+    with FaultyArm(cameras=(), pose=pose) as arm:
         for _ in range(2):
             assert [arm.registers(i)[Register.PRESENT_POSITION] for i in IDS] == pose
             arm.set_register(1, Register.PRESENT_POSITION, 2222)
@@ -513,7 +513,7 @@ def test_what_the_arm_was_told_can_be_asked_for(arm):
 
 
 def test_an_arm_that_hangs_up_takes_the_port_away_and_still_tells(deadline_s=10):
-    with VirtualArm(cameras=()) as arm:
+    with FaultyArm(cameras=()) as arm:
         fd = os.open(arm.port, os.O_RDWR | os.O_NOCTTY)
         try:
             os.write(fd, frames.ping(1))
@@ -654,8 +654,17 @@ def test_a_rebooted_servo_is_off(arm):
     assert arm.registers(2)[Register.TORQUE_ENABLE] == 0
 
 
+def test_the_arm_that_is_shipped_follows_its_goal():
+    with VirtualArm(cameras=()) as arm, FeetechBus(arm.port, reply_margin_s=0.05) as bus:
+        bus.sync_write_block({1: {Register.GOAL_POSITION: 2101, Register.GOAL_TIME: 0, Register.GOAL_VELOCITY: 3000}})
+        bus.write(1, Register.TORQUE_ENABLE, 1)
+        wait_until(lambda: bus.read(1, Register.PRESENT_POSITION).value == 2101)
+        block = bus.sync_read(IDS, Register.PRESENT_POSITION, Register.PRESENT_CURRENT)
+        assert [block[i].values[Register.PRESENT_POSITION] for i in IDS] == [2101, *MIDDLE[1:]]
+
+
 def test_the_port_passes_every_byte_to_a_client_that_sets_no_terminal_mode():
-    with VirtualArm(cameras=()) as arm:
+    with FaultyArm(cameras=()) as arm:
         fd = os.open(arm.port, os.O_RDWR | os.O_NOCTTY)
         try:
             for value in (0x03, 0x0A, 0x0D, 0x11, 0x13, 0x7F):
@@ -668,7 +677,7 @@ def test_the_port_passes_every_byte_to_a_client_that_sets_no_terminal_mode():
 
 
 def test_closing_ends_the_process_and_removes_its_pictures():
-    arm = VirtualArm(width=32, height=24)
+    arm = FaultyArm(width=32, height=24)
     folder = Path(arm.camera_sources["front"].removeprefix("sim:")).parent
     assert folder.exists()
     arm.close()
@@ -707,11 +716,11 @@ def running(pid):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_the_module_and_leaves_no_pictures(number):
-    options = {"cameras": ["front"], "width": 32, "height": 24, "fps": 15, "pose": None}
+    options = {"cameras": ["front"], "width": 32, "height": 24, "pose": None}
     line = [sys.executable, "-m", "smolvla_edge.devices.virtual_arm", json.dumps(options)]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        ready = json.loads(process.stdout.readline())
-        folder = Path(ready["cameras"]["front"].removeprefix("sim:")).parent
+        _, sources = json.loads(process.stdout.readline())
+        folder = Path(sources["front"].removeprefix("sim:")).parent
         assert folder.exists()
         process.send_signal(number)
         assert process.wait(10) == 0

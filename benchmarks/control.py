@@ -27,6 +27,7 @@ def measure(bundle: str, device: str, rates: Sequence[float], seconds: float, ch
                 late_ms=_spread(log.late_ms),
                 read_ms=_spread(log.read_ms),
                 capture_ms=_spread(log.capture_ms),
+                picture_age_ms=_spread(log.picture_age_ms),
                 write_ms=_spread(log.write_ms),
                 busy_ms=_spread(log.busy_ms),
                 chunk_ms=_spread([1e3 * c.latency_s for c in log.chunks]),

@@ -21,6 +21,7 @@ LOOP = {
     "ms of work in a tick": "/busy_ms",
     "ms to read the arm": "/read_ms",
     "ms to take pictures": "/capture_ms",
+    "ms since the oldest picture": "/picture_age_ms",
     "ms to command the arm": "/write_ms",
     "ms from request to chunk": "/chunk_ms",
     "degrees at a seam between chunks": "/seams_deg",

@@ -282,6 +282,7 @@ class Loop:
     late_ms: Spread | None
     read_ms: Spread | None  # the arm
     capture_ms: Spread | None  # to take the cameras' newest pictures
+    picture_age_ms: Spread | None  # since its capture, of the oldest
     write_ms: Spread | None
     busy_ms: Spread | None  # all work of a tick
     chunk_ms: Spread | None  # from request to answer

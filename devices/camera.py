@@ -31,6 +31,7 @@ OPEN_LIMIT_S = 8.0
 STOP_LIMIT_S = 3.0
 FAILED_READS_LIMIT = 10
 FAILED_READ_PAUSE_S = 0.02
+STAMP_LIMIT_S = 1.0  # a driver's stamp that is further back is of another clock
 # Of a video file: its rate where it tells none, and the highest that is believed (some tell their time base).
 VIDEO_FPS, HIGHEST_VIDEO_FPS = 30.0, 240.0
 GSTREAMER = "gst-launch-1.0"
@@ -154,7 +155,7 @@ class OpenCVCamera(Camera):
                     expected = f"{self._width} x {self._height}"
                     return f"gives {size[0]} x {size[1]} pictures, expected {expected}. Take one that has this size"
                 if ok:
-                    self._show(_rgb(image), time.monotonic())
+                    self._show(_rgb(image), _taken_s(capture, time.monotonic()))
                 if self._stopping.wait(0.0 if ok else FAILED_READ_PAUSE_S):
                     return "closed"
             return f"{failed} reads in a row failed. Check its cable"
@@ -293,6 +294,13 @@ def _capturing() -> Iterator[cv2.VideoCapture]:
         yield capture
     finally:
         capture.release()
+
+
+def _taken_s(capture: cv2.VideoCapture, now_s: float) -> float:
+    """When the driver took the picture that was read last, where it tells: V4L2's stamps are of the monotonic clock
+    (OpenCV hands them on, opencv/opencv#740). Else now, which leaves out exposure, transfer and decoding."""
+    taken_s = 1e-3 * capture.get(cv2.CAP_PROP_POS_MSEC)
+    return taken_s if 0.0 <= now_s - taken_s <= STAMP_LIMIT_S else now_s
 
 
 def _rgb(bgr: cv2.typing.MatLike) -> NDArray[np.uint8]:

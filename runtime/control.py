@@ -66,6 +66,7 @@ class Log:
     busy_ms: list[float] = field(default_factory=list)  # work in each tick
     read_ms: list[float] = field(default_factory=list)
     capture_ms: list[float] = field(default_factory=list)  # taking the cameras' newest pictures
+    picture_age_ms: list[float] = field(default_factory=list)  # since its capture, of the oldest of a tick
     write_ms: list[float] = field(default_factory=list)
     queued: list[int] = field(default_factory=list)  # actions left
     warnings: list[str] = field(default_factory=list)
@@ -205,9 +206,11 @@ class ControlLoop:
                 raise SafetyStop(
                     f"camera '{name}' has had no usable picture for {CAMERA_FAULT_S:g} s: {view.problem}"
                 )
-        usable = {name: view.image for name, view in views.items() if not view.problem}
-        self.log.counts.blind += len(usable) < len(views)
-        return usable if len(usable) == len(views) else {}
+        if any(view.problem for view in views.values()):
+            self.log.counts.blind += 1
+            return {}
+        self.log.picture_age_ms.append(1e3 * (time.monotonic() - min(view.time_s for view in views.values())))
+        return {name: view.image for name, view in views.items()}
 
     def _collect(self, now: float) -> None:
         inference, queue, counts = self.rig.inference, self.rig.queue, self.log.counts

@@ -51,6 +51,7 @@ def summary(log: Log, period_s: float, motion: MotionCounts, anomalies: Mapping[
         "denoise": [t.denoise_ms for t in timings],
         "chunk, as the loop saw it": [1e3 * c.latency_s for c in log.chunks],
         "tick: read the arm": log.read_ms,
+        "tick: age of the pictures": log.picture_age_ms,
         "tick: command the arm": log.write_ms,
         "tick: all work": log.busy_ms,
         "tick: late by": log.late_ms,

@@ -4,12 +4,20 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
-from smolvla_edge.devices.camera import ImageFileCamera, OpenCVCamera, SharedFrameCamera, VideoFileCamera, open_camera
+from smolvla_edge.devices.camera import (
+    ImageFileCamera,
+    OpenCVCamera,
+    SharedFrameCamera,
+    VideoFileCamera,
+    _taken_s,
+    open_camera,
+)
 from smolvla_edge.devices.errors import CameraError
 from smolvla_edge.devices.shared_frame import write_frame
 
@@ -64,6 +72,14 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path):
             with pytest.raises(CameraError, match=r"front.*no picture.*OpenCV reads"):
                 open_camera("front", str(path))
             assert time.monotonic() - before < 7
+
+
+@pytest.mark.parametrize(("stamp_s", "believed"), [(0.08, True), (0.0, True), (-5.0, False), (1e6, False)])
+def test_a_picture_is_as_old_as_the_driver_says_where_its_clock_is_ours(stamp_s, believed):
+    now_s, told = time.monotonic(), SimpleNamespace(get={cv2.CAP_PROP_POS_MSEC: 0.0}.get)
+    assert _taken_s(told, now_s) == now_s  # no stamp
+    told.get = {cv2.CAP_PROP_POS_MSEC: 1e3 * (now_s - stamp_s)}.get
+    assert now_s - _taken_s(told, now_s) == pytest.approx(stamp_s if believed else 0.0, abs=1e-6)
 
 
 def test_a_video_file_is_a_camera_that_starts_again_and_is_never_too_fast(tmp_path):

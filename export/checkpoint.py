@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..runtime.bundle import sha256_of
-from .architecture import KNOWN_VLMS, read_vlm_config
+from .architecture import DEFAULT_VLM_CONFIG, read_vlm_config
 from .errors import CheckpointError
-from .policy_config import PolicyConfig
+from .policy_config import DEFAULT_VLM, PolicyConfig
 from .processors import Processors, read_processors
 
 WEIGHTS = "model.safetensors"
@@ -66,8 +66,11 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
     tensors = {key.replace(_COMPILED, ""): t for key, t in tensors.items()}
     wanted = config.vlm_model_name
     places = _vlm_places(folder, wanted, vlm)
-    sizes = next((p for p in places if "text_config" in _optional_json(p / "config.json")), None)
-    tokenizer = next((p for p in places if (p / TOKENIZER).is_file()), None)
+    configs, tokenizers = ([p / name for p in places] for name in ("config.json", TOKENIZER))
+    vlm_config = next((file for file in configs if "text_config" in _optional_json(file)), None)
+    if vlm_config is None and wanted == DEFAULT_VLM:
+        vlm_config = DEFAULT_VLM_CONFIG
+    tokenizer = next((file for file in tokenizers if file.is_file()), None)
     processors = read_processors(folder, config, tensors)
     joints, fps = _dataset_facts(folder, config.action_dim)
     return Checkpoint(
@@ -77,8 +80,8 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
         weights_sha256=sha256_of(folder / WEIGHTS),
         config=config,
         tensors={k: t for k, t in tensors.items() if torch.is_floating_point(t)},
-        vlm=read_vlm_config(sizes or KNOWN_VLMS.get(wanted) or _vlm_from_hub("config.json", places, wanted)),
-        tokenizer=(tokenizer or _vlm_from_hub(TOKENIZER, places, wanted)) / TOKENIZER,
+        vlm=read_vlm_config(vlm_config or _vlm_from_hub("config.json", places, wanted)),
+        tokenizer=tokenizer or _vlm_from_hub(TOKENIZER, places, wanted),
         processors=processors,
         joints=joints,
         fps=fps,
@@ -144,7 +147,7 @@ def _vlm_places(folder: Path, vlm_name: str, given: Path | None) -> list[Path]:
 
 
 def _vlm_from_hub(wanted: str, places: list[Path], vlm_name: str) -> Path:
-    """The VLM's Hub snapshot, with `wanted` in it; CheckpointError names the folders that were looked at before."""
+    """The file `wanted` of the VLM's Hub snapshot; CheckpointError names the folders that were looked at before."""
     looked = f"no {wanted} of the VLM in {', '.join(map(str, places)) or 'the checkpoint'}"
     if not _is_hub_id(vlm_name):
         raise CheckpointError(f"{looked}, and {vlm_name} is no Hub id: give --vlm FOLDER with the VLM's files")
@@ -154,7 +157,7 @@ def _vlm_from_hub(wanted: str, places: list[Path], vlm_name: str) -> Path:
         raise CheckpointError(f"{looked}, and {e}, or give --vlm FOLDER with the VLM's files") from e
     if not (hub / wanted).is_file():
         raise CheckpointError(f"{looked}, and {vlm_name} on the Hub has none either: give --vlm FOLDER")
-    return hub
+    return hub / wanted
 
 
 def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, float | None]:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .architecture import KNOWN_VLMS, Architecture, read_vlm_config
+from .architecture import DEFAULT_VLM_CONFIG, Architecture, read_vlm_config
 from .checkpoint import TOKENIZER, WEIGHTS, hub_folder
 from .errors import CheckpointError
 from .expert import Expert
@@ -50,7 +50,7 @@ def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: N
     }
     vlm = folder / "vlm"
     vlm.mkdir(parents=True)
-    _write_json(vlm / "config.json", {"model_type": "smolvlm", **KNOWN_VLMS[DEFAULT_VLM]})
+    shutil.copyfile(DEFAULT_VLM_CONFIG, vlm / "config.json")
     _write_json(folder / "config.json", config)
     _write_tokenizer(vlm, say)
     before = {
@@ -73,9 +73,7 @@ def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: N
         save_file({f"{k}.{n}": torch.tensor(v) for k in keys for n, v in _STATISTICS.items()}, folder / state)
     say("drawing 403 million random weights")
     parsed = PolicyConfig.from_json(config)
-    arch = Architecture.from_configs(
-        parsed, read_vlm_config(vlm), token_length=parsed.tokenizer_max_length, image_special_tokens=()
-    )
+    arch = Architecture(parsed, read_vlm_config(DEFAULT_VLM_CONFIG), parsed.tokenizer_max_length)
     save_file(_random_weights(arch), folder / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -51,27 +51,27 @@ def cache_names(arch: Architecture) -> list[str]:
 
 def prefix_example(arch: Architecture) -> Example:
     inputs = {
-        "images": torch.zeros(arch.cameras, 3, arch.image_size, arch.image_size),
+        "images": torch.zeros(len(arch.config.cameras), 3, arch.vision.image_size, arch.vision.image_size),
         "tokens": torch.zeros(1, arch.token_length, dtype=torch.int32),
         "token_mask": torch.ones(1, arch.token_length, dtype=torch.bool),
-        "state": torch.zeros(1, arch.max_state_dim),
+        "state": torch.zeros(1, arch.config.max_state_dim),
     }
     return Example(inputs, ["prefix_mask", *cache_names(arch)])
 
 
 def expert_example(arch: Architecture, recipe: Recipe) -> Example:
-    actions = (1, arch.chunk_size, arch.max_action_dim)
+    actions = (1, arch.config.chunk_size, arch.config.max_action_dim)
     inputs = {
         "noisy_actions": torch.zeros(actions),
         "time_embedding": torch.zeros(1, arch.expert_width),
         "time": torch.ones(1),
         "dt": torch.full((1,), -0.1),
         "prev_chunk": torch.zeros(actions),
-        "prev_weights": torch.zeros(1, arch.chunk_size, 1),
+        "prev_weights": torch.zeros(1, arch.config.chunk_size, 1),
         "guidance": torch.zeros(1),
         "prefix_mask": torch.ones(1, arch.prefix_tokens, dtype=torch.bool),
     }
-    kv = (1, arch.kv_heads, arch.prefix_tokens, arch.head_dim)
+    kv = (1, arch.text.num_key_value_heads, arch.prefix_tokens, arch.head_dim)
     inputs |= {name: torch.zeros(kv, dtype=recipe.matmul) for name in cache_names(arch)}
     return Example(inputs, ["velocity", "next_actions"])
 

@@ -119,7 +119,7 @@ class Reference:
 
     def _images(self, images: Mapping[str, NDArray[np.uint8]]) -> Tensor:
         """LeRobot's prepare_images: bilinear, padded left and top with 0, then to [-1, 1]."""
-        size, out = self.arch.image_size, []
+        size, out = self.arch.vision.image_size, []
         for name in self.checkpoint.processors.camera_names:
             pixels = torch.from_numpy(images[name]).permute(2, 0, 1)[None].float() / 255
             height, width = pixels.shape[2:]
@@ -137,7 +137,7 @@ class Reference:
         elif n.active:
             low, span = _low_and_span(n)
             x = 2 * (x - low) / span - 1
-        return F.pad(x[None], (0, self.arch.max_state_dim - x.shape[0]))
+        return F.pad(x[None], (0, self.arch.config.max_state_dim - x.shape[0]))
 
     def _time_embedding(self, time: Tensor) -> Tensor:
         """LeRobot's create_sinusoidal_pos_embedding, in float64."""

@@ -41,12 +41,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     special: tuple[int, ...] = ()
     if checkpoint.config.add_image_special_tokens:
         special = tokens.image_special_tokens(tokens.read_tokenizer(checkpoint.tokenizer))
-    return Architecture.from_configs(
-        checkpoint.config,
-        checkpoint.vlm,
-        token_length=checkpoint.processors.token_length,
-        image_special_tokens=special,
-    )
+    return Architecture(checkpoint.config, checkpoint.vlm, checkpoint.processors.token_length, special)
 
 
 def reference_of(checkpoint: Checkpoint, target: bundle.Target) -> Reference:
@@ -158,7 +153,7 @@ def _export(
             say(f"exporting {name}.onnx")
             graph.export_graph(view, example, folder / f"{name}.onnx", target)
         if target == "portable":
-            write_camera_graph(folder / CAMERA_GRAPH, prefix.arch.image_size)
+            write_camera_graph(folder / CAMERA_GRAPH, prefix.arch.vision.image_size)
         policy = Policy.load(Bundle(folder, describe(pinned), digest=""), device="cpu")
         if expert.recipe.matmul != torch.float16:
             return policy
@@ -269,7 +264,7 @@ def _describe(
         cameras=tuple(
             bundle.Camera(name, key) for name, key in zip(around.camera_names, config.cameras, strict=True)
         ),
-        image_size=arch.image_size,
+        image_size=arch.vision.image_size,
         tokens=bundle.Tokens(arch.token_length, pad),
         state=bundle.Vector(config.state_dim, config.max_state_dim, around.state),
         action=bundle.Vector(config.action_dim, config.max_action_dim, around.action),

@@ -150,9 +150,9 @@ def test_a_massive_channel_is_multiplied_in_float(smoothed, monkeypatch):
 def test_costs_count_every_token_once(smoothed):
     costs = smoothed[3]
     arch = smoothed[0].arch
-    assert {c.rows for c in costs["vision early"]} == {arch.cameras * arch.patches}
+    assert {c.rows for c in costs["vision early"]} == {len(arch.config.cameras) * arch.patches}
     assert {c.rows for c in costs["language late"]} == {arch.prefix_tokens}
-    assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.chunk_size, 10)}
+    assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.config.chunk_size, 10)}
 
 
 OVER = Errors((0.2,) * 6, (1.0,) * 6, 0, {"key.0": 0.01})

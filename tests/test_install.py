@@ -48,6 +48,7 @@ def test_the_wheel_holds_every_package_and_no_test(wheel):
     packages = {n.split("/")[1] for n in names if n.startswith("smolvla_edge/")}
     assert packages == {"benchmarks", "devices", "export", "quantize", "runtime"}
     assert not any("test" in n for n in names)
+    assert {"smolvla_edge/benchmarks/page.html", "smolvla_edge/export/smolvlm2-500m.json"} <= set(names)
 
 
 def test_the_lean_runtime_brings_no_torch_transformers_or_onnx(lean, tmp_path):

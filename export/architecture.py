@@ -8,7 +8,7 @@ from .errors import CheckpointError
 from .policy_config import PolicyConfig
 
 # Sizes of the VLM that SmolVLA checkpoints name (its config.json on the Hub), so that no network is needed.
-DEFAULT_VLM_CONFIG = Path(__file__).with_name("smolvlm2-500m.json")
+DEFAULT_VLM_CONFIG = Path(__file__).with_name("demo_checkpoint") / "vlm/config.json"
 
 
 def read_vlm_config(path: Path) -> Any:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 import onnx
 import torch
@@ -27,13 +28,6 @@ IR_VERSION = 10  # ONNX Runtime 1.22 and TensorRT 10.3 read it
 FORBIDDEN = {"ScatterND", "ScatterElements", "IsNaN", "NonZero", "Loop", "If", "Scan", "SequenceConstruct"}
 # What the target `cpu` may hold beside standard operators.
 ORT_OPERATORS = {"MultiHeadAttention", "FastGelu", "RotaryEmbedding", "DynamicQuantizeMatMul"}
-_DTYPES: dict[int, bundle.Dtype] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.INT32: "int32",
-    TensorProto.BOOL: "bool",
-}
-_WEIGHTS = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT8: "int8"}
 
 
 @dataclass(frozen=True)
@@ -143,9 +137,7 @@ def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> di
     """Matrix products by stage. What depends on nothing but the images is vision, the rest of the prefix language.
     A weight that is used twice is read once."""
     inputs = {v.name for v in graph.input}
-    matrices = {
-        t.name: _WEIGHTS[t.data_type] for t in graph.initializer if len(t.dims) > 1 and t.data_type in _WEIGHTS
-    }
+    matrices = {t.name: _dtype(t.data_type) for t in graph.initializer if len(t.dims) > 1}
     made_of = {name: {name} for name in (*inputs, *matrices)}  # tensor -> the inputs and matrices behind it
     stages = ("vision", "language") if "images" in inputs else ("expert",)
     gemm, read = ({stage: Counter[str]() for stage in stages} for _ in range(2))
@@ -170,9 +162,14 @@ def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> di
 
 def _tensor(value: onnx.ValueInfoProto) -> bundle.Tensor:
     kind = value.type.tensor_type
-    if kind.elem_type not in _DTYPES:
-        raise GraphError(f"{value.name} has dtype {onnx.helper.tensor_dtype_to_string(kind.elem_type)}")
-    return bundle.Tensor(value.name, _DTYPES[kind.elem_type], tuple(d.dim_value for d in kind.shape.dim))
+    dtype = _dtype(kind.elem_type)
+    if dtype not in get_args(bundle.Dtype):
+        raise GraphError(f"{value.name} has dtype {dtype}, expected one of {', '.join(get_args(bundle.Dtype))}")
+    return bundle.Tensor(value.name, cast(bundle.Dtype, dtype), tuple(d.dim_value for d in kind.shape.dim))
+
+
+def _dtype(kind: int) -> str:
+    return onnx.helper.tensor_dtype_to_np_dtype(kind).name
 
 
 def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -22,7 +22,7 @@ from ..quantize.calibration import CalibrationSet, read_calibration
 from ..quantize.errors import CalibrationError
 from ..quantize.gate import Answers, Asked, Errors, Gate
 from ..quantize.linear import Dynamic, Int8Linear, Static
-from ..quantize.plan import MACHINES, Cost, choose, order
+from ..quantize.plan import Cost, choose, order
 from ..quantize.sample import Sample
 from ..quantize.smoothing import smooth, watch_errors, watch_moments
 from ..runtime import Policy, bundle
@@ -165,7 +165,7 @@ def plan_int8(
 
     measured = {}
     for group in layers:
-        seconds = sum(c.saved_s(MACHINES[target]) for c in costs[group])
+        seconds = sum(c.saved_s(target) for c in costs[group])
         measured[group] = seconds, (errors := errors_of([group]))
         said = f"worst joint {errors.action:.3f} of its spread, worst cache {errors.worst_cache:.4f}"
         say(f"{group} alone: saves {1e3 * seconds:.0f} ms, {said}")

@@ -1,13 +1,13 @@
 """Checkpoint -> bundle: build the views, export, describe, prove, and only then move the folder into place."""
 
-import importlib.metadata
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -278,13 +278,5 @@ def _describe(
         pinned=tuple(sorted(pinned)),
         int8=None if plan is None else plan.manifest,
         float16_largest=None,
-        built_with=_versions(),
+        built_with={d.name: d.version for d in distributions() if d.name in _PACKAGES},
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..quantize.hub import from_hub, is_hub_id
 from ..runtime.bundle import sha256_of
 from .architecture import DEFAULT_VLM_CONFIG, read_vlm_config
 from .errors import CheckpointError
@@ -114,28 +115,18 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
         if not (folder / "config.json").exists():  # a training run's folder, or one of its steps
             folder = next((p for p in inside if p.is_dir()), folder)
         return folder, None
-    if folder.exists() or not _is_hub_id(name):
+    if folder.exists() or not is_hub_id(name):
         raise CheckpointError(f"{name} is neither a folder nor a Hub id such as lerobot/smolvla_base")
     path = hub_folder(name, ["*.json", "*.safetensors", "tokenizer/*"], revision)
     return path, path.name
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> Path:
     """The snapshot folder, whose name is the resolved commit; from the local cache where the Hub does not answer."""
     from huggingface_hub import snapshot_download
 
-    try:
+    with from_hub(f"{repo} at revision {revision}" if revision else repo, CheckpointError):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as e:  # the library's errors span requests, httpx, OSError and its own
-        at = f" at revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"{repo}{at} cannot be had from the Hub ({type(e).__name__}: {str(e).splitlines()[0]}). "
-            "Check the name and the network, or give a folder"
-        ) from e
 
 
 def _vlm_places(folder: Path, vlm_name: str, given: Path | None) -> list[Path]:
@@ -149,7 +140,7 @@ def _vlm_places(folder: Path, vlm_name: str, given: Path | None) -> list[Path]:
 def _vlm_from_hub(wanted: str, places: list[Path], vlm_name: str) -> Path:
     """The file `wanted` of the VLM's Hub snapshot; CheckpointError names the folders that were looked at before."""
     looked = f"no {wanted} of the VLM in {', '.join(map(str, places)) or 'the checkpoint'}"
-    if not _is_hub_id(vlm_name):
+    if not is_hub_id(vlm_name):
         raise CheckpointError(f"{looked}, and {vlm_name} is no Hub id: give --vlm FOLDER with the VLM's files")
     try:
         hub = hub_folder(vlm_name, ["config.json", "tokenizer*.json", "special_tokens_map.json"])

@@ -113,7 +113,8 @@ class Connector(nn.Module):
         super().__init__()
         self.recipe, self.factor = recipe, arch.vlm.scale_factor
         wide = arch.vision.hidden_size * arch.vlm.scale_factor**2
-        self.proj = Linear(wide, arch.text.hidden_size, bias=False, dtype=recipe.matmul, compute=recipe.stream)
+        self.proj = Linear(wide, arch.text.hidden_size, bias=False, dtype=recipe.matmul)
+        self.proj.compute = recipe.stream
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, w = x.shape

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -77,8 +78,8 @@ def write_bundle(
         raise ExportError("INT8, and nothing else, needs calibration data: a dataset, a recording, or `synthetic`")
     if int8 and check_lerobot:
         raise ExportError("--check-lerobot is for fp32 and fp16: INT8 is judged against float32, by the gate")
-    if check_lerobot:
-        lerobot_check.require_lerobot()
+    if check_lerobot and find_spec("lerobot") is None:
+        raise ExportError("--check-lerobot needs lerobot beside this package: pip install 'lerobot[smolvla]==0.4.4'")
     say("building the views")
     reference = reference_of(checkpoint, target)
     arch = reference.arch

@@ -54,6 +54,7 @@ class Expert(nn.Module):
         super().__init__()
         self.arch, self.recipe = arch, recipe
         width = arch.expert_width
+        self.shared = arch.q_width // arch.kv_width  # query heads to a KV head
         # Small, and their error goes straight into the actions: float32 in every precision.
         self.action_in_proj = Linear(arch.config.max_action_dim, width, bias=True, dtype=recipe.stream)
         self.time_mlp_actions = Linear(width, width, bias=True, dtype=recipe.stream)
@@ -86,7 +87,7 @@ class Expert(nn.Module):
 
         hidden = torch.where(prefix_mask, 0.0, masked(self.recipe.stream)).to(self.recipe.stream)  # [1, P]
         self_mask = torch.cat((hidden.expand(chunk, -1), self.later_hidden), dim=1)
-        self_mask = self_mask.repeat(arch.q_width // arch.kv_width, 1)  # [G * C, P + C]
+        self_mask = self_mask.repeat(self.shared, 1)  # [G * C, P + C]
 
         # In self layers the actions follow the valid prefix; in cross layers their positions start at 0.
         positions = prefix_mask.to(torch.int32).sum(1, dtype=torch.int32) + torch.arange(chunk, dtype=torch.int32)

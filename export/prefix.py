@@ -68,6 +68,8 @@ class Prefix(nn.Module):
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
         self.arch, self.recipe = arch, recipe
+        self.scale = arch.text.hidden_size**0.5  # of every embedding
+        self.shared = arch.q_width // arch.kv_width  # query heads to a KV head
         self.vision_model = VisionModel(arch, recipe)
         self.connector = Connector(arch, recipe)
         self.embed_tokens = nn.Parameter(torch.empty(arch.text.vocab_size, arch.text.hidden_size, dtype=recipe.table))
@@ -95,9 +97,9 @@ class Prefix(nn.Module):
         """[B, 3, S, S] -> [1, rows of all camera slots, W]: scaled embeddings, wrapped in the special tokens
         where the checkpoint has them. An empty camera keeps only its special tokens: its image is masked."""
         arch = self.arch
-        embeds = self.embed_images(images) * arch.text.hidden_size**0.5
+        embeds = self.embed_images(images) * self.scale
         if not arch.image_special_tokens:
-            return embeds.reshape(1, -1, arch.text.hidden_size)
+            return embeds.reshape(1, -1, embeds.shape[-1])
         special = self.embed(torch.tensor(arch.image_special_tokens, dtype=torch.int32))[None]
         parts: list[Tensor] = []
         for slot in range(len(arch.config.cameras) + arch.config.empty_cameras):
@@ -108,13 +110,13 @@ class Prefix(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> tuple[Tensor, ...]:
         arch, stream = self.arch, self.recipe.stream
         image = self.image_tokens(images)
-        language = self.embed(tokens) * arch.text.hidden_size**0.5
+        language = self.embed(tokens) * self.scale
         x = torch.cat((image, language, self.state_proj(state)[:, None]), dim=1)  # [1, P, W]
 
         always = torch.ones(1, image.shape[1], dtype=torch.bool)
         prefix_mask = torch.cat((always, token_mask, always[:, :1]), dim=1)  # [1, P]
         hidden = torch.where(prefix_mask, 0.0, masked(stream)).to(stream)
-        mask = (self.state_hidden + hidden).repeat(arch.q_width // arch.kv_width, 1)  # [G * P, P]
+        mask = (self.state_hidden + hidden).repeat(self.shared, 1)  # [G * P, P]
 
         state_position = image.shape[1] + token_mask.to(torch.int32).sum(1, dtype=torch.int32)  # [1]
         cos = torch.cat((self.cos[:-1], self.cos.index_select(0, state_position)))  # [P, D/2]

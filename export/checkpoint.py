@@ -66,7 +66,10 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {e}. Copy the checkpoint again") from e
     tensors = {key.replace(_COMPILED, ""): t for key, t in tensors.items()}
     wanted = config.vlm_model_name
-    places = _vlm_places(folder, wanted, vlm)
+    if vlm is not None and not vlm.is_dir():
+        raise CheckpointError(f"--vlm {vlm} is not a folder")
+    # Where the VLM's files may be, in the order they are tried; an absolute name stays itself.
+    places = [p for p in (folder / wanted, folder / "tokenizer", folder, vlm) if p is not None and p.is_dir()]
     configs, tokenizers = ([p / name for p in places] for name in ("config.json", TOKENIZER))
     vlm_config = next((file for file in configs if "text_config" in _optional_json(file)), None)
     if vlm_config is None and wanted == DEFAULT_VLM:
@@ -127,14 +130,6 @@ def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> P
 
     with from_hub(f"{repo} at revision {revision}" if revision else repo, CheckpointError):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-
-
-def _vlm_places(folder: Path, vlm_name: str, given: Path | None) -> list[Path]:
-    """Folders that may hold the VLM's config.json and tokenizer, in the order they are tried."""
-    if given is not None and not given.is_dir():
-        raise CheckpointError(f"--vlm {given} is not a folder")
-    relative = folder / vlm_name  # an absolute name stays itself
-    return [p for p in (relative, folder / "tokenizer", folder, given) if p is not None and p.is_dir()]
 
 
 def _vlm_from_hub(wanted: str, places: list[Path], vlm_name: str) -> Path:

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..quantize.sample import Sample, draw_image
+from ..quantize.sample import Sample, draw_image, draw_state
 from ..runtime.normalization import Normalization
 from .architecture import Architecture
 from .checkpoint import Checkpoint
@@ -49,9 +49,7 @@ def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0
     rng = np.random.default_rng(seed)
     names = checkpoint.processors.camera_names
     images = {name: draw_image(rng, 240 + 24 * i, 320) for i, name in enumerate(names)}
-    stats = checkpoint.processors.state.statistics
-    mean, std = np.array(stats.get("mean", 0), np.float32), np.array(stats.get("std", 1), np.float32)
-    state = mean + std * rng.standard_normal(checkpoint.config.state_dim).astype(np.float32)
+    state = draw_state(rng, checkpoint.config.state_dim, checkpoint.processors.state.statistics)
     noise = rng.standard_normal(arch.noise_shape, dtype=np.float32)
     tokenizer = read_tokenizer(checkpoint.tokenizer)
     return [Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)]

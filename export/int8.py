@@ -25,7 +25,8 @@ from ..quantize.linear import Dynamic, Int8Linear, Static
 from ..quantize.plan import Cost, choose, order
 from ..quantize.sample import Sample
 from ..quantize.smoothing import smooth, watch_errors, watch_moments
-from ..runtime import Policy, bundle
+from ..runtime import InputError, Policy, bundle
+from ..runtime.tokenizer import Tokenizer
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .expert import Expert
@@ -118,12 +119,13 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
     """Read `frames` observations, and a quarter as many to judge by, that fit the checkpoint. Raises
     CalibrationError, also for instructions that do not fit."""
     around = checkpoint.processors
-    tokenizer, length = read_tokenizer(checkpoint.tokenizer), around.token_length
+    length = around.token_length
+    asked = Tokenizer(checkpoint.tokenizer, bundle.Tokens(length, 0))
     data = read_calibration(
         source,
         around.camera_names,
         checkpoint.config.state_dim,
-        instructions(tokenizer, length),
+        instructions(read_tokenizer(checkpoint.tokenizer), length),
         statistics=around.state.statistics,
         frames=frames,
         held_out=max(2, frames // 4),
@@ -135,8 +137,10 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
             "the scales, another tries them): record more"
         )
     for task in {sample.task for sample in (*data.calibration, *data.held_out)}:
-        if (n := len(tokenizer.encode(task.rstrip("\n") + "\n").ids)) > length:
-            raise CalibrationError(f"{source}: the instruction {task!r} has {n} tokens, the policy takes {length}")
+        try:
+            asked.encode(task)
+        except InputError as e:
+            raise CalibrationError(f"{source}: {e}") from e
     return data
 
 

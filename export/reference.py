@@ -81,7 +81,7 @@ class Reference:
     def prefill(self, observation: Sample) -> tuple[list[int], Tensor, dict[str, Tensor]]:
         """-> valid token ids, which of the cache's rows are ever read [1, P], the cache."""
         arch = self.arch
-        ids = self._tokenizer.encode(observation.task.rstrip("\n") + "\n").ids
+        ids = self._tokenizer.encode(observation.task.removesuffix("\n") + "\n").ids
         tokens = F.pad(torch.tensor([ids], dtype=torch.int32), (0, arch.token_length - len(ids)))
         token_mask = torch.arange(arch.token_length)[None] < len(ids)
         images, state = self._images(observation.images), self._state(observation.state)

@@ -258,6 +258,18 @@ def test_a_single_frame_to_calibrate_with_is_too_few(tiny, monkeypatch):
         int8.observations_for(tiny, "synthetic", 2, str)
 
 
+@pytest.mark.parametrize(
+    ("task", "message"), [("word " * 99, "tokens long, this bundle takes 48"), ("\n", "expected an")]
+)
+def test_an_instruction_the_policy_would_refuse_is_refused_at_once(tiny, monkeypatch, task, message):
+    whole = int8.read_calibration(
+        "synthetic", tiny.processors.camera_names, 6, [task], statistics={}, frames=4, held_out=2, say=str
+    )
+    monkeypatch.setattr(int8, "read_calibration", lambda *_, **__: whole)
+    with pytest.raises(CalibrationError, match=f"my_data: the task is .*{message}"):
+        int8.observations_for(tiny, "my_data", 4, str)
+
+
 def test_every_gripper_is_judged(tiny):
     assert int8.grippers_of(tiny) == [5]  # an SO-101's last
     names = ("left_gripper", "a", "b", "c", "right_gripper", "d")

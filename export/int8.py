@@ -14,13 +14,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ..quantize import gate as gates
 from ..quantize.calibration import CalibrationSet, read_calibration
 from ..quantize.errors import CalibrationError
-from ..quantize.gate import Answers, Asked, Errors, Gate
+from ..quantize.gate import Answers, Array, Asked, Errors, Gate
 from ..quantize.linear import Dynamic, Int8Linear, Static
 from ..quantize.plan import Cost, choose, order
 from ..quantize.sample import Sample
@@ -37,7 +36,6 @@ from .sites import sites
 from .tokens import instructions, read_tokenizer
 from .weights import build_views
 
-Array = NDArray[np.float32]
 Views = tuple[Prefix, Expert]
 Layers = dict[str, Int8Linear]  # by module path, which begins with prefix. or expert.
 RECIPES: dict[bundle.Target, Recipe] = {"cpu": replace(FP32, table=torch.float16, ort=True), "portable": FP16}

@@ -54,13 +54,12 @@ def prefix_example(arch: Architecture) -> Example:
 
 
 def expert_example(arch: Architecture, recipe: Recipe) -> Example:
-    actions = (1, arch.config.chunk_size, arch.config.max_action_dim)
     inputs = {
-        "noisy_actions": torch.zeros(actions),
+        "noisy_actions": torch.zeros(arch.noise_shape),
         "time_embedding": torch.zeros(1, arch.expert_width),
         "time": torch.ones(1),
         "dt": torch.full((1,), -0.1),
-        "prev_chunk": torch.zeros(actions),
+        "prev_chunk": torch.zeros(arch.noise_shape),
         "prev_weights": torch.zeros(1, arch.config.chunk_size, 1),
         "guidance": torch.zeros(1),
         "prefix_mask": torch.ones(1, arch.prefix_tokens, dtype=torch.bool),

@@ -145,41 +145,32 @@ def _export(
     say: Callable[[str], None],
 ) -> Policy:
     """Write the graphs, as often as it takes until nothing comes near float16's limit; -> them, loaded. make,
-    describe: views and manifest, from the stages that stay in float32."""
+    describe: views and manifest, from the stages that stay in float32. Raises RangeError where that cannot help."""
     pinned: set[str] = set()
     while True:
-        views = prefix, expert = make(pinned)
-        examples = graph.prefix_example(prefix.arch), graph.expert_example(expert.arch, expert.recipe)
+        views = make(pinned)
+        arch, recipe = views[0].arch, views[0].recipe
+        examples = graph.prefix_example(arch), graph.expert_example(arch, recipe)
         for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
             say(f"exporting {name}.onnx")
             graph.export_graph(view, example, folder / f"{name}.onnx", target)
         if target == "portable":
-            write_camera_graph(folder / CAMERA_GRAPH, prefix.arch.vision.image_size)
+            write_camera_graph(folder / CAMERA_GRAPH, arch.vision.image_size)
         policy = Policy.load(Bundle(folder, describe(pinned), digest=""), device="cpu")
-        if expert.recipe.matmul != torch.float16:
+        if recipe.matmul != torch.float16:
             return policy
         say("measuring float16 ranges")
-        largest, more = _float16_ranges(policy, observations, views, pinned)
+        runs = [(policy.preprocessor.feeds(o.images, o.state, o.task), o.noise) for o in observations]
+        ranges, more = policy_ranges(policy, runs), set[str]()
+        for name, view, largest in zip(("prefix", "expert"), views, ranges, strict=True):
+            free = {stage for stage in stages(view) if f"{name}.{stage}" not in pinned}
+            more |= {f"{name}.{stage}" for stage in stages_to_pin(folder / f"{name}.onnx", largest, free)}
         if not more:
-            policy.bundle.manifest = replace(policy.manifest, float16_largest=largest)
+            reached = max(v for largest in ranges for v in largest.values())
+            policy.bundle.manifest = replace(policy.manifest, float16_largest=reached)
             return policy
         say(f"keeping in float32, too large for float16: {', '.join(sorted(more))}")
         pinned |= more
-
-
-def _float16_ranges(
-    policy: Policy, observations: list[Observation], views: tuple[Prefix, Expert], pinned: set[str]
-) -> tuple[float, set[str]]:
-    """-> the largest float16 magnitude in either graph, and the stages that must be pinned for it. Raises
-    RangeError where that cannot help."""
-    runs = [(policy.preprocessor.feeds(o.images, o.state, o.task), o.noise) for o in observations]
-    ranges, more = policy_ranges(policy, runs), set()
-    m = policy.manifest
-    for name, g, view, largest in zip(("prefix", "expert"), (m.prefix, m.expert), views, ranges, strict=True):
-        free = {stage for stage in stages(view) if f"{name}.{stage}" not in pinned}
-        found = stages_to_pin(policy.bundle.path(g.file), largest, free)
-        more |= {f"{name}.{stage}" for stage in found}
-    return max(v for largest in ranges for v in largest.values()), more
 
 
 def check_output(output: Path, force: bool) -> None:

@@ -1,7 +1,8 @@
 """The checkpoint's own answer: preprocessing and the float32 views in torch, stage by stage.
 
-It shares no code with the runtime, so that a mistake there shows; a mistake in the views themselves does not: that
-is what the goldens and --check-lerobot are for. Stages: images, tokens, state, cache, velocity, actions, chunk.
+It shares no code with the runtime but the names of statistics, so that a mistake there shows; a mistake in the views
+themselves does not: that is what the goldens and --check-lerobot are for. Stages: images, tokens, state, cache,
+velocity, actions, chunk.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..quantize.sample import Sample, draw_image, draw_state
-from ..runtime.normalization import Normalization
+from ..runtime.normalization import NEEDS, Normalization
 from .architecture import Architecture
 from .checkpoint import Checkpoint
 from .expert import Expert
@@ -147,6 +148,5 @@ class Reference:
 
 
 def _low_and_span(n: Normalization) -> tuple[Tensor, Tensor]:
-    names = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}[n.mode]
-    low, high = (torch.tensor(n.statistics[name]) for name in names)
+    low, high = (torch.tensor(n.statistics[name]) for name in NEEDS[n.mode])
     return low, torch.where(high == low, torch.tensor(n.eps), high - low)

@@ -5,62 +5,43 @@ graph serves every camera, and padding is a weight of zero.
 """
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
 from .graph import IR_VERSION, OPSET
+
+# ONNX's own text form; onnx.parser reads it.
+_GRAPH = """
+<ir_version: {ir_version}, opset_import: ["": {opset}]>
+camera (
+    uint8[height, width, 3] frame,
+    int32[2, {size}] rows, float[2, {size}, 1, 1] row_weights,
+    int32[2, {size}] columns, float[1, 2, {size}, 1] column_weights
+) => (float[1, 3, {size}, {size}] image)
+<float scale = {{{scale}}}, float two = {{2}}, float one = {{1}}, int64[1] first = {{0}}, int64[1] second = {{1}}>
+{{
+    bytes = Cast <to = 1> (frame)
+    pixels = Mul (bytes, scale)  # [height, width, 3] in [0, 1]
+    row_pairs = Gather <axis = 0> (pixels, rows)  # [2, size, width, 3]
+    weighted_rows = Mul (row_pairs, row_weights)
+    tall = ReduceSum <keepdims = 0> (weighted_rows, first)  # [size, width, 3]
+    column_pairs = Gather <axis = 1> (tall, columns)  # [size, 2, size, 3]
+    weighted_columns = Mul (column_pairs, column_weights)
+    square = ReduceSum <keepdims = 0> (weighted_columns, second)  # [size, size, 3]
+    planes = Transpose <perm = [2, 0, 1]> (square)
+    doubled = Mul (planes, two)
+    centred = Sub (doubled, one)
+    image = Unsqueeze (centred, first)
+}}
+"""
 
 
 def write_camera_graph(path: Path, size: int) -> None:
     """frame uint8 [height, width, 3], rows and columns int32 [2, size], their weights float32 [2, size, 1, 1] and
     [1, 2, size, 1] -> image float32 [1, 3, size, size] in [-1, 1], -1 where the weights are 0."""
-
-    def constant(name: str, values: float | list[int], dtype: type) -> onnx.TensorProto:
-        return numpy_helper.from_array(np.array(values, dtype), name)
-
-    def tensor(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, kind, shape)
-
-    u8, i32, f32 = TensorProto.UINT8, TensorProto.INT32, TensorProto.FLOAT
-    nodes: list[tuple[str, list[str], str, dict[str, Any]]] = [
-        ("Cast", ["frame"], "bytes", {"to": f32}),
-        ("Mul", ["bytes", "scale"], "pixels", {}),  # [height, width, 3] in [0, 1]
-        ("Gather", ["pixels", "rows"], "row_pairs", {"axis": 0}),  # [2, size, width, 3]
-        ("Mul", ["row_pairs", "row_weights"], "weighted_rows", {}),
-        ("ReduceSum", ["weighted_rows", "first"], "tall", {"keepdims": 0}),  # [size, width, 3]
-        ("Gather", ["tall", "columns"], "column_pairs", {"axis": 1}),  # [size, 2, size, 3]
-        ("Mul", ["column_pairs", "column_weights"], "weighted_columns", {}),
-        ("ReduceSum", ["weighted_columns", "second"], "square", {"keepdims": 0}),  # [size, size, 3]
-        ("Transpose", ["square"], "planes", {"perm": [2, 0, 1]}),
-        ("Mul", ["planes", "two"], "doubled", {}),
-        ("Sub", ["doubled", "one"], "centred", {}),
-        ("Unsqueeze", ["centred", "first"], "image", {}),
-    ]
-    graph = helper.make_graph(
-        [
-            helper.make_node(op, inputs, [output], name=output, **attributes)
-            for op, inputs, output, attributes in nodes
-        ],
-        "camera",
-        [
-            tensor("frame", u8, "height", "width", 3),
-            tensor("rows", i32, 2, size),
-            tensor("row_weights", f32, 2, size, 1, 1),
-            tensor("columns", i32, 2, size),
-            tensor("column_weights", f32, 1, 2, size, 1),
-        ],
-        [tensor("image", f32, 1, 3, size, size)],
-        [
-            constant("scale", 1 / 255, np.float32),
-            constant("two", 2, np.float32),
-            constant("one", 1, np.float32),
-            constant("first", [0], np.int64),
-            constant("second", [1], np.int64),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    text = _GRAPH.format(ir_version=IR_VERSION, opset=OPSET, size=size, scale=1 / 255)
+    model = onnx.parser.parse_model(text)
+    for node in model.graph.node:
+        node.name = node.output[0]
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..quantize.hub import from_hub, is_hub_id
 from ..runtime.bundle import sha256_of
-from .architecture import KNOWN_VLMS, read_vlm_config
+from .architecture import DEFAULT_VLM_CONFIG, read_vlm_config
 from .errors import CheckpointError
-from .policy_config import PolicyConfig
+from .policy_config import DEFAULT_VLM, PolicyConfig
 from .processors import Processors, read_processors
 
 WEIGHTS = "model.safetensors"
@@ -65,9 +66,15 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {e}. Copy the checkpoint again") from e
     tensors = {key.replace(_COMPILED, ""): t for key, t in tensors.items()}
     wanted = config.vlm_model_name
-    places = _vlm_places(folder, wanted, vlm)
-    sizes = next((p for p in places if "text_config" in _optional_json(p / "config.json")), None)
-    tokenizer = next((p for p in places if (p / TOKENIZER).is_file()), None)
+    if vlm is not None and not vlm.is_dir():
+        raise CheckpointError(f"--vlm {vlm} is not a folder")
+    # Where the VLM's files may be, in the order they are tried; an absolute name stays itself.
+    places = [p for p in (folder / wanted, folder / "tokenizer", folder, vlm) if p is not None and p.is_dir()]
+    configs, tokenizers = ([p / name for p in places] for name in ("config.json", TOKENIZER))
+    vlm_config = next((file for file in configs if "text_config" in _optional_json(file)), None)
+    if vlm_config is None and wanted == DEFAULT_VLM:
+        vlm_config = DEFAULT_VLM_CONFIG
+    tokenizer = next((file for file in tokenizers if file.is_file()), None)
     processors = read_processors(folder, config, tensors)
     joints, fps = _dataset_facts(folder, config.action_dim)
     return Checkpoint(
@@ -77,8 +84,8 @@ def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None 
         weights_sha256=sha256_of(folder / WEIGHTS),
         config=config,
         tensors={k: t for k, t in tensors.items() if torch.is_floating_point(t)},
-        vlm=read_vlm_config(sizes or KNOWN_VLMS.get(wanted) or _vlm_from_hub("config.json", places, wanted)),
-        tokenizer=(tokenizer or _vlm_from_hub(TOKENIZER, places, wanted)) / TOKENIZER,
+        vlm=read_vlm_config(vlm_config or _vlm_from_hub("config.json", places, wanted)),
+        tokenizer=tokenizer or _vlm_from_hub(TOKENIZER, places, wanted),
         processors=processors,
         joints=joints,
         fps=fps,
@@ -111,42 +118,24 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
         if not (folder / "config.json").exists():  # a training run's folder, or one of its steps
             folder = next((p for p in inside if p.is_dir()), folder)
         return folder, None
-    if folder.exists() or not _is_hub_id(name):
+    if folder.exists() or not is_hub_id(name):
         raise CheckpointError(f"{name} is neither a folder nor a Hub id such as lerobot/smolvla_base")
     path = hub_folder(name, ["*.json", "*.safetensors", "tokenizer/*"], revision)
     return path, path.name
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> Path:
     """The snapshot folder, whose name is the resolved commit; from the local cache where the Hub does not answer."""
     from huggingface_hub import snapshot_download
 
-    try:
+    with from_hub(f"{repo} at revision {revision}" if revision else repo, CheckpointError):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as e:  # the library's errors span requests, httpx, OSError and its own
-        at = f" at revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"{repo}{at} cannot be had from the Hub ({type(e).__name__}: {str(e).splitlines()[0]}). "
-            "Check the name and the network, or give a folder"
-        ) from e
-
-
-def _vlm_places(folder: Path, vlm_name: str, given: Path | None) -> list[Path]:
-    """Folders that may hold the VLM's config.json and tokenizer, in the order they are tried."""
-    if given is not None and not given.is_dir():
-        raise CheckpointError(f"--vlm {given} is not a folder")
-    relative = folder / vlm_name  # an absolute name stays itself
-    return [p for p in (relative, folder / "tokenizer", folder, given) if p is not None and p.is_dir()]
 
 
 def _vlm_from_hub(wanted: str, places: list[Path], vlm_name: str) -> Path:
-    """The VLM's Hub snapshot, with `wanted` in it; CheckpointError names the folders that were looked at before."""
+    """The file `wanted` of the VLM's Hub snapshot; CheckpointError names the folders that were looked at before."""
     looked = f"no {wanted} of the VLM in {', '.join(map(str, places)) or 'the checkpoint'}"
-    if not _is_hub_id(vlm_name):
+    if not is_hub_id(vlm_name):
         raise CheckpointError(f"{looked}, and {vlm_name} is no Hub id: give --vlm FOLDER with the VLM's files")
     try:
         hub = hub_folder(vlm_name, ["config.json", "tokenizer*.json", "special_tokens_map.json"])
@@ -154,7 +143,7 @@ def _vlm_from_hub(wanted: str, places: list[Path], vlm_name: str) -> Path:
         raise CheckpointError(f"{looked}, and {e}, or give --vlm FOLDER with the VLM's files") from e
     if not (hub / wanted).is_file():
         raise CheckpointError(f"{looked}, and {vlm_name} on the Hub has none either: give --vlm FOLDER")
-    return hub
+    return hub / wanted
 
 
 def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, float | None]:

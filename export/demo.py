@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .architecture import KNOWN_VLMS, Architecture, read_vlm_config
+from .architecture import DEFAULT_VLM_CONFIG, Architecture, read_vlm_config
 from .checkpoint import TOKENIZER, WEIGHTS, hub_folder
 from .errors import CheckpointError
 from .expert import Expert
@@ -24,58 +24,29 @@ from .policy_config import DEFAULT_VLM, PolicyConfig
 from .prefix import Prefix
 from .weights import TIME_MLP_IN, source_key
 
+# All of it but tokenizer, statistics and weights; its VLM is the published one.
+_FOLDER = DEFAULT_VLM_CONFIG.parents[1]
 # Six joints in degrees, gripper in percent: a pose in front of the arm and how far training data strays from it.
-_STATISTICS = {
-    "mean": [0.0, -40.0, 55.0, 60.0, 0.0, 20.0],
-    "std": [25.0, 20.0, 20.0, 15.0, 30.0, 12.0],
-}
+_MEAN, _STD = [0.0, -40.0, 55.0, 60.0, 0.0, 20.0], [25.0, 20.0, 20.0, 15.0, 30.0, 12.0]
 # Of random weights that are not scaled by their fan-in.
 _SCALES = {"bias": 0.02, "embed_tokens": 0.03, "position_embedding": 0.2}
-_CAMERAS = ("front", "wrist")
 _TOKENIZER_FILES = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"]
 
 
 def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
     """Write a LeRobot checkpoint folder: config, weights (bfloat16), processors, tokenizer."""
-    features = {"observation.state": {"type": "STATE", "shape": [6]}}
-    features |= {f"observation.images.{c}": {"type": "VISUAL", "shape": [3, 480, 640]} for c in _CAMERAS}
-    action = {"action": {"type": "ACTION", "shape": [6]}}
-    modes = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
-    config = {
-        "type": "smolvla",
-        "input_features": features,
-        "output_features": action,
-        "normalization_mapping": modes,
-        "vlm_model_name": "./vlm",
+    shutil.copytree(_FOLDER, folder)
+    _write_tokenizer(folder / "vlm", say)
+    statistics = {
+        f"{key}.{name}": torch.tensor(values)
+        for key in ("observation.state", "action")
+        for name, values in (("mean", _MEAN), ("std", _STD))
     }
-    vlm = folder / "vlm"
-    vlm.mkdir(parents=True)
-    _write_json(vlm / "config.json", {"model_type": "smolvlm", **KNOWN_VLMS[DEFAULT_VLM]})
-    _write_json(folder / "config.json", config)
-    _write_tokenizer(vlm, say)
-    before = {
-        "rename_observations_processor": {"rename_map": {}},
-        "to_batch_processor": {},
-        "smolvla_new_line_processor": {},
-        "tokenizer_processor": {"max_length": 48, "padding": "longest", "tokenizer_name": "./vlm"},
-        "device_processor": {"device": "cpu"},
-    }
-    for kind, side, around in (("pre", "normalizer", before), ("post", "unnormalizer", {})):
-        state = f"policy_{kind}processor_{side}_processor.safetensors"
-        scaling = {
-            "registry_name": f"{side}_processor",
-            "config": {"features": features | action, "norm_map": modes},
-            "state_file": state,
-        }
-        steps = [*({"registry_name": name, "config": options} for name, options in around.items()), scaling]
-        _write_json(folder / f"policy_{kind}processor.json", {"name": f"policy_{kind}processor", "steps": steps})
-        keys = ("observation.state", "action")
-        save_file({f"{k}.{n}": torch.tensor(v) for k in keys for n, v in _STATISTICS.items()}, folder / state)
+    for name in ("preprocessor_normalizer", "postprocessor_unnormalizer"):
+        save_file(statistics, folder / f"policy_{name}_processor.safetensors")
     say("drawing 403 million random weights")
-    parsed = PolicyConfig.from_json(config)
-    arch = Architecture.from_configs(
-        parsed, read_vlm_config(vlm), token_length=parsed.tokenizer_max_length, image_special_tokens=()
-    )
+    config = PolicyConfig.from_json(json.loads((folder / "config.json").read_text()))
+    arch = Architecture(config, read_vlm_config(DEFAULT_VLM_CONFIG), config.tokenizer_max_length)
     save_file(_random_weights(arch), folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -116,8 +87,4 @@ def _write_tokenizer(folder: Path, say: Callable[[str], None]) -> None:
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(text, vocab_size=400, min_frequency=1, show_progress=False, special_tokens=special)
     tokenizer.save(str(folder / TOKENIZER))
-    _write_json(folder / "special_tokens_map.json", {"pad_token": "<pad>"})
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1))
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<pad>"}')

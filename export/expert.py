@@ -17,15 +17,14 @@ class ExpertLayer(nn.Module):
     def __init__(self, arch: Architecture, recipe: Recipe, *, is_self: bool) -> None:
         super().__init__()
         self.recipe, self.head_dim, self.is_self = recipe, arch.head_dim, is_self
-        width, q_width = arch.expert_width, arch.heads * arch.head_dim
-        self.input_layernorm = RMSNorm(width, arch.eps, recipe.stream)
+        width, q_width = arch.expert_width, arch.q_width
+        self.input_layernorm = RMSNorm(width, arch.text.rms_norm_eps, recipe.stream)
         self.q_proj = Linear(width, q_width, bias=False, dtype=recipe.matmul)
         if is_self:
-            kv_width = arch.kv_heads * arch.head_dim
-            self.k_proj = Linear(width, kv_width, bias=False, dtype=recipe.matmul)
-            self.v_proj = Linear(width, kv_width, bias=False, dtype=recipe.matmul)
+            self.k_proj = Linear(width, arch.kv_width, bias=False, dtype=recipe.matmul)
+            self.v_proj = Linear(width, arch.kv_width, bias=False, dtype=recipe.matmul)
         self.o_proj = Linear(q_width, width, bias=False, dtype=recipe.matmul)
-        self.post_attention_layernorm = RMSNorm(width, arch.eps, recipe.stream)
+        self.post_attention_layernorm = RMSNorm(width, arch.text.rms_norm_eps, recipe.stream)
         self.mlp = GatedMLP(width, arch.expert_intermediate, recipe)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,15 +54,16 @@ class Expert(nn.Module):
         super().__init__()
         self.arch, self.recipe = arch, recipe
         width = arch.expert_width
+        self.shared = arch.q_width // arch.kv_width  # query heads to a KV head
         # Small, and their error goes straight into the actions: float32 in every precision.
-        self.action_in_proj = Linear(arch.max_action_dim, width, bias=True, dtype=recipe.stream)
+        self.action_in_proj = Linear(arch.config.max_action_dim, width, bias=True, dtype=recipe.stream)
         self.time_mlp_actions = Linear(width, width, bias=True, dtype=recipe.stream)
         self.time_mlp_time = Linear(width, width, bias=False, dtype=recipe.stream)
         self.action_time_mlp_out = Linear(width, width, bias=True, dtype=recipe.stream)
-        self.action_out_proj = Linear(width, arch.max_action_dim, bias=True, dtype=recipe.stream)
+        self.action_out_proj = Linear(width, arch.config.max_action_dim, bias=True, dtype=recipe.stream)
         self.layers = nn.ModuleList(ExpertLayer(arch, recipe, is_self=arch.is_self(i)) for i in range(arch.layers))
-        self.norm = RMSNorm(width, arch.eps, recipe.stream)
-        chunk = arch.chunk_size
+        self.norm = RMSNorm(width, arch.text.rms_norm_eps, recipe.stream)
+        chunk = arch.config.chunk_size
         self.cos, self.sin = rope_tables(arch.prefix_tokens + chunk, arch.head_dim)
         later = torch.full((chunk, chunk), masked(recipe.stream), dtype=recipe.stream).triu(1)
         self.later_hidden = nn.Buffer(later, persistent=False)
@@ -80,14 +80,14 @@ class Expert(nn.Module):
         prefix_mask: Tensor,
         *cache: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        arch, chunk = self.arch, self.arch.chunk_size
+        arch, chunk = self.arch, self.arch.config.chunk_size
         # concat(actions, time) @ W + b, with W cut in two: the time half is one row, not C equal ones.
         mixed = self.time_mlp_actions(self.action_in_proj(noisy_actions)) + self.time_mlp_time(time_embedding)
         x = self.action_time_mlp_out(F.silu(mixed))  # [1, C, E]
 
         hidden = torch.where(prefix_mask, 0.0, masked(self.recipe.stream)).to(self.recipe.stream)  # [1, P]
         self_mask = torch.cat((hidden.expand(chunk, -1), self.later_hidden), dim=1)
-        self_mask = self_mask.repeat(arch.heads // arch.kv_heads, 1)  # [G * C, P + C]
+        self_mask = self_mask.repeat(self.shared, 1)  # [G * C, P + C]
 
         # In self layers the actions follow the valid prefix; in cross layers their positions start at 0.
         positions = prefix_mask.to(torch.int32).sum(1, dtype=torch.int32) + torch.arange(chunk, dtype=torch.int32)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import onnx
 import torch
@@ -27,13 +28,6 @@ IR_VERSION = 10  # ONNX Runtime 1.22 and TensorRT 10.3 read it
 FORBIDDEN = {"ScatterND", "ScatterElements", "IsNaN", "NonZero", "Loop", "If", "Scan", "SequenceConstruct"}
 # What the target `cpu` may hold beside standard operators.
 ORT_OPERATORS = {"MultiHeadAttention", "FastGelu", "RotaryEmbedding", "DynamicQuantizeMatMul"}
-_DTYPES: dict[int, bundle.Dtype] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.INT32: "int32",
-    TensorProto.BOOL: "bool",
-}
-_WEIGHTS = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT8: "int8"}
 
 
 @dataclass(frozen=True)
@@ -51,27 +45,26 @@ def cache_names(arch: Architecture) -> list[str]:
 
 def prefix_example(arch: Architecture) -> Example:
     inputs = {
-        "images": torch.zeros(arch.cameras, 3, arch.image_size, arch.image_size),
+        "images": torch.zeros(len(arch.config.cameras), 3, arch.vision.image_size, arch.vision.image_size),
         "tokens": torch.zeros(1, arch.token_length, dtype=torch.int32),
         "token_mask": torch.ones(1, arch.token_length, dtype=torch.bool),
-        "state": torch.zeros(1, arch.max_state_dim),
+        "state": torch.zeros(1, arch.config.max_state_dim),
     }
     return Example(inputs, ["prefix_mask", *cache_names(arch)])
 
 
 def expert_example(arch: Architecture, recipe: Recipe) -> Example:
-    actions = (1, arch.chunk_size, arch.max_action_dim)
     inputs = {
-        "noisy_actions": torch.zeros(actions),
+        "noisy_actions": torch.zeros(arch.noise_shape),
         "time_embedding": torch.zeros(1, arch.expert_width),
         "time": torch.ones(1),
         "dt": torch.full((1,), -0.1),
-        "prev_chunk": torch.zeros(actions),
-        "prev_weights": torch.zeros(1, arch.chunk_size, 1),
+        "prev_chunk": torch.zeros(arch.noise_shape),
+        "prev_weights": torch.zeros(1, arch.config.chunk_size, 1),
         "guidance": torch.zeros(1),
         "prefix_mask": torch.ones(1, arch.prefix_tokens, dtype=torch.bool),
     }
-    kv = (1, arch.kv_heads, arch.prefix_tokens, arch.head_dim)
+    kv = (1, arch.text.num_key_value_heads, arch.prefix_tokens, arch.head_dim)
     inputs |= {name: torch.zeros(kv, dtype=recipe.matmul) for name in cache_names(arch)}
     return Example(inputs, ["velocity", "next_actions"])
 
@@ -143,9 +136,7 @@ def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> di
     """Matrix products by stage. What depends on nothing but the images is vision, the rest of the prefix language.
     A weight that is used twice is read once."""
     inputs = {v.name for v in graph.input}
-    matrices = {
-        t.name: _WEIGHTS[t.data_type] for t in graph.initializer if len(t.dims) > 1 and t.data_type in _WEIGHTS
-    }
+    matrices = {t.name: _dtype(t.data_type) for t in graph.initializer if len(t.dims) > 1}
     made_of = {name: {name} for name in (*inputs, *matrices)}  # tensor -> the inputs and matrices behind it
     stages = ("vision", "language") if "images" in inputs else ("expert",)
     gemm, read = ({stage: Counter[str]() for stage in stages} for _ in range(2))
@@ -170,9 +161,12 @@ def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> di
 
 def _tensor(value: onnx.ValueInfoProto) -> bundle.Tensor:
     kind = value.type.tensor_type
-    if kind.elem_type not in _DTYPES:
-        raise GraphError(f"{value.name} has dtype {onnx.helper.tensor_dtype_to_string(kind.elem_type)}")
-    return bundle.Tensor(value.name, _DTYPES[kind.elem_type], tuple(d.dim_value for d in kind.shape.dim))
+    dtype = cast(bundle.Dtype, _dtype(kind.elem_type))  # parse_manifest refuses others
+    return bundle.Tensor(value.name, dtype, tuple(d.dim_value for d in kind.shape.dim))
+
+
+def _dtype(kind: int) -> str:
+    return onnx.helper.tensor_dtype_to_np_dtype(kind).name
 
 
 def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -182,9 +176,4 @@ def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return 4 * batch * n * n * width
     if node.op_type not in ("MatMul", "Gemm", "DynamicQuantizeMatMul"):
         return 0
-    a, out = shapes[node.input[0]], shapes[node.output[0]]
-    transposed = any(x.name == "transA" and x.i for x in node.attribute)
-    count = 2 * (a[0] if transposed else a[-1])
-    for n in out:
-        count *= n
-    return count
+    return 2 * shapes[node.input[0]][-1] * math.prod(shapes[node.output[0]])  # no view transposes its activation

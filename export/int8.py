@@ -14,18 +14,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ..quantize import gate as gates
 from ..quantize.calibration import CalibrationSet, read_calibration
 from ..quantize.errors import CalibrationError
-from ..quantize.gate import Answers, Asked, Errors, Gate
+from ..quantize.gate import Answers, Array, Asked, Errors, Gate
 from ..quantize.linear import Dynamic, Int8Linear, Static
-from ..quantize.plan import MACHINES, Cost, choose, order
+from ..quantize.plan import Cost, choose, order
 from ..quantize.sample import Sample
 from ..quantize.smoothing import smooth, watch_errors, watch_moments
-from ..runtime import Policy, bundle
+from ..runtime import InputError, Policy, bundle
+from ..runtime.tokenizer import Tokenizer
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .expert import Expert
@@ -36,7 +36,6 @@ from .sites import sites
 from .tokens import instructions, read_tokenizer
 from .weights import build_views
 
-Array = NDArray[np.float32]
 Views = tuple[Prefix, Expert]
 Layers = dict[str, Int8Linear]  # by module path, which begins with prefix. or expert.
 RECIPES: dict[bundle.Target, Recipe] = {"cpu": replace(FP32, table=torch.float16, ort=True), "portable": FP16}
@@ -118,12 +117,13 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
     """Read `frames` observations, and a quarter as many to judge by, that fit the checkpoint. Raises
     CalibrationError, also for instructions that do not fit."""
     around = checkpoint.processors
-    tokenizer, length = read_tokenizer(checkpoint.tokenizer), around.token_length
+    length = around.token_length
+    asked = Tokenizer(checkpoint.tokenizer, bundle.Tokens(length, 0))
     data = read_calibration(
         source,
         around.camera_names,
         checkpoint.config.state_dim,
-        instructions(tokenizer, length),
+        instructions(read_tokenizer(checkpoint.tokenizer), length),
         statistics=around.state.statistics,
         frames=frames,
         held_out=max(2, frames // 4),
@@ -135,8 +135,10 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
             "the scales, another tries them): record more"
         )
     for task in {sample.task for sample in (*data.calibration, *data.held_out)}:
-        if (n := len(tokenizer.encode(task.rstrip("\n") + "\n").ids)) > length:
-            raise CalibrationError(f"{source}: the instruction {task!r} has {n} tokens, the policy takes {length}")
+        try:
+            asked.encode(task)
+        except InputError as e:
+            raise CalibrationError(f"{source}: {e}") from e
     return data
 
 
@@ -165,7 +167,7 @@ def plan_int8(
 
     measured = {}
     for group in layers:
-        seconds = sum(c.saved_s(MACHINES[target]) for c in costs[group])
+        seconds = sum(c.saved_s(target) for c in costs[group])
         measured[group] = seconds, (errors := errors_of([group]))
         said = f"worst joint {errors.action:.3f} of its spread, worst cache {errors.worst_cache:.4f}"
         say(f"{group} alone: saves {1e3 * seconds:.0f} ms, {said}")

@@ -75,16 +75,13 @@ def exported(recipe: Recipe) -> bool:
     return recipe.ort and torch.compiler.is_exporting()
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """`x @ weight.T + bias`, in the weight's dtype, or in `compute` where the sum is too long for it."""
 
-    def __init__(
-        self, width_in: int, width_out: int, *, bias: bool, dtype: torch.dtype, compute: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.compute = compute
-        self.weight = nn.Parameter(torch.empty(width_out, width_in, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(width_out, dtype=dtype)) if bias else None
+    compute: torch.dtype | None = None
+
+    def reset_parameters(self) -> None:
+        """Nothing is drawn: the weights come from a checkpoint."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute or self.weight.dtype

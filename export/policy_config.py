@@ -56,8 +56,7 @@ class PolicyConfig:
             )
         problems: list[str] = []
         config = decode(cls, {f.name: raw[f.name] for f in fields(cls) if f.name in raw}, problems)
-        if config is not None:
-            problems = config._problems()
+        problems += config._problems() if config else []
         if config is None or problems:
             raise CheckpointError("config.json cannot be exported: " + "; ".join(problems))
         return config

@@ -22,16 +22,15 @@ class PrefixLayer(nn.Module):
     def __init__(self, arch: Architecture, recipe: Recipe, *, last: bool) -> None:
         super().__init__()
         self.recipe, self.head_dim, self.last = recipe, arch.head_dim, last
-        kv_width = arch.kv_heads * arch.head_dim
-        self.input_layernorm = RMSNorm(arch.width, arch.eps, recipe.stream)
-        self.k_proj = Linear(arch.width, kv_width, bias=False, dtype=recipe.matmul)
-        self.v_proj = Linear(arch.width, kv_width, bias=False, dtype=recipe.matmul)
+        width, q_width, kv_width = arch.text.hidden_size, arch.q_width, arch.kv_width
+        self.input_layernorm = RMSNorm(width, arch.text.rms_norm_eps, recipe.stream)
+        self.k_proj = Linear(width, kv_width, bias=False, dtype=recipe.matmul)
+        self.v_proj = Linear(width, kv_width, bias=False, dtype=recipe.matmul)
         if not last:
-            q_width = arch.heads * arch.head_dim
-            self.q_proj = Linear(arch.width, q_width, bias=False, dtype=recipe.matmul)
-            self.o_proj = Linear(q_width, arch.width, bias=False, dtype=recipe.matmul)
-            self.post_attention_layernorm = RMSNorm(arch.width, arch.eps, recipe.stream)
-            self.mlp = GatedMLP(arch.width, arch.intermediate, recipe)
+            self.q_proj = Linear(width, q_width, bias=False, dtype=recipe.matmul)
+            self.o_proj = Linear(q_width, width, bias=False, dtype=recipe.matmul)
+            self.post_attention_layernorm = RMSNorm(width, arch.text.rms_norm_eps, recipe.stream)
+            self.mlp = GatedMLP(width, arch.text.intermediate_size, recipe)
 
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: [1, P, W] -> x, keys after RoPE and values, both [1, K, P, D]."""
@@ -51,7 +50,7 @@ class CrossProjection(nn.Module):
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
         self.recipe, self.head_dim = recipe, arch.head_dim
-        kv_width = arch.kv_heads * arch.head_dim
+        kv_width = arch.kv_width
         self.k_proj = Linear(kv_width, kv_width, bias=False, dtype=recipe.matmul)
         self.v_proj = Linear(kv_width, kv_width, bias=False, dtype=recipe.matmul)
 
@@ -69,10 +68,12 @@ class Prefix(nn.Module):
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
         self.arch, self.recipe = arch, recipe
+        self.scale = arch.text.hidden_size**0.5  # of every embedding
+        self.shared = arch.q_width // arch.kv_width  # query heads to a KV head
         self.vision_model = VisionModel(arch, recipe)
         self.connector = Connector(arch, recipe)
-        self.embed_tokens = nn.Parameter(torch.empty(arch.vocab, arch.width, dtype=recipe.table))
-        self.state_proj = Linear(arch.max_state_dim, arch.width, bias=True, dtype=recipe.stream)
+        self.embed_tokens = nn.Parameter(torch.empty(arch.text.vocab_size, arch.text.hidden_size, dtype=recipe.table))
+        self.state_proj = Linear(arch.config.max_state_dim, arch.text.hidden_size, bias=True, dtype=recipe.stream)
         self.layers = nn.ModuleList(PrefixLayer(arch, recipe, last=i == arch.layers - 1) for i in range(arch.layers))
         self.cross = nn.ModuleDict(
             {str(i): CrossProjection(arch, recipe) for i in range(arch.layers) if not arch.is_self(i)}
@@ -96,26 +97,26 @@ class Prefix(nn.Module):
         """[B, 3, S, S] -> [1, rows of all camera slots, W]: scaled embeddings, wrapped in the special tokens
         where the checkpoint has them. An empty camera keeps only its special tokens: its image is masked."""
         arch = self.arch
-        embeds = self.embed_images(images) * arch.width**0.5
+        embeds = self.embed_images(images) * self.scale
         if not arch.image_special_tokens:
-            return embeds.reshape(1, -1, arch.width)
+            return embeds.reshape(1, -1, embeds.shape[-1])
         special = self.embed(torch.tensor(arch.image_special_tokens, dtype=torch.int32))[None]
         parts: list[Tensor] = []
-        for slot in range(arch.cameras + arch.empty_cameras):
-            image = [embeds[slot : slot + 1]] if slot < arch.cameras else []
+        for slot in range(len(arch.config.cameras) + arch.config.empty_cameras):
+            image = [embeds[slot : slot + 1]] if slot < len(arch.config.cameras) else []
             parts += [special[:, :2], *image, special[:, 2:]]
         return torch.cat(parts, dim=1)
 
     def forward(self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> tuple[Tensor, ...]:
         arch, stream = self.arch, self.recipe.stream
         image = self.image_tokens(images)
-        language = self.embed(tokens) * arch.width**0.5
+        language = self.embed(tokens) * self.scale
         x = torch.cat((image, language, self.state_proj(state)[:, None]), dim=1)  # [1, P, W]
 
         always = torch.ones(1, image.shape[1], dtype=torch.bool)
         prefix_mask = torch.cat((always, token_mask, always[:, :1]), dim=1)  # [1, P]
         hidden = torch.where(prefix_mask, 0.0, masked(stream)).to(stream)
-        mask = (self.state_hidden + hidden).repeat(arch.heads // arch.kv_heads, 1)  # [G * P, P]
+        mask = (self.state_hidden + hidden).repeat(self.shared, 1)  # [G * P, P]
 
         state_position = image.shape[1] + token_mask.to(torch.int32).sum(1, dtype=torch.int32)  # [1]
         cos = torch.cat((self.cos[:-1], self.cos.index_select(0, state_position)))  # [P, D/2]

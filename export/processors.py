@@ -61,7 +61,7 @@ def read_processors(folder: Path, config: PolicyConfig, tensors: Mapping[str, Te
         rename = before.get("rename_observations_processor", _NOTHING)[0].get("rename_map") or {}
         text = before.get("tokenizer_processor", _NOTHING)[0]
         token_length = int(text.get("max_length") or config.tokenizer_max_length)
-        problems += _tokenizer_problems(folder, config, text)
+        _check_tokenizer(folder, config, text, problems)
         normalizer = before.get("normalizer_processor", _NOTHING) if before else ({}, old)
         unnormalizer = after.get("unnormalizer_processor", _NOTHING) if after else ({}, old)
         state = _normalization(STATE, config.state_dim, normalizer, config, problems)
@@ -101,18 +101,16 @@ def _read_steps(folder: Path, side: str, known: Mapping[str, bool], problems: li
     return steps
 
 
-def _tokenizer_problems(folder: Path, config: PolicyConfig, options: Mapping[str, Any]) -> list[str]:
-    found = []
+def _check_tokenizer(folder: Path, config: PolicyConfig, options: Mapping[str, Any], problems: list[str]) -> None:
     name = str(options.get("tokenizer_name") or config.vlm_model_name)
     if name != config.vlm_model_name and not (folder / name / "tokenizer.json").is_file():
-        found.append(
+        problems.append(
             f"the preprocessor's tokenizer is {name}, the policy's VLM is {config.vlm_model_name}: they must be one"
         )
     if options.get("padding_side", "right") != "right":
-        found.append("the tokenizer pads on the left, only right padding is supported")
+        problems.append("the tokenizer pads on the left, only right padding is supported")
     if options.get("task_key", "task") != "task":
-        found.append(f"the instruction is read from {options['task_key']!r}, only 'task' is supported")
-    return found
+        problems.append(f"the instruction is read from {options['task_key']!r}, only 'task' is supported")
 
 
 def _normalization(key: str, dim: int, step: Step, config: PolicyConfig, problems: list[str]) -> Normalization | None:

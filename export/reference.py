@@ -1,7 +1,8 @@
 """The checkpoint's own answer: preprocessing and the float32 views in torch, stage by stage.
 
-It shares no code with the runtime, so that a mistake there shows; a mistake in the views themselves does not: that
-is what the goldens and --check-lerobot are for. Stages: images, tokens, state, cache, velocity, actions, chunk.
+It shares no code with the runtime but the names of statistics, so that a mistake there shows; a mistake in the views
+themselves does not: that is what the goldens and --check-lerobot are for. Stages: images, tokens, state, cache,
+velocity, actions, chunk.
 """
 
 from collections.abc import Mapping
@@ -13,8 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..quantize.sample import Sample, draw_image
-from ..runtime.normalization import Normalization
+from ..quantize.sample import Sample, draw_image, draw_state
+from ..runtime.normalization import NEEDS, Normalization
 from .architecture import Architecture
 from .checkpoint import Checkpoint
 from .expert import Expert
@@ -49,9 +50,7 @@ def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0
     rng = np.random.default_rng(seed)
     names = checkpoint.processors.camera_names
     images = {name: draw_image(rng, 240 + 24 * i, 320) for i, name in enumerate(names)}
-    stats = checkpoint.processors.state.statistics
-    mean, std = np.array(stats.get("mean", 0), np.float32), np.array(stats.get("std", 1), np.float32)
-    state = mean + std * rng.standard_normal(checkpoint.config.state_dim).astype(np.float32)
+    state = draw_state(rng, checkpoint.config.state_dim, checkpoint.processors.state.statistics)
     noise = rng.standard_normal(arch.noise_shape, dtype=np.float32)
     tokenizer = read_tokenizer(checkpoint.tokenizer)
     return [Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)]
@@ -83,7 +82,7 @@ class Reference:
     def prefill(self, observation: Sample) -> tuple[list[int], Tensor, dict[str, Tensor]]:
         """-> valid token ids, which of the cache's rows are ever read [1, P], the cache."""
         arch = self.arch
-        ids = self._tokenizer.encode(observation.task.rstrip("\n") + "\n").ids
+        ids = self._tokenizer.encode(observation.task.removesuffix("\n") + "\n").ids
         tokens = F.pad(torch.tensor([ids], dtype=torch.int32), (0, arch.token_length - len(ids)))
         token_mask = torch.arange(arch.token_length)[None] < len(ids)
         images, state = self._images(observation.images), self._state(observation.state)
@@ -119,7 +118,7 @@ class Reference:
 
     def _images(self, images: Mapping[str, NDArray[np.uint8]]) -> Tensor:
         """LeRobot's prepare_images: bilinear, padded left and top with 0, then to [-1, 1]."""
-        size, out = self.arch.image_size, []
+        size, out = self.arch.vision.image_size, []
         for name in self.checkpoint.processors.camera_names:
             pixels = torch.from_numpy(images[name]).permute(2, 0, 1)[None].float() / 255
             height, width = pixels.shape[2:]
@@ -137,7 +136,7 @@ class Reference:
         elif n.active:
             low, span = _low_and_span(n)
             x = 2 * (x - low) / span - 1
-        return F.pad(x[None], (0, self.arch.max_state_dim - x.shape[0]))
+        return F.pad(x[None], (0, self.arch.config.max_state_dim - x.shape[0]))
 
     def _time_embedding(self, time: Tensor) -> Tensor:
         """LeRobot's create_sinusoidal_pos_embedding, in float64."""
@@ -149,6 +148,5 @@ class Reference:
 
 
 def _low_and_span(n: Normalization) -> tuple[Tensor, Tensor]:
-    names = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}[n.mode]
-    low, high = (torch.tensor(n.statistics[name]) for name in names)
+    low, high = (torch.tensor(n.statistics[name]) for name in NEEDS[n.mode])
     return low, torch.where(high == low, torch.tensor(n.eps), high - low)

@@ -1,7 +1,10 @@
 """SigLIP and the connector: images -> image tokens of the language model's width.
 
 Letters: B cameras, S image size, P patch size, N = (S / P)^2 patches, W vision width.
+config: transformers' SmolVLMVisionConfig.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,11 +17,11 @@ from .layers import Linear, Recipe, attention, exported, heads, ort_operator
 class PatchEmbedding(nn.Module):
     """Non-overlapping patches times one matrix; equal to the checkpoint's strided convolution."""
 
-    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
+    def __init__(self, config: Any, recipe: Recipe) -> None:
         super().__init__()
-        self.recipe, self.patch = recipe, arch.patch_size
-        self.weight = nn.Parameter(torch.empty(arch.vision_width, 3, self.patch, self.patch, dtype=recipe.matmul))
-        self.bias = nn.Parameter(torch.empty(arch.vision_width, dtype=recipe.matmul))
+        self.recipe, self.patch = recipe, config.patch_size
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, 3, self.patch, self.patch, dtype=recipe.matmul))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size, dtype=recipe.matmul))
 
     def forward(self, images: Tensor) -> Tensor:
         b, _, size, _ = images.shape
@@ -31,10 +34,9 @@ class PatchEmbedding(nn.Module):
 class VisionAttention(nn.Module):
     """Full attention over one image's patches: no mask, so the graph holds no NaN guard."""
 
-    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
+    def __init__(self, config: Any, recipe: Recipe) -> None:
         super().__init__()
-        self.recipe, self.heads, self.head_dim = recipe, arch.vision_heads, arch.vision_width // arch.vision_heads
-        width = arch.vision_width
+        width, self.recipe, self.heads = config.hidden_size, recipe, config.num_attention_heads
         self.q_proj = Linear(width, width, bias=True, dtype=recipe.matmul)
         self.k_proj = Linear(width, width, bias=True, dtype=recipe.matmul)
         self.v_proj = Linear(width, width, bias=True, dtype=recipe.matmul)
@@ -46,18 +48,18 @@ class VisionAttention(nn.Module):
         if exported(self.recipe):  # flash attention, which the CPU provider has in float32 only
             q, k, v = (t.to(self.recipe.stream) for t in (q, k, v))
             return self.out_proj(ort_operator("MultiHeadAttention", (q, k, v), q, num_heads=self.heads))
-        q, k, v = (heads(t, self.head_dim) for t in (q, k, v))
+        q, k, v = (heads(t, t.shape[-1] // self.heads) for t in (q, k, v))
         return self.out_proj(attention(q, k, v, None, self.recipe))
 
 
 class VisionMLP(nn.Module):
     """fc2(gelu(fc1(x))), tanh form."""
 
-    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
+    def __init__(self, config: Any, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self.fc1 = Linear(arch.vision_width, arch.vision_intermediate, bias=True, dtype=recipe.matmul)
-        self.fc2 = Linear(arch.vision_intermediate, arch.vision_width, bias=True, dtype=recipe.matmul)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True, dtype=recipe.matmul)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True, dtype=recipe.matmul)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -67,12 +69,12 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    def __init__(self, arch: Architecture, recipe: Recipe) -> None:
+    def __init__(self, config: Any, recipe: Recipe) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(arch.vision_width, arch.vision_eps, dtype=recipe.stream)
-        self.self_attn = VisionAttention(arch, recipe)
-        self.layer_norm2 = nn.LayerNorm(arch.vision_width, arch.vision_eps, dtype=recipe.stream)
-        self.mlp = VisionMLP(arch, recipe)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=recipe.stream)
+        self.self_attn = VisionAttention(config, recipe)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=recipe.stream)
+        self.mlp = VisionMLP(config, recipe)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x)).to(x.dtype)
@@ -88,10 +90,11 @@ class VisionModel(nn.Module):
 
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.patch_embedding = PatchEmbedding(arch, recipe)
-        self.position_embedding = nn.Parameter(torch.empty(arch.patches, arch.vision_width, dtype=recipe.stream))
-        self.layers = nn.ModuleList(VisionLayer(arch, recipe) for _ in range(arch.vision_layers))
-        self.post_layernorm = nn.LayerNorm(arch.vision_width, arch.vision_eps, dtype=recipe.stream)
+        config = arch.vision
+        self.patch_embedding = PatchEmbedding(config, recipe)
+        self.position_embedding = nn.Parameter(torch.empty(arch.patches, config.hidden_size, dtype=recipe.stream))
+        self.layers = nn.ModuleList(VisionLayer(config, recipe) for _ in range(config.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=recipe.stream)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch_embedding(images).to(self.position_embedding.dtype) + self.position_embedding
@@ -108,9 +111,10 @@ class Connector(nn.Module):
 
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.recipe, self.factor = recipe, arch.pixel_shuffle
-        wide = arch.vision_width * arch.pixel_shuffle**2
-        self.proj = Linear(wide, arch.width, bias=False, dtype=recipe.matmul, compute=recipe.stream)
+        self.recipe, self.factor = recipe, arch.vlm.scale_factor
+        wide = arch.vision.hidden_size * arch.vlm.scale_factor**2
+        self.proj = Linear(wide, arch.text.hidden_size, bias=False, dtype=recipe.matmul)
+        self.proj.compute = recipe.stream
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, w = x.shape

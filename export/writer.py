@@ -1,13 +1,14 @@
 """Checkpoint -> bundle: build the views, export, describe, prove, and only then move the folder into place."""
 
-import importlib.metadata
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -41,12 +42,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     special: tuple[int, ...] = ()
     if checkpoint.config.add_image_special_tokens:
         special = tokens.image_special_tokens(tokens.read_tokenizer(checkpoint.tokenizer))
-    return Architecture.from_configs(
-        checkpoint.config,
-        checkpoint.vlm,
-        token_length=checkpoint.processors.token_length,
-        image_special_tokens=special,
-    )
+    return Architecture(checkpoint.config, checkpoint.vlm, checkpoint.processors.token_length, special)
 
 
 def reference_of(checkpoint: Checkpoint, target: bundle.Target) -> Reference:
@@ -82,8 +78,8 @@ def write_bundle(
         raise ExportError("INT8, and nothing else, needs calibration data: a dataset, a recording, or `synthetic`")
     if int8 and check_lerobot:
         raise ExportError("--check-lerobot is for fp32 and fp16: INT8 is judged against float32, by the gate")
-    if check_lerobot:
-        lerobot_check.require_lerobot()
+    if check_lerobot and find_spec("lerobot") is None:
+        raise ExportError("--check-lerobot needs lerobot beside this package: pip install 'lerobot[smolvla]==0.4.4'")
     say("building the views")
     reference = reference_of(checkpoint, target)
     arch = reference.arch
@@ -149,41 +145,32 @@ def _export(
     say: Callable[[str], None],
 ) -> Policy:
     """Write the graphs, as often as it takes until nothing comes near float16's limit; -> them, loaded. make,
-    describe: views and manifest, from the stages that stay in float32."""
+    describe: views and manifest, from the stages that stay in float32. Raises RangeError where that cannot help."""
     pinned: set[str] = set()
     while True:
-        views = prefix, expert = make(pinned)
-        examples = graph.prefix_example(prefix.arch), graph.expert_example(expert.arch, expert.recipe)
+        views = make(pinned)
+        arch, recipe = views[0].arch, views[0].recipe
+        examples = graph.prefix_example(arch), graph.expert_example(arch, recipe)
         for name, view, example in zip(("prefix", "expert"), views, examples, strict=True):
             say(f"exporting {name}.onnx")
             graph.export_graph(view, example, folder / f"{name}.onnx", target)
         if target == "portable":
-            write_camera_graph(folder / CAMERA_GRAPH, prefix.arch.image_size)
+            write_camera_graph(folder / CAMERA_GRAPH, arch.vision.image_size)
         policy = Policy.load(Bundle(folder, describe(pinned), digest=""), device="cpu")
-        if expert.recipe.matmul != torch.float16:
+        if recipe.matmul != torch.float16:
             return policy
         say("measuring float16 ranges")
-        largest, more = _float16_ranges(policy, observations, views, pinned)
+        runs = [(policy.preprocessor.feeds(o.images, o.state, o.task), o.noise) for o in observations]
+        ranges, more = policy_ranges(policy, runs), set[str]()
+        for name, view, largest in zip(("prefix", "expert"), views, ranges, strict=True):
+            free = {stage for stage in stages(view) if f"{name}.{stage}" not in pinned}
+            more |= {f"{name}.{stage}" for stage in stages_to_pin(folder / f"{name}.onnx", largest, free)}
         if not more:
-            policy.bundle.manifest = replace(policy.manifest, float16_largest=largest)
+            reached = max(v for largest in ranges for v in largest.values())
+            policy.bundle.manifest = replace(policy.manifest, float16_largest=reached)
             return policy
         say(f"keeping in float32, too large for float16: {', '.join(sorted(more))}")
         pinned |= more
-
-
-def _float16_ranges(
-    policy: Policy, observations: list[Observation], views: tuple[Prefix, Expert], pinned: set[str]
-) -> tuple[float, set[str]]:
-    """-> the largest float16 magnitude in either graph, and the stages that must be pinned for it. Raises
-    RangeError where that cannot help."""
-    runs = [(policy.preprocessor.feeds(o.images, o.state, o.task), o.noise) for o in observations]
-    ranges, more = policy_ranges(policy, runs), set()
-    m = policy.manifest
-    for name, g, view, largest in zip(("prefix", "expert"), (m.prefix, m.expert), views, ranges, strict=True):
-        free = {stage for stage in stages(view) if f"{name}.{stage}" not in pinned}
-        found = stages_to_pin(policy.bundle.path(g.file), largest, free)
-        more |= {f"{name}.{stage}" for stage in found}
-    return max(v for largest in ranges for v in largest.values()), more
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -269,7 +256,7 @@ def _describe(
         cameras=tuple(
             bundle.Camera(name, key) for name, key in zip(around.camera_names, config.cameras, strict=True)
         ),
-        image_size=arch.image_size,
+        image_size=arch.vision.image_size,
         tokens=bundle.Tokens(arch.token_length, pad),
         state=bundle.Vector(config.state_dim, config.max_state_dim, around.state),
         action=bundle.Vector(config.action_dim, config.max_action_dim, around.action),
@@ -283,13 +270,5 @@ def _describe(
         pinned=tuple(sorted(pinned)),
         int8=None if plan is None else plan.manifest,
         float16_largest=None,
-        built_with=_versions(),
+        built_with={d.name: d.version for d in distributions() if d.name in _PACKAGES},
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

@@ -70,11 +70,9 @@ def read_calibration(
             "warning: synthetic calibration: ranges come from drawn pictures, and nothing is known of the accuracy "
             "on your robot's. For trials only: give the dataset that the policy was trained with"
         )
-        mean = np.array(statistics.get("mean", [0] * state_dim), np.float32)
-        std = np.array(statistics.get("std", [1] * state_dim), np.float32)
         parts = (
-            draw_samples(frames, cameras, mean, std, instructions, seed),
-            draw_samples(held_out, cameras, mean, std, instructions, seed + 1),
+            draw_samples(frames, cameras, state_dim, statistics, instructions, seed),
+            draw_samples(held_out, cameras, state_dim, statistics, instructions, seed + 1),
         )
     else:
         folder = Path(source).expanduser()

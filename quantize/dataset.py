@@ -22,6 +22,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from .errors import CalibrationError
+from .hub import from_hub, is_hub_id
 from .sample import Sample
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -94,7 +95,7 @@ def open_dataset(source: str, cameras: Sequence[str], state_dim: int) -> Dataset
     """
     root, repo = Path(source).expanduser(), None
     if not root.exists():
-        if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        if not is_hub_id(source):
             raise CalibrationError(f"{source} is not there: give a folder, a Hub id such as user/name, or synthetic")
         root, repo = _from_hub(source), source
     if not (root / "meta/info.json").is_file():
@@ -212,13 +213,7 @@ def _from_hub(repo: str, name: str | None = None, commit: str | None = None) -> 
     Hub does not answer."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    try:
+    with from_hub(f"{repo} is no folder here, and" if name is None else f"{name} of {repo}", CalibrationError):
         if name is None:
             return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["meta/*"]))
         return Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit))
-    except Exception as e:  # the library's errors span requests, httpx, OSError and its own
-        what = f"{repo} is no folder here, and" if name is None else f"{name} of {repo}"
-        raise CalibrationError(
-            f"{what} cannot be had from the Hub ({type(e).__name__}: {str(e).splitlines()[0]}). "
-            "Check the name and the network, or give a folder"
-        ) from e

@@ -4,24 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..runtime.bundle import Target
-from ..runtime.roofline import find_board
+from ..runtime.roofline import Board, find_board
 from .gate import Errors, Gate
 
-
-@dataclass(frozen=True)
-class Machine:
-    """What a target is expected to run on, for the order of the groups only. Operations and bytes a second."""
-
-    float_rate: float
-    float_bytes: int  # of one weight
-    int8_rate: float
-    bandwidth: float
-
-
-_NANO = find_board("Orin Nano 8GB Super")
-MACHINES: dict[Target, Machine] = {
-    "cpu": Machine(4.5e11, 4, 1.3e12, 2e10),  # two cores with VNNI, measured (docs/log.md)
-    "portable": Machine(1e12 * _NANO.float_tflops, 2, 1e12 * _NANO.int8_tops, 1e9 * _NANO.gb_s),
+# What a target is expected to run on, for the order of the groups only, and the bytes of a float weight there.
+MACHINES: dict[Target, tuple[Board, int]] = {
+    "cpu": (Board("two cores with VNNI", 0.45, 1.3, 20, "measured (docs/log.md)"), 4),
+    "portable": (find_board("Orin Nano 8GB Super"), 2),
 }
 
 
@@ -37,13 +26,14 @@ class Cost:
     def multiply_adds(self) -> int:
         return self.rows * self.weights * self.runs
 
-    def saved_s(self, machine: Machine) -> float:
+    def saved_s(self, target: Target) -> float:
         """Seconds of a chunk that INT8 saves, each product bound by arithmetic or by reading its weights."""
+        board, float_bytes = MACHINES[target]
 
-        def seconds(rate: float, weight_bytes: int) -> float:
-            return max(2 * self.rows * self.weights / rate, weight_bytes * self.weights / machine.bandwidth)
+        def seconds(tera: float, weight_bytes: int) -> float:
+            return self.weights * max(2 * self.rows / tera / 1e12, weight_bytes / board.gb_s / 1e9)
 
-        return self.runs * (seconds(machine.float_rate, machine.float_bytes) - seconds(machine.int8_rate, 1))
+        return self.runs * (seconds(board.float_tflops, float_bytes) - seconds(board.int8_tops, 1))
 
 
 def order(measured: Mapping[str, tuple[float, Errors]], gate: Gate) -> list[str]:

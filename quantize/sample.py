@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+Statistics = Mapping[str, Sequence[float]]  # name -> a number for each joint, robot units
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -26,16 +28,16 @@ def draw_image(rng: np.random.Generator, height: int, width: int) -> NDArray[np.
     return image.astype(np.uint8)
 
 
+def draw_state(rng: np.random.Generator, dof: int, statistics: Statistics) -> NDArray[np.float32]:
+    """-> [dof] in robot units, by mean and std of `statistics`, 0 and 1 where they are missing."""
+    mean, std = np.array(statistics.get("mean", 0)), np.array(statistics.get("std", 1))
+    return np.asarray(mean + std * rng.standard_normal(dof), np.float32)
+
+
 def draw_samples(
-    count: int,
-    cameras: Sequence[str],
-    mean: NDArray[np.float32],
-    std: NDArray[np.float32],
-    instructions: Sequence[str],
-    seed: int = 0,
+    count: int, cameras: Sequence[str], dof: int, statistics: Statistics, instructions: Sequence[str], seed: int
 ) -> tuple[Sample, ...]:
-    """`count` different samples: mirrored, dimmed and recoloured drawings, states of `mean` and `std` [dof] in robot
-    units, the instructions in turns."""
+    """`count` different samples: mirrored, dimmed and recoloured drawings, drawn states, instructions in turns."""
     rng = np.random.default_rng(seed)
 
     def picture() -> NDArray[np.uint8]:
@@ -46,7 +48,7 @@ def draw_samples(
     return tuple(
         Sample(
             {camera: picture() for camera in cameras},
-            (mean + std * rng.standard_normal(len(mean))).astype(np.float32),
+            draw_state(rng, dof, statistics),
             instructions[i % len(instructions)],
         )
         for i in range(count)

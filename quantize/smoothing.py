@@ -179,7 +179,6 @@ def _weight(views: nn.Module, site: Site) -> Tensor:
 
 
 def _linears(views: nn.Module, site: Site) -> list[nn.Linear]:
-    """Their `weight` [out, in] and `bias` is all that is read of them: they may be of another class."""
     return [cast(nn.Linear, views.get_submodule(name)) for name in site.linears]
 
 

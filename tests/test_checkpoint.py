@@ -266,6 +266,15 @@ def test_a_hub_checkpoint_that_cannot_be_had_says_what_to_do(monkeypatch):
         load_checkpoint("nobody/no_such_policy")
 
 
+def test_a_hub_error_without_a_text_is_named_too(monkeypatch):
+    def slow(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", slow)
+    with pytest.raises(CheckpointError, match=r"cannot be had from the Hub \(TimeoutError: \)\. Check"):
+        load_checkpoint("nobody/no_such_policy")
+
+
 def test_a_revision_of_a_folder_makes_no_sense(tiny_checkpoint):
     with pytest.raises(CheckpointError, match="leave it out"):
         load_checkpoint(str(tiny_checkpoint), revision="main")

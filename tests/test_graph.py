@@ -89,15 +89,17 @@ def test_nothing_of_the_prefix_is_recomputed_in_a_step(export_case):
     arch = architecture_of(checkpoint)
     expert = describe_graph(export_case("tiny", "fp32") / "expert.onnx")
     tokens, width, kv, q = (
-        arch.chunk_size,
+        arch.config.chunk_size,
         arch.expert_width,
-        arch.kv_heads * arch.head_dim,
-        arch.heads * arch.head_dim,
+        arch.kv_width,
+        arch.q_width,
     )
+    selves = sum(map(arch.is_self, range(arch.layers)))
     layer = 2 * q * width + 3 * arch.expert_intermediate * width  # q, o and the gated MLP
-    gemm = arch.layers * layer + len(arch.self_layers) * 2 * kv * width
-    gemm += 2 * width * width + 2 * arch.max_action_dim * width  # time MLP (action half, out), actions in and out
-    keys = arch.layers * arch.prefix_tokens + len(arch.self_layers) * tokens
+    gemm = arch.layers * layer + selves * 2 * kv * width
+    gemm += 2 * width * width  # time MLP: action half, out
+    gemm += 2 * arch.config.max_action_dim * width  # actions in and out
+    keys = arch.layers * arch.prefix_tokens + selves * tokens
     attention = 2 * q * keys
     once = width * width  # the time half of the MLP: one row
     assert expert.flops == 2 * (tokens * (gemm + attention) + once)
@@ -105,20 +107,22 @@ def test_nothing_of_the_prefix_is_recomputed_in_a_step(export_case):
 
 def test_vision_is_what_depends_on_the_images_alone(export_case):
     arch = architecture_of(load_checkpoint(str(DATA / "tiny" / "checkpoint")))
-    patches, width, wide = arch.patches, arch.vision_width, arch.vision_width * arch.pixel_shuffle**2
-    tower = 3 * arch.patch_size**2 * width
-    tower += arch.vision_layers * (4 * width**2 + 2 * width * arch.vision_intermediate)
-    connector = wide * arch.width
+    text, cameras, vision_layers = arch.text, len(arch.config.cameras), arch.vision.num_hidden_layers
+    patches, width, wide = arch.patches, arch.vision.hidden_size, arch.vision.hidden_size * arch.vlm.scale_factor**2
+    tower = 3 * arch.vision.patch_size**2 * width
+    tower += vision_layers * (4 * width**2 + 2 * width * arch.vision.intermediate_size)
+    connector = wide * text.hidden_size
     stages = describe_graph(export_case("tiny", "fp32") / "prefix.onnx").stages
     vision, language = stages["vision"], stages["language"]
-    image_tokens = patches // arch.pixel_shuffle**2
-    assert vision.gemm == {"float32": 2 * arch.cameras * (patches * tower + image_tokens * connector)}
-    assert vision.attention == arch.cameras * arch.vision_layers * 4 * patches**2 * width
+    image_tokens = patches // arch.vlm.scale_factor**2
+    assert vision.gemm == {"float32": 2 * cameras * (patches * tower + image_tokens * connector)}
+    assert vision.attention == cameras * vision_layers * 4 * patches**2 * width
     assert vision.weights == {"float32": tower + connector}
-    q, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    layer = arch.width * (2 * q + 2 * kv + 3 * arch.intermediate)
-    weights = (arch.layers - 1) * layer + 2 * kv * arch.width  # of the last layer keys and values only
-    weights += (arch.layers - len(arch.self_layers)) * 2 * kv**2 + arch.max_state_dim * arch.width
+    q, kv = arch.q_width, arch.kv_width
+    layer = text.hidden_size * (2 * q + 2 * kv + 3 * text.intermediate_size)
+    weights = (arch.layers - 1) * layer + 2 * kv * text.hidden_size  # of the last layer keys and values only
+    crosses = arch.layers - sum(map(arch.is_self, range(arch.layers)))
+    weights += crosses * 2 * kv**2 + arch.config.max_state_dim * text.hidden_size
     assert language.weights == {"float32": weights}  # token embeddings are looked up, not read
     assert language.attention == (arch.layers - 1) * 4 * arch.prefix_tokens**2 * q
 

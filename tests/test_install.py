@@ -48,6 +48,9 @@ def test_the_wheel_holds_every_package_and_no_test(wheel):
     packages = {n.split("/")[1] for n in names if n.startswith("smolvla_edge/")}
     assert packages == {"benchmarks", "devices", "export", "quantize", "runtime"}
     assert not any("test" in n for n in names)
+    demo = [n.removeprefix("smolvla_edge/export/demo_checkpoint/") for n in names if "/demo_checkpoint/" in n]
+    assert set(demo) == {"config.json", "policy_preprocessor.json", "policy_postprocessor.json", "vlm/config.json"}
+    assert "smolvla_edge/benchmarks/page.html" in names
 
 
 def test_the_lean_runtime_brings_no_torch_transformers_or_onnx(lean, tmp_path):

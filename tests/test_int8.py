@@ -149,9 +149,9 @@ def test_a_massive_channel_is_multiplied_in_float(smoothed, monkeypatch):
 def test_costs_count_every_token_once(smoothed):
     costs = smoothed[3]
     arch = smoothed[0].arch
-    assert {c.rows for c in costs["vision early"]} == {arch.cameras * arch.patches}
+    assert {c.rows for c in costs["vision early"]} == {len(arch.config.cameras) * arch.patches}
     assert {c.rows for c in costs["language late"]} == {arch.prefix_tokens}
-    assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.chunk_size, 10)}
+    assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.config.chunk_size, 10)}
 
 
 OVER = Errors((0.2,) * 6, (1.0,) * 6, 0, {"key.0": 0.01})
@@ -171,10 +171,10 @@ def test_groups_are_taken_by_time_saved_for_their_error_as_far_as_the_gate_allow
 
 
 def test_what_streams_its_weights_saves_bytes_and_what_computes_saves_operations():
-    machine = MACHINES["portable"]
+    board, _ = MACHINES["portable"]
     expert, vision = Cost(50, 720 * 2048, 10), Cost(2048, 768 * 3072, 1)
-    assert expert.saved_s(machine) == pytest.approx(10 * 720 * 2048 / machine.bandwidth)
-    assert vision.saved_s(machine) == pytest.approx(vision.multiply_adds / machine.float_rate)
+    assert expert.saved_s("portable") == pytest.approx(10 * 720 * 2048 / board.gb_s / 1e9)
+    assert vision.saved_s("portable") == pytest.approx(vision.multiply_adds / board.float_tflops / 1e12)
 
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
@@ -255,6 +255,18 @@ def test_a_single_frame_to_calibrate_with_is_too_few(tiny, monkeypatch):
     monkeypatch.setattr(int8, "read_calibration", lambda *a, **k: whole(*a, **k | {"frames": 1}))
     with pytest.raises(CalibrationError, match="leaves 1 frame to calibrate with, expected at least 2"):
         int8.observations_for(tiny, "synthetic", 2, str)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [("word " * 99, "tokens long, this bundle takes 48"), ("\n", "expected an")]
+)
+def test_an_instruction_the_policy_would_refuse_is_refused_at_once(tiny, monkeypatch, task, message):
+    whole = int8.read_calibration(
+        "synthetic", tiny.processors.camera_names, 6, [task], statistics={}, frames=4, held_out=2, say=str
+    )
+    monkeypatch.setattr(int8, "read_calibration", lambda *_, **__: whole)
+    with pytest.raises(CalibrationError, match=f"my_data: the task is .*{message}"):
+        int8.observations_for(tiny, "my_data", 4, str)
 
 
 def test_every_gripper_is_judged(tiny):

@@ -43,6 +43,14 @@ def test_the_instructions_are_short_padded_and_of_full_length(policy, references
     assert lengths[0] < lengths[1] < lengths[2] == policy.manifest.tokens.length
 
 
+@pytest.mark.parametrize("task", ["Go.", "Go.\n", "Go.\n\n"])
+def test_the_reference_ends_an_instruction_as_the_runtime_does(policy, task):
+    reference = reference_of(load_checkpoint(str(DATA / "tiny" / "checkpoint")), "portable")
+    observation = replace(fixed_observations(reference.checkpoint, reference.arch)[0], task=task)
+    feeds = policy.prefill(observation.images, observation.state, task)
+    assert reference.prefill(observation)[0] == feeds["tokens"][feeds["token_mask"]].tolist()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_never_equal(value):
     assert error(np.array([0.0, value]), np.zeros(2)) == float("inf")

@@ -25,7 +25,7 @@ from ..quantize.plan import Cost, choose, order
 from ..quantize.sample import Sample
 from ..quantize.smoothing import smooth, watch_errors, watch_moments
 from ..runtime import InputError, Policy, bundle
-from ..runtime.tokenizer import Tokenizer
+from ..runtime.preprocessing import Tokenizer
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .expert import Expert

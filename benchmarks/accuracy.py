@@ -19,7 +19,7 @@ from ..quantize.calibration import CalibrationSet
 from ..quantize.gate import TICK_DEG, Gate
 from ..quantize.sample import Sample
 from ..runtime import Bundle, CheckFailed, Policy
-from ..runtime.bundle import Manifest
+from ..runtime.manifest import Manifest
 from . import machine
 from .errors import BenchError
 from .latency import Reference

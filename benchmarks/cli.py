@@ -14,8 +14,8 @@ from ..export.errors import ExportError
 from ..quantize.errors import QuantizeError
 from ..quantize.gate import Gate, read_gate
 from ..runtime import CheckFailed, SafetyStop, SmolVLAError, command
-from ..runtime.bundle import Precision
 from ..runtime.chunks import Chunking
+from ..runtime.manifest import Precision
 from ..runtime.roofline import find_board
 from .errors import BenchError
 from .page import as_json, html, into_readme, markdown

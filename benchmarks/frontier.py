@@ -25,7 +25,7 @@ from ..quantize.gate import Answers, Gate
 from ..quantize.sample import Sample
 from ..runtime import BackendError, Policy
 from ..runtime.backend import choose
-from ..runtime.bundle import Precision, Target
+from ..runtime.manifest import Precision, Target
 from ..runtime.strict import encode
 from . import machine
 from .accuracy import Judge, load

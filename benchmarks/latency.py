@@ -16,7 +16,7 @@ import numpy as np
 
 from ..runtime import Bundle, Policy
 from ..runtime.budget import TARGET_MS, budget
-from ..runtime.bundle import Manifest
+from ..runtime.manifest import Manifest
 from ..runtime.roofline import Board
 from ..runtime.selfcheck import require, run_selfcheck, summary
 from . import machine

@@ -13,7 +13,7 @@ import typer
 from ..quantize.errors import GateError, QuantizeError
 from ..quantize.gate import Gate, read_gate
 from ..runtime import SmolVLAError, command
-from ..runtime.bundle import Int8, Precision, Target
+from ..runtime.manifest import Int8, Precision, Target
 from .errors import AuditError, ExportError, ParityError
 
 app = command.new_app()

@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from ..runtime import bundle
+from ..runtime import manifest as contract
 from ..runtime.roofline import Work
 from .architecture import Architecture
 from .errors import GraphError
@@ -69,7 +69,7 @@ def expert_example(arch: Architecture, recipe: Recipe) -> Example:
     return Example(inputs, ["velocity", "next_actions"])
 
 
-def export_graph(view: nn.Module, example: Example, path: Path, target: bundle.Target = "portable") -> None:
+def export_graph(view: nn.Module, example: Example, path: Path, target: contract.Target = "portable") -> None:
     """Trace `view`, made for `target`, and write `path` with its weights in `<path>.data`. Raises GraphError."""
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
@@ -99,7 +99,7 @@ def export_graph(view: nn.Module, example: Example, path: Path, target: bundle.T
     check_graph(path, target)
 
 
-def check_graph(path: Path, target: bundle.Target = "portable") -> None:
+def check_graph(path: Path, target: contract.Target = "portable") -> None:
     """Raises GraphError that lists every operator, dtype and shape outside the bundle's contract."""
     model = onnx.load(path, load_external_data=False)
     allowed = {("com.microsoft", name) for name in ORT_OPERATORS} if target == "cpu" else set()
@@ -118,13 +118,13 @@ def check_graph(path: Path, target: bundle.Target = "portable") -> None:
         raise GraphError(f"{path.name} breaks the bundle's contract: {', '.join(sorted(problems))}")
 
 
-def describe_graph(path: Path) -> bundle.Graph:
+def describe_graph(path: Path) -> contract.Graph:
     """Signature and cost of an exported graph, for the manifest."""
     model = onnx.load(path, load_external_data=False)
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     for v in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         shapes[v.name] = tuple(d.dim_value for d in v.type.tensor_type.shape.dim)
-    return bundle.Graph(
+    return contract.Graph(
         file=path.name,
         inputs=tuple(_tensor(v) for v in model.graph.input),
         outputs=tuple(_tensor(v) for v in model.graph.output),
@@ -159,10 +159,10 @@ def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> di
     return {stage: Work(dict(gemm[stage]), attention[stage], dict(read[stage])) for stage in stages}
 
 
-def _tensor(value: onnx.ValueInfoProto) -> bundle.Tensor:
+def _tensor(value: onnx.ValueInfoProto) -> contract.Tensor:
     kind = value.type.tensor_type
-    dtype = cast(bundle.Dtype, _dtype(kind.elem_type))  # parse_manifest refuses others
-    return bundle.Tensor(value.name, dtype, tuple(d.dim_value for d in kind.shape.dim))
+    dtype = cast(contract.Dtype, _dtype(kind.elem_type))  # parse_manifest refuses others
+    return contract.Tensor(value.name, dtype, tuple(d.dim_value for d in kind.shape.dim))
 
 
 def _dtype(kind: int) -> str:

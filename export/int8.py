@@ -24,7 +24,8 @@ from ..quantize.linear import Dynamic, Int8Linear, Static
 from ..quantize.plan import Cost, choose, order
 from ..quantize.sample import Sample
 from ..quantize.smoothing import smooth, watch_errors, watch_moments
-from ..runtime import InputError, Policy, bundle
+from ..runtime import InputError, Policy
+from ..runtime import manifest as contract
 from ..runtime.preprocessing import Tokenizer
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
@@ -38,7 +39,7 @@ from .weights import build_views
 
 Views = tuple[Prefix, Expert]
 Layers = dict[str, Int8Linear]  # by module path, which begins with prefix. or expert.
-RECIPES: dict[bundle.Target, Recipe] = {"cpu": replace(FP32, table=torch.float16, ort=True), "portable": FP16}
+RECIPES: dict[contract.Target, Recipe] = {"cpu": replace(FP32, table=torch.float16, ort=True), "portable": FP16}
 _TRIED = 2, 2, 16  # observations and seeds that measure the groups, and seeds that tell their spread
 
 
@@ -77,7 +78,7 @@ class Int8:
     smoothed: Views  # float32
     groups: dict[str, Layers]  # those of the plan, in the order they were taken
     costs: dict[str, list[Cost]]
-    manifest: bundle.Int8  # but for what the gate finds
+    manifest: contract.Int8  # but for what the gate finds
     gate: Gate
     held_out: HeldOut
     joints: tuple[str, ...]
@@ -103,7 +104,7 @@ class Int8:
         groups = dict(list(self.groups.items())[:-1])
         return replace(self, groups=groups, manifest=replace(self.manifest, **_claims(groups, self.costs)))
 
-    def judged(self, policy: Policy, say: Callable[[str], None]) -> bundle.Int8:
+    def judged(self, policy: Policy, say: Callable[[str], None]) -> contract.Int8:
         """The manifest with what the gate found of a bundle's own graphs. Raises GateError where it is not met."""
         say(f"judging {len(self.held_out.samples)} held-out observations by the gate")
         errors = self.held_out.judge(policy)
@@ -118,7 +119,7 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
     CalibrationError, also for instructions that do not fit."""
     around = checkpoint.processors
     length = around.token_length
-    asked = Tokenizer(checkpoint.tokenizer, bundle.Tokens(length, 0))
+    asked = Tokenizer(checkpoint.tokenizer, contract.Tokens(length, 0))
     data = read_calibration(
         source,
         around.camera_names,
@@ -145,7 +146,7 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
 def plan_int8(
     reference: Reference,
     data: CalibrationSet,
-    target: bundle.Target,
+    target: contract.Target,
     gate: Gate,
     say: Callable[[str], None],
 ) -> Int8:
@@ -174,9 +175,9 @@ def plan_int8(
     say("taking groups, most time saved for their error first")
     taken = {g: layers[g] for g in choose(order(measured, gate), errors_of, gate)}
     say(f"INT8: {', '.join(taken) or 'nothing'}" + "".join(f"; not {g}" for g in layers if g not in taken))
-    record = bundle.Int8(
+    record = contract.Int8(
         **_claims(taken, costs),
-        sensitivity={g: bundle.Sensitivity(1e3 * s, e.action, e.worst_cache) for g, (s, e) in measured.items()},
+        sensitivity={g: contract.Sensitivity(1e3 * s, e.action, e.worst_cache) for g, (s, e) in measured.items()},
         calibration=data.record,
         gate=asdict(gate),
         gate_is_default=gate == Gate(),
@@ -224,7 +225,7 @@ def _answers(reference: Reference, samples: tuple[Sample, ...], noises: list[lis
 
 
 def _quantized(
-    smoothed: Reference, samples: tuple[Sample, ...], target: bundle.Target, say: Callable[[str], None]
+    smoothed: Reference, samples: tuple[Sample, ...], target: contract.Target, say: Callable[[str], None]
 ) -> tuple[dict[str, Layers], dict[str, list[Cost]]]:
     """Smooth the views in place; -> the INT8 layers and the costs of every group."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..runtime.bundle import Sampling
+from ..runtime.manifest import Sampling
 from ..runtime.strict import decode
 from .errors import CheckpointError
 

@@ -17,9 +17,11 @@ from ..quantize.calibration import CalibrationSet
 from ..quantize.errors import GateError
 from ..quantize.gate import Gate
 from ..quantize.ranges import policy_ranges, stages_to_pin
-from ..runtime import Bundle, Policy, bundle
+from ..runtime import Bundle, Policy
+from ..runtime import manifest as contract
 from ..runtime.audit import audit, contradictions
-from ..runtime.bundle import MANIFEST, manifest_json, parse_manifest, sha256_of
+from ..runtime.bundle import sha256_of
+from ..runtime.manifest import MANIFEST, manifest_json, parse_manifest
 from ..runtime.preprocessing import CAMERA_GRAPH
 from ..runtime.selfcheck import FILE, run_selfcheck
 from . import graph, lerobot_check, parity, tokens
@@ -45,7 +47,7 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     return Architecture(checkpoint.config, checkpoint.vlm, checkpoint.processors.token_length, special)
 
 
-def reference_of(checkpoint: Checkpoint, target: bundle.Target) -> Reference:
+def reference_of(checkpoint: Checkpoint, target: contract.Target) -> Reference:
     """The checkpoint's float32 views, such as they are exported for `target`; in torch they compute the same."""
     recipe = replace(FP32, ort=target == "cpu")
     return Reference(checkpoint, *build_views(architecture_of(checkpoint), checkpoint.tensors, recipe))
@@ -54,9 +56,9 @@ def reference_of(checkpoint: Checkpoint, target: bundle.Target) -> Reference:
 def write_bundle(
     checkpoint: Checkpoint,
     output: Path,
-    precision: bundle.Precision,
+    precision: contract.Precision,
     *,
-    target: bundle.Target = "portable",
+    target: contract.Target = "portable",
     force: bool = False,
     check_lerobot: bool = False,
     calibration: CalibrationSet | None = None,
@@ -128,7 +130,7 @@ def write_bundle(
                 f"the graphs are not what they would be labelled: {'; '.join(wrong)}. No bundle was written"
             )
         say("hashing")
-        files = {path.name: bundle.File(sha256_of(path), path.stat().st_size) for path in folder.iterdir()}
+        files = {path.name: contract.File(sha256_of(path), path.stat().st_size) for path in folder.iterdir()}
         manifest = manifest_json(replace(policy.manifest, files=files, parity=measured))
         parse_manifest(json.loads(manifest), output / MANIFEST)  # raises before there is a bundle
         (folder / MANIFEST).write_text(manifest)
@@ -138,9 +140,9 @@ def write_bundle(
 
 def _export(
     make: Callable[[set[str]], tuple[Prefix, Expert]],
-    describe: Callable[[set[str]], bundle.Manifest],
+    describe: Callable[[set[str]], contract.Manifest],
     folder: Path,
-    target: bundle.Target,
+    target: contract.Target,
     observations: list[Observation],
     say: Callable[[str], None],
 ) -> Policy:
@@ -202,7 +204,7 @@ def _strangers(folder: Path) -> list[str]:
     names = sorted(p.name for p in folder.iterdir())
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        known = {MANIFEST, *manifest["files"]} if manifest["format"] == bundle.FORMAT else set()
+        known = {MANIFEST, *manifest["files"]} if manifest["format"] == contract.FORMAT else set()
     except (OSError, ValueError, KeyError, TypeError):
         known = set()
     return [name for name in names if name not in known]
@@ -235,31 +237,31 @@ def _describe(
     checkpoint: Checkpoint,
     arch: Architecture,
     folder: Path,
-    precision: bundle.Precision,
-    target: bundle.Target,
+    precision: contract.Precision,
+    target: contract.Target,
     plan: Int8 | None,
     pinned: set[str],
-) -> bundle.Manifest:
+) -> contract.Manifest:
     """The manifest, but for hashes and measurements."""
     config, around = checkpoint.config, checkpoint.processors
     prefix, expert = (graph.describe_graph(folder / f"{name}.onnx") for name in ("prefix", "expert"))
     tokenizer = tokens.read_tokenizer(checkpoint.tokenizer)
     pad = tokens.pad_id(checkpoint.tokenizer, tokenizer, getattr(checkpoint.vlm.text_config, "pad_token_id", None))
-    return bundle.Manifest(
-        format=bundle.FORMAT,
-        version=bundle.VERSION,
-        source=bundle.Source(checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo),
+    return contract.Manifest(
+        format=contract.FORMAT,
+        version=contract.VERSION,
+        source=contract.Source(checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo),
         files={},
         prefix=prefix,
         expert=expert,
         cache_bytes=sum(t.bytes for t in prefix.outputs if t.name != "prefix_mask"),
         cameras=tuple(
-            bundle.Camera(name, key) for name, key in zip(around.camera_names, config.cameras, strict=True)
+            contract.Camera(name, key) for name, key in zip(around.camera_names, config.cameras, strict=True)
         ),
         image_size=arch.vision.image_size,
-        tokens=bundle.Tokens(arch.token_length, pad),
-        state=bundle.Vector(config.state_dim, config.max_state_dim, around.state),
-        action=bundle.Vector(config.action_dim, config.max_action_dim, around.action),
+        tokens=contract.Tokens(arch.token_length, pad),
+        state=contract.Vector(config.state_dim, config.max_state_dim, around.state),
+        action=contract.Vector(config.action_dim, config.max_action_dim, around.action),
         joints=checkpoint.joints,
         sampling=config.sampling,
         units=None,  # no LeRobot file records them

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..runtime.bundle import Calibration
+from ..runtime.manifest import Calibration
 from ..runtime.recording import META
 from ..runtime.replay import read_recording
 from .dataset import open_dataset

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..runtime.bundle import Target
+from ..runtime.manifest import Target
 from ..runtime.roofline import Board, find_board
 from .gate import Errors, Gate
 

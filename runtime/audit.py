@@ -18,8 +18,9 @@ import typer
 
 from . import command
 from .backend import PROVIDER, choose_for
-from .bundle import Bundle, Precision
+from .bundle import Bundle
 from .errors import CheckFailed, SmolVLAError
+from .manifest import Precision
 from .ort import OrtGraphs
 from .policy import Policy
 from .sampling import RealTimeChunking

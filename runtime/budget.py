@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import Manifest
+from .manifest import Manifest
 from .policy import Policy, Timing
 from .roofline import BOARDS, ONNX_ALONE, Board, Chunk, find_board, sustained_hz
 from .settings import EXAMPLE_TASK

@@ -25,11 +25,12 @@ from ..devices.virtual_arm import VirtualArm
 from . import command, settings
 from .backend import BACKENDS, choose, choose_for, lacks
 from .budget import measure, report
-from .bundle import Bundle, Manifest, write_whole
+from .bundle import Bundle, write_whole
 from .engine_cache import engine_records
 from .errors import BackendError, BundleError, CheckFailed, SettingsError, SmolVLAError
-from .plan import units_evidence
+from .manifest import Manifest
 from .policy import Policy
+from .preflight import units_evidence
 from .roofline import find_board
 from .settings import Settings
 

@@ -31,14 +31,15 @@ from ..devices.telemetry import JointState
 from ..devices.units import degrees_per_unit, to_raw
 from ..devices.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
 from . import command, recording, report
-from .bundle import Manifest
 from .chunks import ChunkQueue, LatencyTracker
 from .control import ControlLoop, Log, Rig
 from .errors import SafetyStop, SettingsError
 from .inference import InferenceThread
+from .manifest import Manifest
 from .operator import HELP, Operator
-from .plan import Plan, check, preflight
+from .plan import Plan, check
 from .policy import Policy
+from .preflight import preflight
 from .settings import Settings
 
 Mode = Literal["drive", "dry-run", "rehearse"]

@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .bundle import Tensor
 from .cuda import Stream
 from .errors import BackendError
+from .manifest import Tensor
 
 OLDEST, NEWEST = (10, 3), (11,)
 TOLD_EVERY_S = 10.0

@@ -20,9 +20,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from .backend import PROVIDER, Backend
-from .bundle import Bundle, Graph, Tensor, cache_home
+from .bundle import Bundle, cache_home
 from .engine_cache import private_folder
 from .errors import BackendError
+from .manifest import Graph, Tensor
 from .preprocessing import CAMERA_GRAPH, Feeds, require_resized, resampling
 from .sampling import Step
 

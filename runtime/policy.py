@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backend import choose_for
-from .bundle import Bundle, Manifest
+from .bundle import Bundle
 from .errors import BackendError, CheckFailed, InputError
+from .manifest import Manifest
 from .ort import OrtGraphs
 from .preprocessing import Feeds, Preprocessor
 from .sampling import RealTimeChunking, Step, schedule

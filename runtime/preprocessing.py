@@ -10,8 +10,9 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from .bundle import Bundle, Tokens
+from .bundle import Bundle
 from .errors import BackendError, BundleError, InputError
+from .manifest import Tokens
 
 CAMERA_GRAPH = "camera.onnx"  # frames to images, on the device; portable bundles have it
 RESIZE_TOLERANCE = 1e-5  # of pixels in [-1, 1]

@@ -34,8 +34,9 @@ import cv2
 import numpy as np
 
 from ..devices.calibration import JOINT_NAMES
-from .bundle import Precision, write_whole
+from .bundle import write_whole
 from .errors import SettingsError
+from .manifest import Precision
 from .sampling import RealTimeChunking
 from .strict import encode
 

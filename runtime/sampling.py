@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Sampling
 from .errors import InputError
+from .manifest import Sampling
 
 Schedule = Literal["zeros", "ones", "linear", "exp"]
 # What one run of the expert graph is given beside actions and cache: float32 time, dt, guidance [1] and

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .bundle import Manifest
 from .chunks import Chunking
 from .errors import SettingsError
+from .manifest import Manifest
 from .strict import decode
 
 if sys.version_info >= (3, 11):

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle, Tensor
+from .bundle import Bundle
 from .cuda import Stream
 from .engine import Engine
 from .engine_cache import EngineCache
 from .errors import BackendError
+from .manifest import Tensor
 from .preprocessing import CAMERA_GRAPH, Feeds, require_resized, resampling
 from .sampling import Step
 

@@ -9,7 +9,7 @@ from test_roofline import FULL
 
 from smolvla_edge.runtime import Bundle, InputError
 from smolvla_edge.runtime.budget import boards_table, budget, chunk_of, report
-from smolvla_edge.runtime.bundle import Tensor
+from smolvla_edge.runtime.manifest import Tensor
 from smolvla_edge.runtime.policy import Timing
 from smolvla_edge.runtime.roofline import BOARDS, find_board
 

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from smolvla_edge.runtime import Bundle, BundleError, Policy
-from smolvla_edge.runtime import bundle as contract
+from smolvla_edge.runtime import Bundle, BundleError, Policy, bundle
+from smolvla_edge.runtime import manifest as contract
 
 
 def edit(folder, change):
@@ -83,8 +83,8 @@ def test_one_flipped_bit_is_found(tiny_bundle):
 
 def test_hashes_are_computed_once_until_a_file_changes(tiny_bundle, monkeypatch):
     hashed = []
-    original = contract.sha256_of
-    monkeypatch.setattr(contract, "sha256_of", lambda p: hashed.append(p.name) or original(p))
+    original = bundle.sha256_of
+    monkeypatch.setattr(bundle, "sha256_of", lambda p: hashed.append(p.name) or original(p))
     opened = Bundle.open(tiny_bundle)
     assert sorted(hashed) == sorted(opened.manifest.files)
     hashed.clear()

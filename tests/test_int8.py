@@ -24,7 +24,7 @@ from smolvla_edge.quantize.plan import MACHINES, Cost, choose, order
 from smolvla_edge.quantize.rounding import compensated, nearest
 from smolvla_edge.runtime import BackendError, Bundle, Policy, backend
 from smolvla_edge.runtime.audit import audit, contradictions, stored_weights
-from smolvla_edge.runtime.bundle import manifest_json
+from smolvla_edge.runtime.manifest import manifest_json
 from smolvla_edge.runtime.selfcheck import TOLERANCE, run_selfcheck
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from smolvla_edge.runtime.normalization import Normalization
-from smolvla_edge.runtime.plan import preflight, seen_range, units_evidence
+from smolvla_edge.runtime.preflight import preflight, seen_range, units_evidence
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 # The extremes of an arm in use, in either unit; nothing else is known of it.

@@ -169,8 +169,8 @@ class Bench:
             arm=self.arm,
             cameras=SimpleNamespace(
                 look=lambda: {
-                    "front": SimpleNamespace(image=image, problem=self.problem),
-                    "wrist": SimpleNamespace(image=image, problem=""),
+                    "front": SimpleNamespace(image=image, problem=self.problem, time_s=self.clock.now - 0.01),
+                    "wrist": SimpleNamespace(image=image, problem="", time_s=self.clock.now - 0.04),
                 },
                 warnings=list,
             ),
@@ -301,7 +301,7 @@ def real_run(arm_class=RecordingArm, policy_class=ScriptedPolicy, fps=100.0, sec
     policy.answer_now = SimpleNamespace(wait=lambda _: True, clear=lambda: None)
     thread = InferenceThread(policy, "task", None)
     thread.start()
-    view = SimpleNamespace(image=np.zeros((2, 2, 3), np.uint8), problem="")
+    view = SimpleNamespace(image=np.zeros((2, 2, 3), np.uint8), problem="", time_s=time.monotonic())
     arm = arm_class(clock, lambda: None)
     rig = Rig(
         arm=arm,
@@ -525,6 +525,7 @@ def test_a_picture_with_a_problem_is_never_shown_to_the_policy(bench):
     b.set(20, problem="")
     log = b.loop.run()
     assert log.counts.blind == 20
+    assert log.picture_age_ms == pytest.approx([40.0] * 14)  # until the arm is parked
     assert b.policy.asked[0].time_s == pytest.approx(1000 + 20 * PERIOD_S)
 
 

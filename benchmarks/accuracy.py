@@ -98,12 +98,11 @@ def load(given: Reference) -> Checkpoint:
 
 
 def require_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    """Raises BenchError where the bundle was made of other weights."""
-    source = bundle.manifest.source
-    if source.weights_sha256 != checkpoint.weights_sha256:
+    """Raises BenchError where the bundle was made of another checkpoint."""
+    if other := checkpoint.unlike(bundle.manifest):
         raise BenchError(
-            f"{bundle.folder} was exported from other weights ({source.checkpoint}) than --reference "
-            f"{checkpoint.name}: name its own checkpoint"
+            f"{bundle.folder} was exported from another checkpoint ({bundle.manifest.source.checkpoint}) than "
+            f"--reference {checkpoint.name}: other {', '.join(other)}. Name its own checkpoint"
         )
 
 

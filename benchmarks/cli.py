@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import cast, get_args
 
@@ -14,13 +15,14 @@ from ..export.errors import ExportError
 from ..quantize.errors import QuantizeError
 from ..quantize.gate import Gate, read_gate
 from ..runtime import CheckFailed, SafetyStop, SmolVLAError, command
+from ..runtime.bundle import write_whole
 from ..runtime.chunks import Chunking
 from ..runtime.manifest import Precision
 from ..runtime.roofline import find_board
 from .errors import BenchError
-from .page import as_json, html, into_readme, markdown
+from .page import TITLE, as_json, html, into_readme, markdown
 from .report import sections
-from .result import Result, write
+from .result import FORMAT, Result, write
 
 app = command.new_app()
 _BUNDLE = typer.Option("bundle", help="Bundle folder.")
@@ -40,6 +42,7 @@ def bench(version: bool | None = command.version_option()) -> None:
 
     Exit status: 0 done, 1 a check failed, 2 something in the input is wrong.
     """
+    command.terminate_like_interrupt()
 
 
 @app.command()
@@ -64,7 +67,7 @@ def latency(
     """How long a chunk takes: bundles and the PyTorch reference in turns, by stage, against 30 ms."""
     from . import latency as lat
 
-    _require(output)
+    _require(output, seconds=seconds)
     given = lat.Reference(reference, vlm, lerobot, compiled) if reference else None
     if given is None and (vlm or lerobot or compiled):
         raise BenchError("--vlm, --lerobot and --compile belong to --reference: name the checkpoint")
@@ -129,13 +132,13 @@ def frontier(
     debug: bool = _DEBUG,
 ) -> None:
     """What to give up to be faster: latency against error for steps, precision and cameras."""
-    _require(output, budget_ms=budget_ms or 0.0)
+    _require(output, seconds=seconds, budget_ms=budget_ms or 0.0)
     require_extra()
     from . import accuracy as acc
     from . import frontier as front
     from .latency import Effort, Reference
 
-    names = precisions.split(",")
+    names = list(dict.fromkeys(precisions.split(",")))
     if wrong := [n for n in names if n not in get_args(Precision)]:
         raise BenchError(f"--precisions has {wrong[0]!r}, expected {', '.join(get_args(Precision))}")
     grid = front.Grid(
@@ -161,7 +164,6 @@ def control(
     from . import control as loop
 
     _require(output, **{f"fps {i}": value for i, value in enumerate(fps, 1)})
-    command.terminate_like_interrupt()
     r = loop.measure(bundle, device, fps, seconds, chunking)
     _finish(output, r)
 
@@ -175,10 +177,12 @@ def report(
     """One HTML page of plots and tables from results; the same tables as Markdown and JSON."""
     if output.suffix != ".html":
         raise BenchError(f"--output is {output}, expected a name that ends in .html")
+    beside = output.with_suffix(".md"), output.with_suffix(".tables.json")
+    _require_free(TITLE, output, *beside)
     found = sections(results)
-    output.write_text(html(found))
-    output.with_suffix(".md").write_text(markdown(found))
-    output.with_suffix(".tables.json").write_text(as_json(found))
+    texts = html(found), f"<!-- {TITLE} -->\n{markdown(found)}", as_json(found)
+    for path, text in zip((output, *beside), texts, strict=True):
+        write_whole(path, text.encode())
     print(f"report   {output}")
 
 
@@ -190,25 +194,36 @@ def table(
     debug: bool = _DEBUG,
 ) -> None:
     """Write the README's numbers from the results."""
-    if not results.is_dir():
-        raise BenchError(f"{results} is no folder: start this from the checkout, or name it with --results")
+    if not (found := sorted(results.glob("*.json"))):
+        raise BenchError(f"{results} holds no results: start this from the checkout, or name them with --results")
     try:
         before = readme.read_text()
-    except ValueError as e:
-        raise BenchError(f"{readme} is no text: {e}") from e
-    after = into_readme(before, sections(sorted(results.glob("*.json"))), str(readme))
+    except (OSError, ValueError) as e:
+        raise BenchError(f"{readme} is no text to write to: {e}") from e
+    after = into_readme(before, sections(found), str(readme))
     if check and before != after:
         raise CheckFailed(f"{readme} does not say what {results} does: smolvla-bench table")
     if before != after:
-        readme.write_text(after)
+        write_whole(readme, after.encode())
 
 
 def _require(output: Path, **numbers: float) -> None:
     """What would otherwise be found out after everything was measured. Raises BenchError."""
-    if not output.absolute().parent.is_dir():
-        raise BenchError(f"--output {output}: there is no folder {output.absolute().parent}")
+    _require_free(FORMAT, output)
     if wrong := [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
         raise BenchError(f"{', '.join(wrong)}: expected a finite number")
+
+
+def _require_free(mark: str, *outputs: Path) -> None:
+    """Where nothing is yet, or something older of the kind that has `mark` near its beginning. Raises BenchError."""
+    for output in outputs:
+        if not output.absolute().parent.is_dir():
+            raise BenchError(f"--output {output}: there is no folder {output.absolute().parent}")
+        if output.is_symlink() or output.exists():
+            with suppress(OSError):
+                if output.is_file() and not output.is_symlink() and mark.encode() in output.read_bytes()[:300]:
+                    continue
+            raise BenchError(f"--output {output} is there and was not written by this command: give another name")
 
 
 def _say() -> Callable[[str], None]:
@@ -218,7 +233,7 @@ def _say() -> Callable[[str], None]:
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise BenchError(f"--{name} is {text!r}, expected whole numbers such as 1,2,4") from None
 

@@ -7,8 +7,12 @@ Bundles and finished cells are kept in a work folder, one file a cell, so that a
     int8-2-10.json            its cell with ten steps
 """
 
-from collections.abc import Callable, Sequence
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +27,14 @@ from ..quantize.calibration import CalibrationSet
 from ..quantize.errors import GateError
 from ..quantize.gate import Answers, Gate
 from ..quantize.sample import Sample
-from ..runtime import BackendError, Policy
+from ..runtime import BackendError, BundleError, Policy
 from ..runtime.backend import choose
+from ..runtime.bundle import sha256_of
 from ..runtime.manifest import Precision, Target
 from ..runtime.strict import encode
 from . import machine
 from .accuracy import Judge, load
-from .errors import BenchError
+from .errors import BenchError, ResultError
 from .latency import Effort, Reference, in_turns, noise, timed
 from .result import Cell, Frontier, decoded, read_json, spread, write_json
 
@@ -69,29 +74,21 @@ def measure(
     grid = grid.check(len(checkpoint.config.cameras))
     data = judge.draw(checkpoint, say)
     here = head()["machine"]
-    _claim(work, {"weights": checkpoint.weights_sha256, "observations": data.record.sha256, "gate": encode(gate),
-                  "device": device, "effort": encode(effort), "cpu": here.cpu, "cores": here.cores, "gpu": here.gpu,
-                  "versions": here.versions})  # fmt: skip
-    held_out: HeldOut | None = None
-    cells, skipped = [], {}
-    for precision in grid.precisions:
-        for cameras in grid.cameras:
-            name = f"{precision}-{cameras}"
-            left = [n for n in grid.steps if not (work / f"{name}-{n}.json").is_file()]
-            if left and not (work / f"{name}.txt").is_file():
-                held_out = held_out or hold_out(reference_of(checkpoint, target), data.held_out, gate.seeds)
-                if _export(work / name, checkpoint, precision, cameras, target, data, gate, say):
-                    policy = Policy.load(work / name, device)
-                    for n in left:
-                        say(f"measuring {name}, {n} steps")
-                        cell = _cell(policy, held_out, precision, cameras, n, effort)
-                        write_json(work / f"{name}-{n}.json", encode(cell))
-                    del policy
-            if (work / f"{name}.txt").is_file():
-                skipped[name] = (work / f"{name}.txt").read_text()
-            else:
-                paths = [work / f"{name}-{n}.json" for n in grid.steps]
-                cells += [decoded(Cell, read_json(path), path) for path in paths]
+    policy = (checkpoint.config, checkpoint.processors, checkpoint.vlm.to_dict(), sha256_of(checkpoint.tokenizer))
+    claim = {
+        "weights": checkpoint.weights_sha256,
+        "policy": repr(policy),
+        "observations": data.record.sha256,
+        "gate": encode(gate),
+        "device": device,
+        "effort": encode(effort),
+        "cpu": here.cpu,
+        "cores": here.cores,
+        "gpu": here.gpu,
+        "versions": here.versions,
+    }
+    with _claimed(work, claim):
+        cells, skipped = _fill(work, checkpoint, grid, gate, data, target, device, effort, say)
     cells = pareto(cells)
     best, reason = recommend(cells, budget_ms, gate)
     return Frontier(
@@ -104,6 +101,41 @@ def measure(
         recommended=best,
         reason=reason,
     )
+
+
+def _fill(
+    work: Path,
+    checkpoint: Checkpoint,
+    grid: Grid,
+    gate: Gate,
+    data: CalibrationSet,
+    target: Target,
+    device: str,
+    effort: Effort,
+    say: Callable[[str], None],
+) -> tuple[list[Cell], dict[str, str]]:
+    """-> every cell of the grid, measured now or before; and what has none: why."""
+    held_out: HeldOut | None = None
+    cells: list[Cell] = []
+    skipped = {}
+    for precision, cameras in product(grid.precisions, grid.cameras):
+        name = f"{precision}-{cameras}"
+        none = work / f"{name}.txt"
+        left = [n for n in grid.steps if not (work / f"{name}-{n}.json").is_file()]
+        if left and not none.is_file():
+            held_out = held_out or hold_out(reference_of(checkpoint, target), data.held_out, gate.seeds)
+            if _export(work / name, checkpoint, precision, cameras, target, data, gate, say):
+                policy = _load(work / name, device)
+                for n in left:
+                    say(f"measuring {name}, {n} steps")
+                    cell = _cell(policy, held_out, precision, cameras, n, effort)
+                    write_json(work / f"{name}-{n}.json", encode(cell))
+                del policy
+        if none.is_file():
+            skipped[name] = none.read_text()
+        else:
+            cells += [_kept(work / f"{name}-{n}.json", (precision, cameras, n)) for n in grid.steps]
+    return cells, skipped
 
 
 def pareto(cells: Sequence[Cell]) -> list[Cell]:
@@ -153,19 +185,49 @@ def _said(c: Cell) -> str:
     return f"{c.precision}, {c.cameras} cameras, {c.steps} steps"
 
 
-def _claim(work: Path, ours: dict[str, Any]) -> None:
-    """Make the work folder ours, or find that it is."""
+def _kept(path: Path, setting: tuple[str, int, int]) -> Cell:
+    """A finished cell, read back."""
+    try:
+        cell = decoded(Cell, read_json(path), path)
+    except ResultError as e:
+        raise BenchError(f"{e}. Remove {path}, and it is measured again") from e
+    if (cell.precision, cell.cameras, cell.steps) != setting:
+        raise BenchError(f"{path} holds another cell ({_said(cell)}): remove it, and it is measured again")
+    return cell
+
+
+def _load(folder: Path, device: str) -> Policy:
+    try:
+        return Policy.load(folder, device)
+    except BundleError as e:
+        raise BenchError(f"{e}. Remove {folder}, and it is exported again") from e
+
+
+@contextmanager
+def _claimed(work: Path, ours: dict[str, Any]) -> Iterator[None]:
+    """Make the work folder ours, or find that it is, and keep others out of it."""
+    if work.exists() and not work.is_dir():
+        raise BenchError(f"--work {work} is not a folder: give another")
     work.mkdir(parents=True, exist_ok=True)
-    path = work / "work.json"
-    if not path.is_file():
-        if any(work.iterdir()):
-            raise BenchError(f"{work} holds something else: give an empty folder with --work")
-        write_json(path, ours)
-    theirs = read_json(path)
-    if not isinstance(theirs, dict):
-        raise BenchError(f"{path} is not this program's: give another --work")
-    if others := [key for key in ours if theirs.get(key) != ours[key]]:
-        raise BenchError(f"the cells in {work} were measured with another {', '.join(others)}: give another --work")
+    path, lock = work / "work.json", os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.is_file():
+            if any(work.iterdir()):
+                raise BenchError(f"{work} holds something else: give an empty folder with --work")
+            write_json(path, ours)
+        theirs = read_json(path)
+        if not isinstance(theirs, dict):
+            raise BenchError(f"{path} is not this program's: give another --work")
+        if others := [key for key in ours if theirs.get(key) != ours[key]]:
+            raise BenchError(
+                f"the cells in {work} were measured with another {', '.join(others)}: give another --work"
+            )
+        yield
+    except BlockingIOError as e:
+        raise BenchError(f"another frontier is at work in {work}: wait for it, or give another --work") from e
+    finally:
+        os.close(lock)
 
 
 def _export(

@@ -146,8 +146,9 @@ def measure(
             python, wanted, words = reference.processes(next(iter(opened.values())), where)
             say(f"reference: {words}")
             for one in wanted:
-                theirs[one.name] = process = ReferenceProcess(python, one)
-                stack.callback(process.close)
+                if one.name in opened:
+                    raise BenchError(f"a bundle is named {one.name!r}, as the reference is: give it another name")
+                theirs[one.name] = process = stack.enter_context(ReferenceProcess(python, one))
                 _require_same(process, first, reference)
         runs = {name: r.run for name, r in theirs.items()} | {name: r.run for name, r in ours.items()}
         before = machine.rates(where)
@@ -288,10 +289,10 @@ def _ratio(runner: str, against: str, times: Mapping[str, Spread]) -> Ratio:
 
 
 def _require_same(process: ReferenceProcess, m: Manifest, reference: Reference) -> None:
-    if process.weights_sha256 != m.source.weights_sha256:
+    if process.unlike:
         raise BenchError(
-            f"the bundle was exported from other weights ({m.source.checkpoint}) than --reference "
-            f"{reference.checkpoint}: name its own checkpoint"
+            f"the bundle was exported from another checkpoint ({m.source.checkpoint}) than --reference "
+            f"{reference.checkpoint}: other {', '.join(process.unlike)}. Name its own checkpoint"
         )
     if process.tokens != m.tokens.length:
         raise BenchError(

@@ -10,6 +10,7 @@ from ..runtime.strict import encode
 from .errors import BenchError
 from .report import Cell, Section, Table
 
+TITLE = "smolvla-edge benchmarks"
 BEGIN, END = "<!-- smolvla-bench table: begin -->\n", "<!-- smolvla-bench table: end -->\n"
 
 
@@ -46,7 +47,7 @@ def markdown(sections: Sequence[Section]) -> str:
     for section in sections:
         lines += ["", f"{'###' if section.command else '####'} {section.heading}", ""]
         if section.command:
-            lines += [f"    {section.command.text}", ""]
+            lines += ["    " + " ".join(section.command.text.splitlines()), ""]
         lines += [f"{cell.text}  " for cell in section.sentences]
         if section.table:
             lines += [""] * bool(section.sentences) + _aligned(section.table)
@@ -55,7 +56,7 @@ def markdown(sections: Sequence[Section]) -> str:
 
 def _aligned(table: Table) -> list[str]:
     """Readable as it is, too: columns below one another, but for the last of a row, which may be a sentence."""
-    rows = [list(table.head), *([cell.text.replace("|", "\\|") for cell in row] for row in table.rows)]
+    rows = [list(table.head), *([_one_line(cell.text) for cell in row] for row in table.rows)]
     widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(len(table.head) - 1)]
     lines = []
     for row in rows:
@@ -65,10 +66,15 @@ def _aligned(table: Table) -> list[str]:
     return [lines[0], f"|{dashes}|", *lines[1:]]
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines()).replace("|", "\\|")
+
+
 def as_json(sections: Sequence[Section]) -> str:
     """Headings, sentences and tables, each cell with its text and its field."""
     kept = ("heading", "command", "sentences", "table")
-    return json.dumps([{name: encode(getattr(section, name)) for name in kept} for section in sections], indent=1)
+    found = [{name: encode(getattr(section, name)) for name in kept} for section in sections]
+    return json.dumps({"title": TITLE, "sections": found}, indent=1)
 
 
 def into_readme(readme: str, sections: Sequence[Section], name: str) -> str:

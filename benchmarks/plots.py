@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from io import StringIO
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,8 @@ def _plot(draw: "Callable[Concatenate[Figure, P], str]") -> Callable[P, str]:
         except ImportError as e:
             raise BenchError(f"plots need matplotlib ({e}): pip install 'smolvla-edge[bench]'") from e
         file = StringIO()
-        with rc_context(STYLE):
+        with rc_context(STYLE), catch_warnings():
+            simplefilter("ignore", UserWarning)  # of glyphs that its font lacks: the text is the page's to draw
             figure = Figure(layout="constrained")
             title = draw(figure, *args, **kwargs)
             figure.savefig(file, format="svg", metadata={"Title": title, "Date": None})

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -28,6 +29,7 @@ from ..runtime.selfcheck import FILE
 from .errors import BenchError
 
 _ANSWER = "smolvla-bench "  # LeRobot prints too
+START_LIMIT_S = 900.0  # compiled, the first chunk takes minutes, but that is asked for later
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,46 @@ class Asked:
 
 
 class ReferenceProcess:
-    """The other end: starts the process, waits until it is ready, runs one chunk at a time."""
+    """The other end: starts the process, waits until it is ready, runs one chunk at a time. Raises BenchError.
+
+    unlike: what of the checkpoint is not the bundle's; tokens: of the instruction; note: what runs.
+    """
 
     def __init__(self, python: str, asked: Asked) -> None:
         self.asked = asked
         line = [python, "-m", __name__, json.dumps(asdict(asked))]
         try:
-            self._process = subprocess.Popen(
-                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_all_cores(os.environ)
+            self._process = subprocess.Popen(  # a session of its own: Ctrl-C is for this process, which ends it
+                line,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=_all_cores(os.environ),
+                start_new_session=True,
             )
         except OSError as e:
             raise BenchError(f"{python} cannot be started ({e.strerror}): --lerobot names a Python") from e
-        self.weights_sha256, self.tokens, self.note = json.loads(self._answer())
+        late = threading.Timer(START_LIMIT_S, self._process.kill)
+        late.start()
+        try:
+            found: Any = self._answer()
+            if not isinstance(found, list) or len(found) != 3:
+                raise BenchError(found if isinstance(found, str) else f"{python} answers {found!r}: it is no Python")
+            self.unlike: list[str] = found[0]
+            self.tokens: int = found[1]
+            self.note: str = found[2]
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            late.cancel()
+
+    def __enter__(self) -> "ReferenceProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def run(self) -> float:
         """-> wall seconds of one chunk as the process measured them."""
@@ -69,22 +99,25 @@ class ReferenceProcess:
         with suppress(BrokenPipeError):  # it has ended: `_answer` says so
             self._process.stdin.write("chunk\n")
             self._process.stdin.flush()
-        return float(self._answer())
+        return float(self._answer())  # type: ignore[arg-type]  # what a chunk is answered with
 
     def close(self) -> None:
         """End the process."""
         self._process.terminate()
         self._process.communicate()
 
-    def _answer(self) -> str:
+    def _answer(self) -> object:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(_ANSWER):
-                return line.removeprefix(_ANSWER)
+                with suppress(ValueError):
+                    return json.loads(line.removeprefix(_ANSWER))
+                raise BenchError(f"the process of {self.asked.name} answers {line!r}: is it another version's?")
         self._process.communicate()
         raise BenchError(
-            f"the process of {self.asked.name} ended with status {self._process.returncode}, see above. Its Python "
-            "needs this package with its [export] extra, and for LeRobot lerobot 0.4.4 (make lerobot-env)"
+            f"the process of {self.asked.name} ended with status {self._process.returncode}, or was not ready after "
+            f"{START_LIMIT_S:.0f} s. --lerobot names a Python with this package, its [export] extra, and lerobot "
+            "0.4.4 (make lerobot-env)"
         )
 
 
@@ -108,19 +141,28 @@ def main() -> None:
     from ..export.errors import ExportError
 
     asked = Asked(**json.loads(sys.argv[1]))
-    try:
-        checkpoint = load_checkpoint(asked.checkpoint, vlm=Path(asked.vlm) if asked.vlm else None)
-    except (ExportError, SmolVLAError) as e:
-        sys.exit(f"error: {e}")
+
+    def answer(value: object) -> None:
+        print(_ANSWER, json.dumps(value), sep="", flush=True)
+
     with ExitStack() as stack:
-        serve = _lerobot if asked.kind == "lerobot" else _views
-        chunk, tokens, note = serve(asked, checkpoint, Bundle.open(asked.bundle), stack)
+        try:
+            checkpoint = load_checkpoint(asked.checkpoint, vlm=Path(asked.vlm) if asked.vlm else None)
+            bundle = Bundle.open(asked.bundle)
+            serve = _lerobot if asked.kind == "lerobot" else _views
+            chunk, tokens, note = serve(asked, checkpoint, bundle, stack)
+        except ImportError as e:
+            answer(f"{sys.executable} cannot run LeRobot ({e}): name one that can (make lerobot-env)")
+            return
+        except (ExportError, SmolVLAError) as e:
+            answer(str(e))
+            return
         note = f"torch {torch.__version__}, {torch.get_num_threads()} threads{note}"
-        print(_ANSWER, json.dumps([checkpoint.weights_sha256, tokens, note]), sep="", flush=True)
+        answer([checkpoint.unlike(bundle.manifest), tokens, note])
         for _ in sys.stdin:
             start = time.perf_counter()
             chunk()
-            print(_ANSWER, time.perf_counter() - start, sep="", flush=True)
+            answer(time.perf_counter() - start)
 
 
 Served = tuple[Callable[[], object], int, str]  # a chunk, tokens of its instruction, what to know of it

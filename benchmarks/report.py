@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.strict import encode
+from .errors import ResultError
 from .plots import drift, frontier, joints, loop, strips
 from .result import Accuracy, Control, Frontier, Latency, read
 
@@ -67,7 +68,10 @@ class Source:
         for part in pointer.split("/")[1:]:
             if value is not None:
                 key = part.replace("~1", "/").replace("~0", "~")
-                value = value[int(key) if isinstance(value, list) else key]
+                try:
+                    value = value[int(key) if isinstance(value, list) else key]
+                except LookupError as e:
+                    raise ResultError(f"{self.path} is not valid: it has no {pointer}") from e
         return value
 
     def rows(self, pointer: str, name: str = "{key}") -> list[Row]:
@@ -77,7 +81,7 @@ class Source:
             if value is not None:
                 fields = value if isinstance(value, dict) else {}
                 escaped = str(key).replace("~", "~0").replace("/", "~1")
-                rows.append((name.format(key=key, **fields), f"{pointer}/{escaped}"))
+                rows.append((name.format_map(fields | {"key": key}), f"{pointer}/{escaped}"))
         return rows
 
     def cells(self, *pointers: str) -> tuple[Cell, ...]:

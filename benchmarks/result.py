@@ -178,6 +178,10 @@ class Latency(Result):
     ratios: tuple[Ratio, ...]
     rates: Rates | None
 
+    def __post_init__(self) -> None:
+        _require(len(self.runners) > 0, "no runners")
+        _require(all(ratio.values for ratio in self.ratios), "a ratio of no values")
+
 
 @dataclass(frozen=True)
 class Observations:
@@ -289,6 +293,9 @@ class Loop:
     seams_deg: Spread | None  # first step of a new chunk
     queued: tuple[int, ...]  # actions left, tick by tick
 
+    def __post_init__(self) -> None:
+        _require(self.fps > 0, f"a loop at {self.fps:g} Hz")
+
 
 @dataclass(frozen=True)
 class Control(Result):
@@ -311,7 +318,7 @@ def read(path: Path) -> Result:
         raise ResultError(f"{path} is no result of smolvla-bench")
     if (version := raw.pop("version", None)) != VERSION:
         raise ResultError(f"{path} is of version {version!r}, expected {VERSION}: measure again with this version")
-    if (kind := raw.pop("kind", None)) not in KINDS:
+    if not isinstance(kind := raw.pop("kind", None), str) or kind not in KINDS:
         raise ResultError(f"{path} is of kind {kind!r}, expected {', '.join(KINDS)}")
     return decoded(KINDS[kind], raw, path)
 
@@ -319,8 +326,10 @@ def read(path: Path) -> Result:
 def read_json(path: Path) -> Any:
     """Raises ResultError."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        raw = json.loads(path.read_text())
+        json.dumps(raw, ensure_ascii=False).encode()  # half a character, which JSON can write and nobody show
+        return raw
+    except (OSError, ValueError, RecursionError) as e:
         raise ResultError(f"{path} cannot be read: {e}") from e
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..quantize.hub import from_hub, is_hub_id
 from ..runtime.bundle import sha256_of
+from ..runtime.manifest import Manifest
 from .architecture import DEFAULT_VLM_CONFIG, read_vlm_config
 from .errors import CheckpointError
 from .policy_config import DEFAULT_VLM, PolicyConfig
@@ -42,6 +43,18 @@ class Checkpoint:
     joints: tuple[str, ...] | None
     fps: float | None
     demo: bool = False  # random weights: to be run and timed, never to move a robot
+
+    def unlike(self, m: Manifest) -> list[str]:
+        """What a bundle with this manifest has of another checkpoint; empty where it may be made of this one."""
+        around = self.processors
+        same = {
+            "weights": m.source.weights_sha256 == self.weights_sha256,
+            "cameras": tuple(camera.name for camera in m.cameras) == around.camera_names,
+            "tokens": m.tokens.length == around.token_length,
+            "denoise steps": m.sampling == self.config.sampling,
+            "statistics": (m.state.normalization, m.action.normalization) == (around.state, around.action),
+        }
+        return [name for name, holds in same.items() if not holds]
 
 
 def load_checkpoint(name: str, *, revision: str | None = None, vlm: Path | None = None) -> Checkpoint:

@@ -1,7 +1,9 @@
 """smolvla-bench runs on tiny bundles, and what it computes from its numbers is right; no time is ever tested."""
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -14,7 +16,7 @@ from conftest import DATA
 from test_calibration_data import write_dataset
 from typer.testing import CliRunner
 
-from smolvla_edge.benchmarks import machine
+from smolvla_edge.benchmarks import machine, reference_process
 from smolvla_edge.benchmarks.cli import app
 from smolvla_edge.benchmarks.errors import BenchError, ResultError
 from smolvla_edge.benchmarks.frontier import pareto, recommend
@@ -90,8 +92,13 @@ def test_other_policies_are_not_compared(export_case, bench):
     with pytest.raises(BenchError, match="different policies"):
         bench("latency", "--bundle", ours, "--bundle", export_case("tiny_outliers", "fp32"), *QUICK)
     for line in (["latency", *QUICK], ["accuracy"]):
-        with pytest.raises(BenchError, match=r"exported from other weights .* name its own checkpoint"):
+        with pytest.raises(BenchError, match=r"exported from another checkpoint .*: other weights. Name its own"):
             bench(*line, "--bundle", ours, "--reference", OTHER)
+    config = Path(shutil.copytree(CHECKPOINT, "changed")) / "config.json"  # the same weights, used otherwise
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_period": 8.0}))
+    for line in (["latency", *QUICK], ["accuracy"]):
+        with pytest.raises(BenchError, match=r"other denoise steps. Name its own"):
+            bench(*line, "--bundle", ours, "--reference", "changed")
 
 
 def test_lerobot_is_asked_for_dtype_device_and_compilation(export_case, tmp_path):
@@ -104,23 +111,61 @@ def test_lerobot_is_asked_for_dtype_device_and_compilation(export_case, tmp_path
     ]  # fmt: skip
     assert said.startswith("LeRobot itself")
     Path(python).write_text(
-        f'#!/bin/sh\necho "$3" > {tmp_path}/asked\necho loading\necho \'smolvla-bench ["ab", 48, "4.4"]\'\n'
+        f'#!/bin/sh\necho "$3" > {tmp_path}/asked\necho loading\necho \'smolvla-bench [[], 48, "4.4"]\'\n'
         "read line; echo smolvla-bench 1.5\n"
     )
     Path(python).chmod(0o755)
     process = ReferenceProcess(python, asked[3])
-    assert (process.weights_sha256, process.tokens, process.note, process.run()) == ("ab", 48, "4.4", 1.5)
+    assert (process.unlike, process.tokens, process.note, process.run()) == ([], 48, "4.4", 1.5)
     process.close()
     got = json.loads((tmp_path / "asked").read_text())
     assert (got["dtype"], got["device"], got["compiled"]) == ("bfloat16", "cuda", True)
 
 
 @pytest.mark.parametrize(
-    ("python", "said"), [("/bin/false", "status 1.*make lerobot-env"), ("/none", "cannot be started")]
+    ("script", "said"),
+    [
+        ("exit 1", "status 1.*make lerobot-env"),
+        ("echo smolvla-bench rubbish", r"answers 'smolvla-bench rubbish"),
+        ("echo 'smolvla-bench [1, 2]'", r"answers \[1, 2\]: it is no Python"),
+        ("""echo 'smolvla-bench "no lerobot"'""", "^no lerobot$"),
+        ("printf '\\377\\376\\n'", "status 0"),
+        ("sleep 60", "was not ready after 0 s"),
+    ],
 )
-def test_a_python_without_lerobot_is_reported(python, said):
+def test_a_python_that_is_none_or_has_no_lerobot_is_reported(tmp_path, monkeypatch, script, said):
+    monkeypatch.setattr(reference_process, "START_LIMIT_S", 0.3 if "sleep" in script else 60)
+    python = tmp_path / "python"
+    asked = Asked("lerobot", CHECKPOINT, None, "", "float32", "cpu", False)
+    with pytest.raises(BenchError, match="cannot be started"):
+        ReferenceProcess(str(python), asked)
+    python.write_text(f"#!/bin/sh\nexec {script}\n" if "sleep" in script else f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
     with pytest.raises(BenchError, match=said):
-        ReferenceProcess(python, Asked("lerobot", CHECKPOINT, None, "", "float32", "cpu", False))
+        ReferenceProcess(str(python), asked)
+
+
+def test_what_the_reference_cannot_read_is_one_error(export_case, bench):
+    with pytest.raises(BenchError, match=r"^nosuch is neither a folder nor a Hub id"):
+        bench("latency", "--bundle", export_case("tiny", "fp32"), "--reference", "nosuch", *QUICK)
+    named = shutil.copytree(export_case("tiny", "fp32"), "torch views float32")
+    with pytest.raises(BenchError, match="a bundle is named 'torch views float32', as the reference is"):
+        bench("latency", "--bundle", named, "--reference", CHECKPOINT, *QUICK)
+
+
+def test_nothing_is_measured_for_an_output_that_is_something_else(export_case, bench, tmp_path):
+    Path("taken").mkdir()
+    Path("gate.toml").write_text("cache = 0\n")
+    Path("link.json").symlink_to("elsewhere.json")
+    bundle = export_case("tiny", "fp32")
+    for output in ("taken", "gate.toml", "link.json", bundle / "manifest.json", "/dev/null"):
+        with pytest.raises(BenchError, match="is there and was not written by this command"):
+            bench("latency", "--bundle", bundle, *QUICK, "--output", output)
+    with pytest.raises(BenchError, match="there is no folder"):
+        bench("latency", "--bundle", bundle, *QUICK, "--output", "none/latency.json")
+    with pytest.raises(BenchError, match="seconds is inf: expected a finite number"):
+        bench("latency", "--bundle", bundle, "--seconds", "inf")
+    Bundle.open(bundle)
 
 
 def test_runs_are_taken_in_turns_and_the_first_are_thrown_away():
@@ -257,6 +302,15 @@ def test_a_frontier_that_was_interrupted_goes_on_where_it_was(bench, tmp_path):
     assert "the fastest within the gate" in said
     lost, kept = tmp_path / "frontier" / "fp32-1-2.json", tmp_path / "frontier" / "fp32-1-10.json"
     before = kept.stat().st_mtime_ns
+    for text, problem in (("{", "cannot be read"), (kept.read_text(), "holds another cell")):
+        lost.write_text(text)
+        with pytest.raises(BenchError, match=rf"{problem}.*[Rr]emove"):
+            bench(*line)
+    other = os.open(tmp_path / "frontier", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(BenchError, match="another frontier is at work"):
+        bench(*line)
+    os.close(other)
     lost.unlink()
     said = bench(*line)
     assert "exporting" not in said
@@ -272,6 +326,10 @@ def test_a_frontier_that_was_interrupted_goes_on_where_it_was(bench, tmp_path):
     )
     with pytest.raises(BenchError, match="measured with another cpu"):
         bench(*line)
+    config = Path(shutil.copytree(CHECKPOINT, "changed")) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_period": 8.0}))
+    with pytest.raises(BenchError, match="measured with another policy"):
+        bench(*line, "--reference", "changed")
     with pytest.raises(BenchError, match="holds something else"):
         bench(*line, "--work", DATA)
 
@@ -327,6 +385,7 @@ def test_control_runs_the_loop_on_the_virtual_arm(export_case, bench):
         (lambda r: r | {"version": 1}, r"is of version 1, expected 3: measure again"),
         (lambda r: r | {"format": "other"}, r"is no result of smolvla-bench"),
         (lambda r: [r], r"is no result of smolvla-bench"),
+        (lambda r: r | {"kind": []}, r"is of kind \[\], expected"),
         (lambda r: r | {"kind": "speed"}, r"is of kind 'speed', expected latency, accuracy, frontier, control"),
         (lambda r: r | {"loops": 3, "more": 1}, r"not valid: unknown field more; loops is 3"),
     ],

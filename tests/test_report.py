@@ -97,7 +97,7 @@ def test_each_result_comes_with_its_command_and_its_machine(html):
 
 
 def test_markdown_and_json_have_the_tables_of_the_page(found, html):
-    tables = [section["table"] for section in json.loads(page.as_json(found)) if section["table"]]
+    tables = [section["table"] for section in json.loads(page.as_json(found))["sections"] if section["table"]]
     in_json = [["td", cell["field"], cell["text"]] for table in tables for row in table["rows"] for cell in row]
     assert [cell for cell in Page(html).cells if cell[0] == "td"] == in_json
     lines = [line for line in page.markdown(found).splitlines() if line.startswith("| ")]
@@ -161,11 +161,22 @@ def test_results_at_their_edges_are_drawn(tmp_path, change):
         ("frontier", {"recommended": 99}, "recommended cell 99 of"),
         ("latency", {"rates": {"gflops": {"float32": [1.0]}, "copy_gbs": [1.0, 2.0]}}, "rates that are not pairs"),
         ("latency", {"steps": float("nan")}, "steps is nan, expected int"),
+        ("latency", {"steps": 10**400}, "steps has more than 300 digits"),
+        ("latency", {"runners": []}, "no runners"),
+        ("latency", {"command": "\ud800"}, "cannot be read"),
+        ("control", {"loops": [{"fps": 0}]}, "missing field loops"),
     ],
 )
 def test_a_result_that_contradicts_itself_is_refused(tmp_path, kind, change, said):
     with pytest.raises(ResultError, match=said):
         sections([edited(tmp_path, kind, **change)])
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    with pytest.raises(ResultError, match="cannot be read"):
+        sections([deep])
+    counted = json.loads(RESULTS[3].read_text())["loops"][0] | {"counts": {}}
+    with pytest.raises(ResultError, match="it has no /loops/0/counts/ticks"):
+        sections([edited(tmp_path, "control", loops=[counted])])
     empty = json.loads(RESULTS[0].read_text())["runners"][0]
     empty["chunk_ms"]["values"] = []
     with pytest.raises(ResultError, match="a spread of no values"):
@@ -191,6 +202,13 @@ def test_the_command_writes_page_markdown_and_tables(tmp_path):
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latency.html", "latency.md", "latency.tables.json"]
     assert output.read_text() == page.html(sections(RESULTS[3:]))
+    again = CliRunner().invoke(app, ["report", str(RESULTS[0]), "--output", str(output)])  # its own are replaced
+    assert again.exit_code == 0 and output.read_text() == page.html(sections(RESULTS[:1]))
+    mine = tmp_path / "mine.md"
+    mine.write_text("not a report\n")
+    refused = CliRunner().invoke(app, ["report", str(RESULTS[0]), "--output", str(mine.with_suffix(".html"))])
+    assert isinstance(refused.exception, BenchError) and "mine.md is there" in str(refused.exception)
+    assert mine.read_text() == "not a report\n" and not mine.with_suffix(".html").exists()
     wrong = CliRunner().invoke(app, ["report", str(RESULTS[0]), "--output", str(RESULTS[0])])
     assert isinstance(wrong.exception, BenchError) and "ends in .html" in str(wrong.exception)
     missing = CliRunner().invoke(app, ["report", str(tmp_path / "nothing.json")])
@@ -212,8 +230,9 @@ def test_the_readme_is_written_from_the_results_and_checked(tmp_path):
     assert "old" not in written and "smolvla-bench latency --bundle" in written
     assert re.search(r"^\| full-fp32-cpu +\| 1", written, re.MULTILINE)
     assert isinstance(CliRunner().invoke(app, [*line, "--results", str(readme)]).exception, BenchError)
-    assert CliRunner().invoke(app, [*line, "--results", str(tmp_path)]).exit_code == 0
-    assert readme.read_text() == f"before\n{page.BEGIN}{page.END}after\n"
+    nothing = CliRunner().invoke(app, [*line, "--results", str(tmp_path)])
+    assert isinstance(nothing.exception, BenchError) and "holds no results" in str(nothing.exception)
+    assert readme.read_text() == written
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from .result import Latency, Limit, Machine, Rates, Ratio, Runner, Spread, Verdi
 from .start import cold_start
 
 NOISE = 0.25  # a larger spread says more about the machine than about the policy
+RATIO_NOISE = 2**0.5 * NOISE  # both sides have theirs
 LEAST_TURNS = 3
 ENERGY_S = 5.0
 
@@ -232,12 +233,12 @@ def in_turns(runs: Mapping[str, Callable[[], float]], effort: Effort) -> dict[st
     return taken
 
 
-def noise(t: Spread) -> str | None:
+def noise(t: Spread, bound: float = NOISE) -> str | None:
     """The sentence in place of numbers where they spread too much."""
-    if t.spread <= NOISE:
+    if t.spread <= bound:
         return None
     return (
-        f"too noisy to say: nine in ten turns spread over {t.spread:.0%} of their median (bound {NOISE:.0%}). "
+        f"too noisy to say: nine in ten turns spread over {t.spread:.0%} of their median (bound {bound:.0%}). "
         "End other jobs, fix the clocks, and measure again"
     )
 
@@ -285,7 +286,7 @@ def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tu
 
 def _ratio(runner: str, against: str, times: Mapping[str, Spread]) -> Ratio:
     ratio = spread(np.array(times[against].values) / np.array(times[runner].values))
-    return Ratio(runner, against, ratio.p50, min(ratio.values), ratio.max, ratio.values, noise(ratio))
+    return Ratio(runner, against, ratio.p50, min(ratio.values), ratio.max, ratio.values, noise(ratio, RATIO_NOISE))
 
 
 def _require_same(process: ReferenceProcess, m: Manifest, reference: Reference) -> None:

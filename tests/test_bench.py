@@ -20,7 +20,7 @@ from smolvla_edge.benchmarks import machine, reference_process
 from smolvla_edge.benchmarks.cli import app
 from smolvla_edge.benchmarks.errors import BenchError, ResultError
 from smolvla_edge.benchmarks.frontier import pareto, recommend
-from smolvla_edge.benchmarks.latency import NOISE, Effort, Reference, in_turns, limits, noise, verdict
+from smolvla_edge.benchmarks.latency import RATIO_NOISE, Effort, Reference, in_turns, limits, noise, verdict
 from smolvla_edge.benchmarks.reference_process import Asked, ReferenceProcess, _views, observation
 from smolvla_edge.benchmarks.result import Cell, Rates, read, spread
 from smolvla_edge.benchmarks.start import cold_start
@@ -66,7 +66,7 @@ def test_latency_times_bundles_and_their_checkpoint_in_turns(export_case, bench,
     views, first, _ = (np.array(r.chunk_ms.values) for r in result.runners)
     assert len(views) == 2
     assert np.allclose(result.ratios[0].values, views / first, rtol=1e-3)
-    assert all((r.noise is None) == (spread(r.values).spread <= NOISE) for r in result.ratios)
+    assert all((r.noise is None) == (spread(r.values).spread <= RATIO_NOISE) for r in result.ratios)
     for r in result.runners[1:]:
         assert max(r.selfcheck.values()) < 1e-4
         assert list(r.stages_ms)[:4] == ["preprocess", "prefix", "denoise", "tokenize"]

@@ -155,7 +155,9 @@ def _latency(s: Source, result: Latency) -> Iterator[Section]:
     plot = partial(strips, dots, "milliseconds a chunk, every turn", line=line)
     yield Section("Milliseconds a chunk", s.table({}, rows, columns), s.cells("/reference"), plot, headline=True)
     if verdicts:
-        yield Section("Verdict", s.table({"": "/kind", "on the target": "/text"}, verdicts), headline=True)
+        why = Cell("Projected: the bundle's operations and bytes as exported for that board, float32 as float16.")
+        table = s.table({"": "/kind", "on the target": "/text"}, verdicts)
+        yield Section("Verdict", table, (why,) * any(len(r.verdicts) > 1 for r, _ in bundles), headline=True)
     if result.ratios:
         table = s.table({}, s.rows("/ratios", "{runner} / {against}"), {f: f"/{f}" for f in ("p50", "min", "max")})
         why = Cell("The machine's noise falls on neighbours alike, so these ratios are what to trust.")
@@ -213,7 +215,9 @@ def _frontier(s: Source, result: Frontier) -> Iterator[Section]:
     best = None if result.recommended is None else result.cells[result.recommended]
     plot = partial(frontier, measured, best, result.budget_ms) if measured else None
     table = s.table(columns, [row for row, cell in zip(rows, result.cells, strict=True) if cell.pareto], times)
-    yield Section("Nothing is both faster and closer than these", table, s.cells("/reason"), plot, headline=True)
+    why = Cell("Timed one after another, not in turns: differences of some per cent may be the machine's.")
+    said = (*s.cells("/reason"), why)
+    yield Section("Nothing is both faster and closer than these", table, said, plot, headline=True)
     yield Section("Every setting", s.table(columns, rows, times))
     if result.skipped:
         yield Section("Left out", s.table({"why": ""}, s.rows("/skipped")))

@@ -4,6 +4,7 @@ Bundles and finished cells are kept in a work folder, one file a cell, so that a
 
     work.json                 which policy, observations and machine these cells belong to
     int8-2/                   the bundle in INT8 with two cameras, or int8-2.txt: why there is none
+    int8-2-10.judged          how far that is from the reference with ten steps, until its steps are timed in turns
     int8-2-10.json            its cell with ten steps
 """
 
@@ -12,9 +13,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +39,8 @@ from .accuracy import Judge, load
 from .errors import BenchError, ResultError
 from .latency import Effort, Reference, in_turns, noise, timed
 from .result import Cell, Frontier, decoded, read_json, spread, write_json
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,15 @@ def _fill(
             held_out = held_out or hold_out(reference_of(checkpoint, target), data.held_out, gate.seeds)
             if _export(work / name, checkpoint, precision, cameras, target, data, gate, say):
                 policy = _load(work / name, device)
-                for n in left:
-                    say(f"measuring {name}, {n} steps")
-                    cell = _cell(policy, held_out, precision, cameras, n, effort)
+                judged = {n: _judged(work / f"{name}-{n}.judged", policy, held_out, n, say) for n in left}
+                say(f"timing {name} in turns")
+                times = in_turns({str(n): partial(_chunk_ms, policy, held_out, n) for n in left}, effort)
+                for n, far in judged.items():
+                    t = spread(times[str(n)])
+                    errors = far.worst, far.cache, far.flips
+                    cell = Cell(precision, cameras, n, "euler", t, noise(t), *errors, pareto=False)
                     write_json(work / f"{name}-{n}.json", encode(cell))
+                    (work / f"{name}-{n}.judged").unlink()
                 del policy
         if none.is_file():
             skipped[name] = none.read_text()
@@ -187,13 +196,17 @@ def _said(c: Cell) -> str:
 
 def _kept(path: Path, setting: tuple[str, int, int]) -> Cell:
     """A finished cell, read back."""
-    try:
-        cell = decoded(Cell, read_json(path), path)
-    except ResultError as e:
-        raise BenchError(f"{e}. Remove {path}, and it is measured again") from e
+    cell = _read(Cell, path)
     if (cell.precision, cell.cameras, cell.steps) != setting:
         raise BenchError(f"{path} holds another cell ({_said(cell)}): remove it, and it is measured again")
     return cell
+
+
+def _read(cls: type[T], path: Path) -> T:
+    try:
+        return decoded(cls, read_json(path), path)
+    except ResultError as e:
+        raise BenchError(f"{e}. Remove {path}, and it is measured again") from e
 
 
 def _load(folder: Path, device: str) -> Policy:
@@ -266,10 +279,22 @@ def _export(
     return True
 
 
-def _cell(policy: Policy, held_out: HeldOut, precision: Precision, cameras: int, n: int, effort: Effort) -> Cell:
-    names = [c.name for c in policy.manifest.cameras]
-    asked = [replace(s, images={name: s.images[name] for name in names}) for s in held_out.samples]
-    whole = len(held_out.samples[0].images) == cameras
+@dataclass(frozen=True)
+class _Judged:
+    """How far a setting is from the reference: what takes longest of a cell."""
+
+    worst: float
+    cache: float | None
+    flips: int | None
+
+
+def _judged(path: Path, policy: Policy, held_out: HeldOut, n: int, say: Callable[[str], None]) -> _Judged:
+    """`n` steps of this policy, from `path` where that was interrupted before it was timed."""
+    if path.is_file():
+        return _read(_Judged, path)
+    say(f"judging {path.stem}: {n} steps")
+    asked = _asked(policy, held_out)
+    whole = len(held_out.samples[0].images) == len(policy.manifest.cameras)
 
     def ask(sample: Sample) -> gates.Asked:
         cache, _ = ask_policy(policy, sample)
@@ -278,13 +303,19 @@ def _cell(policy: Policy, held_out: HeldOut, precision: Precision, cameras: int,
     got = gates.answers(map(ask, asked), held_out.noises)
     expected = held_out.expected if whole else Answers([{} for _ in asked], held_out.expected.chunks)
     errors = replace(held_out, expected=expected).compare(got)
-    o, x = asked[0], held_out.noises[0][0]
-
-    def chunk() -> float:
-        return 1e3 * timed(lambda: policy.predict_chunk(o.images, o.state, o.task, x, n))
-
-    t = spread(in_turns({"": chunk}, effort)[""])
     if not np.isfinite(errors.action):
         raise BenchError(f"{policy.bundle.folder} answers what is not finite with {n} steps: leave it out")
-    cache = errors.worst_cache if whole else None
-    return Cell(precision, cameras, n, "euler", t, noise(t), errors.action, cache, errors.flips, pareto=False)
+    found = _Judged(errors.action, errors.worst_cache if whole else None, errors.flips)
+    write_json(path, encode(found))
+    return found
+
+
+def _chunk_ms(policy: Policy, held_out: HeldOut, n: int) -> float:
+    o, noise = _asked(policy, held_out)[0], held_out.noises[0][0]
+    return 1e3 * timed(lambda: policy.predict_chunk(o.images, o.state, o.task, noise, n))
+
+
+def _asked(policy: Policy, held_out: HeldOut) -> list[Sample]:
+    """The observations as this policy sees them, who may have fewer cameras."""
+    names = [c.name for c in policy.manifest.cameras]
+    return [replace(s, images={name: s.images[name] for name in names}) for s in held_out.samples]

@@ -16,7 +16,7 @@ from conftest import DATA
 from test_calibration_data import write_dataset
 from typer.testing import CliRunner
 
-from smolvla_edge.benchmarks import machine, reference_process
+from smolvla_edge.benchmarks import frontier, machine, reference_process
 from smolvla_edge.benchmarks.cli import app
 from smolvla_edge.benchmarks.errors import BenchError, ResultError
 from smolvla_edge.benchmarks.frontier import pareto, recommend
@@ -288,7 +288,7 @@ def test_observations_of_no_use_are_named(export_case, bench, tmp_path):
         bench(*line, "--observations", tmp_path / "empty")
 
 
-def test_a_frontier_that_was_interrupted_goes_on_where_it_was(bench, tmp_path):
+def test_a_frontier_that_was_interrupted_goes_on_where_it_was(bench, tmp_path, monkeypatch):
     line = ["frontier", "--reference", CHECKPOINT, "--precisions", "fp32", "--cameras", "2,1", "--steps", "2,10"]
     line += ["--frames", "2", "--device", "cpu", *QUICK]
     said = bench(*line)
@@ -312,9 +312,16 @@ def test_a_frontier_that_was_interrupted_goes_on_where_it_was(bench, tmp_path):
         bench(*line)
     os.close(other)
     lost.unlink()
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(frontier, "in_turns", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bench(*line)
+    judged = lost.with_suffix(".judged")
+    judged.write_text(json.dumps(json.loads(judged.read_text()) | {"worst": 0.125}))
     said = bench(*line)
-    assert "exporting" not in said
-    assert said.count("measuring") == 1
+    assert read(Path("frontier.json")).cells[2].worst == 0.125  # it was not asked again
+    assert "exporting" not in said and "judging" not in said
+    assert said.count("timing") == 1 and not judged.exists()
     assert kept.stat().st_mtime_ns == before
     assert len(read(Path("frontier.json")).cells) == 4
     with pytest.raises(BenchError, match="measured with another observations"):

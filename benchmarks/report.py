@@ -215,7 +215,7 @@ def _frontier(s: Source, result: Frontier) -> Iterator[Section]:
     best = None if result.recommended is None else result.cells[result.recommended]
     plot = partial(frontier, measured, best, result.budget_ms) if measured else None
     table = s.table(columns, [row for row, cell in zip(rows, result.cells, strict=True) if cell.pareto], times)
-    why = Cell("The steps of a bundle are timed in turns, bundles one after another: noise may be between them.")
+    why = Cell("Not all were timed at the same time: differences of some per cent may be the machine's.")
     said = (*s.cells("/reason"), why)
     yield Section("Nothing is both faster and closer than these", table, said, plot, headline=True)
     yield Section("Every setting", s.table(columns, rows, times))

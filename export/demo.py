@@ -87,4 +87,6 @@ def _write_tokenizer(folder: Path, say: Callable[[str], None]) -> None:
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(text, vocab_size=400, min_frequency=1, show_progress=False, special_tokens=special)
     tokenizer.save(str(folder / TOKENIZER))
-    (folder / "special_tokens_map.json").write_text('{"pad_token": "<pad>"}')
+    # The class is for LeRobot, whose AutoTokenizer would look for one by the VLM's config, and find none.
+    options = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))

@@ -1,14 +1,19 @@
 """The torch views against LeRobot itself, on architectures that no published checkpoint has."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import DATA
 
+from smolvla_edge.export import demo
+from smolvla_edge.export.architecture import DEFAULT_VLM_CONFIG
 from smolvla_edge.export.checkpoint import load_checkpoint
+from smolvla_edge.export.errors import CheckpointError
 from smolvla_edge.export.reference import fixed_observations
+from smolvla_edge.export.tokens import pad_id, read_tokenizer
 from smolvla_edge.export.writer import reference_of
 
 pytest.importorskip("lerobot", reason="LeRobot is not installed beside this package")
@@ -76,3 +81,17 @@ def test_the_views_equal_lerobot_for(case, tmp_path):
         ours = reference.run(observation).actions[:, :, :6]
         assert np.abs(theirs).max() > 0.1
         assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_lerobot_reads_the_tokenizer_that_the_demo_makes_without_the_hub(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    def unreachable(*_):
+        raise CheckpointError("no network")
+
+    monkeypatch.setattr(demo, "hub_folder", unreachable)
+    shutil.copy(DEFAULT_VLM_CONFIG, tmp_path)
+    demo._write_tokenizer(tmp_path, lambda _: None)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), read_tokenizer(tmp_path / "tokenizer.json")
+    assert theirs("Pick up the red cube.\n").input_ids == ours.encode("Pick up the red cube.\n").ids
+    assert theirs.pad_token_id == pad_id(tmp_path / "tokenizer.json", ours, None) == ours.token_to_id("<pad>")

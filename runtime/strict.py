@@ -37,7 +37,7 @@ def _decode(kind: Any, raw: object, where: str, problems: list[str]) -> Any:
         return {k: _decode(args[1], x, f"{where}.{k}", problems) for k, x in raw.items()}
     if kind is float and isinstance(raw, int | float) and not isinstance(raw, bool) and abs(raw) <= MAX_NUMBER:
         return float(raw)
-    if isinstance(raw, int) and not isinstance(raw, bool) and abs(raw) > MAX_NUMBER:
+    if kind is int and isinstance(raw, int) and abs(raw) > MAX_NUMBER:
         problems.append(f"{where} has more than 300 digits")
         return None
     if isinstance(kind, type) and isinstance(raw, kind) and not (kind is int and isinstance(raw, bool)):

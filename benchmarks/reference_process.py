@@ -99,7 +99,9 @@ class ReferenceProcess:
         with suppress(BrokenPipeError):  # it has ended: `_answer` says so
             self._process.stdin.write("chunk\n")
             self._process.stdin.flush()
-        return float(self._answer())  # type: ignore[arg-type]  # what a chunk is answered with
+        if not isinstance(seconds := self._answer(), float):
+            raise BenchError(f"the process of {self.asked.name} answers a chunk with {seconds!r}, expected seconds")
+        return seconds
 
     def close(self) -> None:
         """End the process."""

@@ -118,6 +118,9 @@ def test_lerobot_is_asked_for_dtype_device_and_compilation(export_case, tmp_path
     process = ReferenceProcess(python, asked[3])
     assert (process.unlike, process.tokens, process.note, process.run()) == ([], 48, "4.4", 1.5)
     process.close()
+    Path(python).write_text(Path(python).read_text().replace("smolvla-bench 1.5", "smolvla-bench []"))
+    with ReferenceProcess(python, asked[3]) as process, pytest.raises(BenchError, match=r"answers a chunk with \[\]"):
+        process.run()
     got = json.loads((tmp_path / "asked").read_text())
     assert (got["dtype"], got["device"], got["compiled"]) == ("bfloat16", "cuda", True)
 

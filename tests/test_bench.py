@@ -310,7 +310,7 @@ def test_a_frontier_that_was_interrupted_goes_on_where_it_was(bench, tmp_path, m
         with pytest.raises(BenchError, match=rf"{problem}.*[Rr]emove"):
             bench(*line)
     other = os.open(tmp_path / "frontier", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
+    fcntl.flock(other, fcntl.LOCK_SH)
     with pytest.raises(BenchError, match="another frontier is at work"):
         bench(*line)
     os.close(other)

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.errors import BenchError
 from ..export import parity
-from ..export.checkpoint import Checkpoint, load_checkpoint
+from ..export.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from ..export.int8 import HeldOut, ask_policy, hold_out, observations_for
 from ..export.reference import Observation
 from ..export.writer import reference_of
-from ..quantize import gate as gates
-from ..quantize.calibration import CalibrationSet
-from ..quantize.gate import TICK_DEG, Gate
-from ..quantize.sample import Sample
+from ..quantize.int8 import gate as gates
+from ..quantize.int8.gate import TICK_DEG, Gate
+from ..quantize.observations.calibration import CalibrationSet
+from ..quantize.observations.sample import Sample
 from ..runtime import Bundle, CheckFailed, Policy
-from ..runtime.manifest import Manifest
+from ..runtime.bundle.manifest import Manifest
 from . import machine
-from .errors import BenchError
 from .latency import Reference
 from .result import Accuracy, Comparison, Joint, Observations
 
@@ -45,17 +45,23 @@ class Judge:
         """
         data = observations_for(checkpoint, self.source, 4 * self.frames, say)
         if len(data.held_out) < 2:
-            raise BenchError(f"{self.source} leaves {len(data.held_out)} frame to judge by, expected 2: record more")
+            raise BenchError(
+                f"{self.source} leaves {len(data.held_out)} frame to judge by, expected 2: record more"
+            )
         return data
 
     def drawn(self, data: CalibrationSet) -> Observations:
         """What to tell of `draw`."""
         r, kept = data.record, data.held_out
         tasks = len({sample.task for sample in kept})
-        return Observations(r.source, r.kind, r.sha256, len(kept), data.held_out_episodes, tasks, self.gate.seeds)
+        return Observations(
+            r.source, r.kind, r.sha256, len(kept), data.held_out_episodes, tasks, self.gate.seeds
+        )
 
 
-def measure(bundle: str, given: Reference, judge: Judge, device: str, say: Callable[[str], None]) -> Accuracy:
+def measure(
+    bundle: str, given: Reference, judge: Judge, device: str, say: Callable[[str], None]
+) -> Accuracy:
     """Raises BenchError where the reference is another policy, CheckFailed where the bundle answers what is not
     finite."""
     head, opened = machine.watched(), Bundle.open(bundle)
@@ -64,7 +70,9 @@ def measure(bundle: str, given: Reference, judge: Judge, device: str, say: Calla
     require_source(opened, checkpoint)
     data, gate = judge.draw(checkpoint, say), judge.gate
     reference = reference_of(checkpoint, opened.manifest.target)
-    say(f"asking {given.checkpoint} in torch float32: {len(data.held_out)} observations, {gate.seeds} seeds each")
+    say(
+        f"asking {given.checkpoint} in torch float32: {len(data.held_out)} observations, {gate.seeds} seeds each"
+    )
     held_out = hold_out(reference, data.held_out, gate.seeds)
     pairs = zip(data.held_out[:STAGES], held_out.noises, strict=False)
     few = [Observation(s.images, s.state, s.task, noises[0]) for s, noises in pairs]
@@ -122,13 +130,19 @@ def compare(name: str, policy: Policy, held_out: HeldOut, gate: Gate) -> Compari
     if control:
         noises = [seeds[:CONTROL_SEEDS] for seeds in noises]
     if name == "other seed":
-        noises = [[rng.standard_normal(n.shape, dtype=np.float32) for n in seeds] for seeds in noises]
+        noises = [
+            [rng.standard_normal(n.shape, dtype=np.float32) for n in seeds] for seeds in noises
+        ]
     got = gates.answers((ask_policy(policy, s) for s in asked), noises)
     if not np.isfinite(got.chunks).all():
-        raise CheckFailed(f"{policy.bundle.folder} answers what is not finite ({name}): export it again")
+        raise CheckFailed(
+            f"{policy.bundle.folder} answers what is not finite ({name}): export it again"
+        )
     found = held_out.compare(got)
     names, spread = joint_names(policy.manifest), np.array(found.spread)
-    difference = np.abs(got.chunks - held_out.expected.chunks[:, : len(noises[0])]).astype(np.float64)
+    difference = np.abs(got.chunks - held_out.expected.chunks[:, : len(noises[0])]).astype(
+        np.float64
+    )
     p50, largest = np.percentile(difference, 50, axis=(0, 1, 2)), difference.max(axis=(0, 1, 2))
     ticks = [None if i in held_out.grippers else p99 / TICK_DEG for i, p99 in enumerate(found.p99)]
     joints = [
@@ -151,7 +165,9 @@ def compare(name: str, policy: Policy, held_out: HeldOut, gate: Gate) -> Compari
 def _mistaken(name: str, all_of_them: tuple[Sample, ...], i: int) -> Sample:
     """Observation `i` as a policy with this mistake would see it."""
     o = all_of_them[i]
-    if name == "stale cache":  # of another moment; under the same instruction, so that it has the same rows
+    if (
+        name == "stale cache"
+    ):  # of another moment; under the same instruction, so that it has the same rows
         other = all_of_them[i - len(all_of_them) // 2]
         return replace(o, images=other.images, state=other.state)
     if name == "swapped cameras":

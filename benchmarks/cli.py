@@ -9,17 +9,15 @@ from typing import cast, get_args
 
 import typer
 
-from ..devices.errors import DeviceError
+from ..core import command
+from ..core.errors import BenchError
+from ..core.files import write_whole
 from ..export.cli import require_extra
-from ..export.errors import ExportError
-from ..quantize.errors import QuantizeError
-from ..quantize.gate import Gate, read_gate
-from ..runtime import CheckFailed, SafetyStop, SmolVLAError, command
-from ..runtime.bundle import write_whole
-from ..runtime.chunks import Chunking
-from ..runtime.manifest import Precision
-from ..runtime.roofline import find_board
-from .errors import BenchError
+from ..quantize.int8.gate import Gate, read_gate
+from ..runtime import CheckFailed
+from ..runtime.budget.roofline import find_board
+from ..runtime.bundle.manifest import Precision
+from ..runtime.robot.chunks import Chunking
 from .page import TITLE, as_json, html, into_readme, markdown
 from .report import sections
 from .result import FORMAT, Result, write
@@ -27,11 +25,17 @@ from .result import FORMAT, Result, write
 app = command.new_app()
 _BUNDLE = typer.Option("bundle", help="Bundle folder.")
 _DEVICE = typer.Option("auto", help="auto, cpu, cuda or jetson.")
-_VLM = typer.Option(None, help="Folder with the VLM's config.json and tokenizer, where the checkpoint has none.")
-_GATE = typer.Option(None, help="A gate.toml that says how far from the reference is too far.  [default: see README]")
+_VLM = typer.Option(
+    None, help="Folder with the VLM's config.json and tokenizer, where the checkpoint has none."
+)
+_GATE = typer.Option(
+    None, help="A gate.toml that says how far from the reference is too far.  [default: see README]"
+)
 _FRAMES = typer.Option(8, min=2, help="Observations to judge on.")
 _TURNS = typer.Option(30, min=2, help="Timed runs of each.")
-_SECONDS = typer.Option(60.0, min=0.0, help="Fewer runs where they take longer than this, but at least three.")
+_SECONDS = typer.Option(
+    60.0, min=0.0, help="Fewer runs where they take longer than this, but at least three."
+)
 _WARMUP = typer.Option(3, min=0, help="Runs thrown away before.")
 _DEBUG = typer.Option(False, "--debug", help="Show tracebacks.")
 
@@ -47,17 +51,25 @@ def bench(version: bool | None = command.version_option()) -> None:
 
 @app.command()
 def latency(
-    bundle: list[str] = typer.Option(["bundle"], help="Bundle folder; give it again for each to compare."),
-    reference: str | None = typer.Option(None, help="Their checkpoint: timed in turns with them, in PyTorch."),
+    bundle: list[str] = typer.Option(
+        ["bundle"], help="Bundle folder; give it again for each to compare."
+    ),
+    reference: str | None = typer.Option(
+        None, help="Their checkpoint: timed in turns with them, in PyTorch."
+    ),
     vlm: str | None = _VLM,
     lerobot: str | None = typer.Option(
         None,
         help="A Python that has lerobot 0.4.4 and this package (make lerobot-env).  [default: this one where it "
         "has; else this project's torch views]",
     ),
-    compiled: bool = typer.Option(False, "--compile", help="The reference through torch.compile as well."),
+    compiled: bool = typer.Option(
+        False, "--compile", help="The reference through torch.compile as well."
+    ),
     device: str = _DEVICE,
-    board: list[str] = typer.Option([], help="A Jetson to project to as well, e.g. 'orin nano super'; repeatable."),
+    board: list[str] = typer.Option(
+        [], help="A Jetson to project to as well, e.g. 'orin nano super'; repeatable."
+    ),
     turns: int = _TURNS,
     seconds: float = _SECONDS,
     warmup: int = _WARMUP,
@@ -70,7 +82,9 @@ def latency(
     _require(output, seconds=seconds)
     given = lat.Reference(reference, vlm, lerobot, compiled) if reference else None
     if given is None and (vlm or lerobot or compiled):
-        raise BenchError("--vlm, --lerobot and --compile belong to --reference: name the checkpoint")
+        raise BenchError(
+            "--vlm, --lerobot and --compile belong to --reference: name the checkpoint"
+        )
     boards, effort = [find_board(name) for name in board], lat.Effort(warmup, turns, seconds)
     r = lat.measure(list(dict.fromkeys(bundle)), given, device, boards, effort, _say())
     _finish(output, r)
@@ -113,11 +127,15 @@ def frontier(
     reference: str = typer.Option(..., help="The checkpoint."),
     steps: str = typer.Option("1,2,4,5,10", help="Denoise steps."),
     precisions: str = typer.Option("fp32,fp16,int8", help="Of fp32, fp16, int8."),
-    cameras: str | None = typer.Option(None, help="How many of the policy's cameras, e.g. 1,2.  [default: all]"),
+    cameras: str | None = typer.Option(
+        None, help="How many of the policy's cameras, e.g. 1,2.  [default: all]"
+    ),
     calibration: str = typer.Option(
         "synthetic", help="LeRobot dataset, folder of smolvla-run --record, or synthetic."
     ),
-    budget_ms: float | None = typer.Option(None, min=0.0, help="Recommend what is closest within it."),
+    budget_ms: float | None = typer.Option(
+        None, min=0.0, help="Recommend what is closest within it."
+    ),
     work: Path = typer.Option(
         Path("frontier"), help="Bundles and finished cells are kept here: start again to go on."
     ),
@@ -140,13 +158,19 @@ def frontier(
 
     names = list(dict.fromkeys(precisions.split(",")))
     if wrong := [n for n in names if n not in get_args(Precision)]:
-        raise BenchError(f"--precisions has {wrong[0]!r}, expected {', '.join(get_args(Precision))}")
+        raise BenchError(
+            f"--precisions has {wrong[0]!r}, expected {', '.join(get_args(Precision))}"
+        )
     grid = front.Grid(
-        _numbers("steps", steps), tuple(cast(list[Precision], names)), _numbers("cameras", cameras) if cameras else ()
+        _numbers("steps", steps),
+        tuple(cast(list[Precision], names)),
+        _numbers("cameras", cameras) if cameras else (),
     )
     judge = acc.Judge(calibration, frames, read_gate(gate) if gate else Gate())
     effort = Effort(warmup, turns, seconds)
-    r = front.measure(Reference(reference, vlm), grid, judge, device, budget_ms, effort, work, _say())
+    r = front.measure(
+        Reference(reference, vlm), grid, judge, device, budget_ms, effort, work, _say()
+    )
     _finish(output, r)
 
 
@@ -171,7 +195,9 @@ def control(
 @app.command()
 def report(
     results: list[Path] = typer.Argument(..., help="What the other commands wrote."),
-    output: Path = typer.Option(Path("report.html"), help="The page; .md and .tables.json go beside it."),
+    output: Path = typer.Option(
+        Path("report.html"), help="The page; .md and .tables.json go beside it."
+    ),
     debug: bool = _DEBUG,
 ) -> None:
     """One HTML page of plots and tables from results; the same tables as Markdown and JSON."""
@@ -195,7 +221,9 @@ def table(
 ) -> None:
     """Write the README's numbers from the results."""
     if not (found := sorted(results.glob("*.json"))):
-        raise BenchError(f"{results} holds no results: start this from the checkout, or name them with --results")
+        raise BenchError(
+            f"{results} holds no results: start this from the checkout, or name them with --results"
+        )
     try:
         before = readme.read_text()
     except (OSError, ValueError) as e:
@@ -210,7 +238,9 @@ def table(
 def _require(output: Path, **numbers: float) -> None:
     """What would otherwise be found out after everything was measured. Raises BenchError."""
     _require_free(FORMAT, output)
-    if wrong := [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
+    if wrong := [
+        f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)
+    ]:
         raise BenchError(f"{', '.join(wrong)}: expected a finite number")
 
 
@@ -221,9 +251,15 @@ def _require_free(mark: str, *outputs: Path) -> None:
             raise BenchError(f"--output {output}: there is no folder {output.absolute().parent}")
         if output.is_symlink() or output.exists():
             with suppress(OSError):
-                if output.is_file() and not output.is_symlink() and mark.encode() in output.read_bytes()[:300]:
+                if (
+                    output.is_file()
+                    and not output.is_symlink()
+                    and mark.encode() in output.read_bytes()[:300]
+                ):
                     continue
-            raise BenchError(f"--output {output} is there and was not written by this command: give another name")
+            raise BenchError(
+                f"--output {output} is there and was not written by this command: give another name"
+            )
 
 
 def _say() -> Callable[[str], None]:
@@ -247,8 +283,4 @@ def _finish(output: Path, r: Result) -> None:
 def main() -> None:
     """Entry point of `smolvla-bench`."""
     command.require_linux()
-    command.run(
-        app,
-        mistakes=(BenchError, DeviceError, ExportError, QuantizeError, SmolVLAError),
-        failures=(CheckFailed, SafetyStop),
-    )
+    command.run(app)

@@ -6,18 +6,24 @@ with loop and policy, as a real arm would not.
 
 from collections.abc import Sequence
 
-from ..runtime.chunks import Chunking
-from ..runtime.drive import drive
-from ..runtime.settings import SIM, Settings
+from ..runtime.robot.chunks import Chunking
+from ..runtime.robot.drive import drive
+from ..runtime.robot.settings import SIM, Settings
 from . import machine
 from .result import Control, Loop, Spread, spread
 
 
-def measure(bundle: str, device: str, rates: Sequence[float], seconds: float, chunking: Chunking) -> Control:
+def measure(
+    bundle: str, device: str, rates: Sequence[float], seconds: float, chunking: Chunking
+) -> Control:
     """One run of the loop at each of `rates`, per second. Raises what `drive` raises."""
     head, loops = machine.watched(), []
     for fps in rates:
-        log = drive(Settings(bundle=bundle, device=device, port=SIM, fps=fps, seconds=seconds, chunking=chunking))
+        log = drive(
+            Settings(
+                bundle=bundle, device=device, port=SIM, fps=fps, seconds=seconds, chunking=chunking
+            )
+        )
         loops.append(
             Loop(
                 fps=fps,

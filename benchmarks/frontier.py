@@ -20,23 +20,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..export.checkpoint import Checkpoint
-from ..export.errors import ParityError
+from ..core.errors import BenchError, GateError, ParityError, ResultError
+from ..core.files import sha256_of
+from ..core.strict import encode
+from ..export.checkpoint.checkpoint import Checkpoint
 from ..export.int8 import HeldOut, ask_policy, hold_out
 from ..export.writer import reference_of, write_bundle
-from ..quantize import gate as gates
-from ..quantize.calibration import CalibrationSet
-from ..quantize.errors import GateError
-from ..quantize.gate import Answers, Gate
-from ..quantize.sample import Sample
+from ..quantize.int8 import gate as gates
+from ..quantize.int8.gate import Answers, Gate
+from ..quantize.observations.calibration import CalibrationSet
+from ..quantize.observations.sample import Sample
 from ..runtime import BackendError, BundleError, Policy
-from ..runtime.backend import choose
-from ..runtime.bundle import sha256_of
-from ..runtime.manifest import Precision, Target
-from ..runtime.strict import encode
+from ..runtime.bundle.manifest import Precision, Target
+from ..runtime.engines.backend import choose
 from . import machine
 from .accuracy import Judge, load
-from .errors import BenchError, ResultError
 from .latency import Effort, Reference, in_turns, noise, timed
 from .result import Cell, Frontier, decoded, read_json, spread, write_json
 
@@ -54,7 +52,9 @@ class Grid:
     def check(self, there: int) -> "Grid":
         """Raises BenchError for a setting that cannot be had of a policy with `there` cameras."""
         if wrong := [n for n in self.cameras if not 1 <= n <= there]:
-            raise BenchError(f"--cameras has {wrong[0]}, expected 1 to {there}, which the policy has")
+            raise BenchError(
+                f"--cameras has {wrong[0]}, expected 1 to {there}, which the policy has"
+            )
         if wrong := [n for n in self.steps if not 1 <= n <= 1000]:
             raise BenchError(f"--steps has {wrong[0]}, expected 1 to 1000")
         return replace(self, cameras=self.cameras or (there,))
@@ -78,7 +78,12 @@ def measure(
     grid = grid.check(len(checkpoint.config.cameras))
     data = judge.draw(checkpoint, say)
     here = head()["machine"]
-    policy = (checkpoint.config, checkpoint.processors, checkpoint.vlm.to_dict(), sha256_of(checkpoint.tokenizer))
+    policy = (
+        checkpoint.config,
+        checkpoint.processors,
+        checkpoint.vlm.to_dict(),
+        sha256_of(checkpoint.tokenizer),
+    )
     claim = {
         "weights": checkpoint.weights_sha256,
         "policy": repr(policy),
@@ -127,12 +132,18 @@ def _fill(
         none = work / f"{name}.txt"
         left = [n for n in grid.steps if not (work / f"{name}-{n}.json").is_file()]
         if left and not none.is_file():
-            held_out = held_out or hold_out(reference_of(checkpoint, target), data.held_out, gate.seeds)
+            held_out = held_out or hold_out(
+                reference_of(checkpoint, target), data.held_out, gate.seeds
+            )
             if _export(work / name, checkpoint, precision, cameras, target, data, gate, say):
                 policy = _load(work / name, device)
-                judged = {n: _judged(work / f"{name}-{n}.judged", policy, held_out, n, say) for n in left}
+                judged = {
+                    n: _judged(work / f"{name}-{n}.judged", policy, held_out, n, say) for n in left
+                }
                 say(f"timing {name} in turns")
-                times = in_turns({str(n): partial(_chunk_ms, policy, held_out, n) for n in left}, effort)
+                times = in_turns(
+                    {str(n): partial(_chunk_ms, policy, held_out, n) for n in left}, effort
+                )
                 for n, far in judged.items():
                     t = spread(times[str(n)])
                     errors = far.worst, far.cache, far.flips
@@ -162,14 +173,25 @@ def recommend(cells: Sequence[Cell], budget_ms: float | None, gate: Gate) -> tup
     """-> the index of one cell, and why: the closest within the budget, or the fastest within the gate."""
     order = [i for i, c in enumerate(cells) if not c.noise]
     if not order:
-        return None, "the machine is too noisy to recommend anything" if cells else "nothing could be measured"
+        return (
+            None,
+            "the machine is too noisy to recommend anything"
+            if cells
+            else "nothing could be measured",
+        )
     fastest = min(order, key=lambda i: cells[i].chunk_ms.p50)
     if budget_ms is None:
         kept = [i for i in order if _within(cells[i], gate)]
         if not kept:
-            return None, f"no setting is within the gate ({gate.action_p99:g} of the spread over seeds)"
+            return (
+                None,
+                f"no setting is within the gate ({gate.action_p99:g} of the spread over seeds)",
+            )
         best = min(kept, key=lambda i: cells[i].chunk_ms.p50)
-        return best, f"{_said(cells[best])}: the fastest within the gate ({gate.action_p99:g} of the spread)"
+        return (
+            best,
+            f"{_said(cells[best])}: the fastest within the gate ({gate.action_p99:g} of the spread)",
+        )
     kept = [i for i in order if cells[i].chunk_ms.p95 <= budget_ms]
     if not kept:
         c = cells[fastest]
@@ -180,14 +202,16 @@ def recommend(cells: Sequence[Cell], budget_ms: float | None, gate: Gate) -> tup
     best = min(kept, key=lambda i: (cells[i].worst, cells[i].chunk_ms.p50))
     reason = f"{_said(cells[best])}: the closest to the reference within {budget_ms:g} ms"
     if not _within(cells[best], gate):
-        reason += (
-            f"; but its error is over the gate ({cells[best].worst:.2f} of the spread, at most {gate.action_p99:g})"
-        )
+        reason += f"; but its error is over the gate ({cells[best].worst:.2f} of the spread, at most {gate.action_p99:g})"
     return best, reason
 
 
 def _within(c: Cell, gate: Gate) -> bool:
-    return c.worst <= gate.action_p99 and (c.flips or 0) <= gate.gripper_flips and (c.cache or 0) <= gate.cache
+    return (
+        c.worst <= gate.action_p99
+        and (c.flips or 0) <= gate.gripper_flips
+        and (c.cache or 0) <= gate.cache
+    )
 
 
 def _said(c: Cell) -> str:
@@ -198,7 +222,9 @@ def _kept(path: Path, setting: tuple[str, int, int]) -> Cell:
     """A finished cell, read back."""
     cell = _read(Cell, path)
     if (cell.precision, cell.cameras, cell.steps) != setting:
-        raise BenchError(f"{path} holds another cell ({_said(cell)}): remove it, and it is measured again")
+        raise BenchError(
+            f"{path} holds another cell ({_said(cell)}): remove it, and it is measured again"
+        )
     return cell
 
 
@@ -238,7 +264,9 @@ def _claimed(work: Path, ours: dict[str, Any]) -> Iterator[None]:
             )
         yield
     except BlockingIOError as e:
-        raise BenchError(f"another frontier is at work in {work}: wait for it, or give another --work") from e
+        raise BenchError(
+            f"another frontier is at work in {work}: wait for it, or give another --work"
+        ) from e
     finally:
         os.close(lock)
 
@@ -288,7 +316,9 @@ class _Judged:
     flips: int | None
 
 
-def _judged(path: Path, policy: Policy, held_out: HeldOut, n: int, say: Callable[[str], None]) -> _Judged:
+def _judged(
+    path: Path, policy: Policy, held_out: HeldOut, n: int, say: Callable[[str], None]
+) -> _Judged:
     """`n` steps of this policy, from `path` where that was interrupted before it was timed."""
     if path.is_file():
         return _read(_Judged, path)
@@ -301,10 +331,14 @@ def _judged(path: Path, policy: Policy, held_out: HeldOut, n: int, say: Callable
         return cache if whole else {}, lambda x: policy.robot_units(policy.denoise(x, n))
 
     got = gates.answers(map(ask, asked), held_out.noises)
-    expected = held_out.expected if whole else Answers([{} for _ in asked], held_out.expected.chunks)
+    expected = (
+        held_out.expected if whole else Answers([{} for _ in asked], held_out.expected.chunks)
+    )
     errors = replace(held_out, expected=expected).compare(got)
     if not np.isfinite(errors.action):
-        raise BenchError(f"{policy.bundle.folder} answers what is not finite with {n} steps: leave it out")
+        raise BenchError(
+            f"{policy.bundle.folder} answers what is not finite with {n} steps: leave it out"
+        )
     found = _Judged(errors.action, errors.worst_cache if whole else None, errors.flips)
     write_json(path, encode(found))
     return found

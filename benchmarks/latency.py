@@ -14,13 +14,13 @@ from typing import Literal
 
 import numpy as np
 
+from ..core.errors import BenchError
 from ..runtime import Bundle, Policy
-from ..runtime.budget import TARGET_MS, budget
-from ..runtime.manifest import Manifest
-from ..runtime.roofline import Board
-from ..runtime.selfcheck import require, run_selfcheck, summary
+from ..runtime.budget.budget import TARGET_MS, budget
+from ..runtime.budget.roofline import Board
+from ..runtime.bundle.manifest import Manifest
+from ..runtime.policy.selfcheck import require, run_selfcheck, summary
 from . import machine
-from .errors import BenchError
 from .reference_process import Asked, ReferenceProcess, observation
 from .result import Latency, Limit, Machine, Rates, Ratio, Runner, Spread, Verdict, spread
 from .start import cold_start
@@ -82,7 +82,9 @@ class BundleRunner:
         seconds = timed(lambda: policy.predict_chunk(images, state, task, noise))
         t = policy.timing
         stages = {"preprocess": t.preprocess_ms, "prefix": t.prefix_ms, "denoise": t.denoise_ms}
-        if policy.graphs.device == "tensorrt":  # the prefix runs in one launch with the steps: apart, then
+        if (
+            policy.graphs.device == "tensorrt"
+        ):  # the prefix runs in one launch with the steps: apart, then
             feeds = policy.preprocessor.feeds(images, state, task, raw=policy.graphs.takes_frames)
             policy.graphs.prefill(feeds)
             stages["prefix"] = 1e3 * timed(policy.graphs.finish_prefill)
@@ -140,7 +142,9 @@ def measure(
         ours = {name: BundleRunner(bundle, device) for name, bundle in opened.items()}
         devices = {"cpu" if r.policy.graphs.device == "cpu" else "cuda" for r in ours.values()}
         if len(devices) > 1:
-            raise BenchError("one bundle runs on the CPU, another on a GPU: say which with --device")
+            raise BenchError(
+                "one bundle runs on the CPU, another on a GPU: say which with --device"
+            )
         where = devices.pop()
         theirs, words = {}, ""
         if reference is not None:
@@ -148,10 +152,14 @@ def measure(
             say(f"reference: {words}")
             for one in wanted:
                 if one.name in opened:
-                    raise BenchError(f"a bundle is named {one.name!r}, as the reference is: give it another name")
+                    raise BenchError(
+                        f"a bundle is named {one.name!r}, as the reference is: give it another name"
+                    )
                 theirs[one.name] = process = stack.enter_context(ReferenceProcess(python, one))
                 _require_same(process, first, reference)
-        runs = {name: r.run for name, r in theirs.items()} | {name: r.run for name, r in ours.items()}
+        runs = {name: r.run for name, r in theirs.items()} | {
+            name: r.run for name, r in ours.items()
+        }
         before = machine.rates(where)
         say(f"in turns: {', '.join(runs)}")
         seconds = in_turns(runs, effort)
@@ -165,7 +173,9 @@ def measure(
     runners = []
     for name, process in theirs.items():
         t, asked = times[name], process.asked
-        runners.append(Runner(name, asked.kind, asked.dtype, process.note, t, t.p50 / count, noise(t)))
+        runners.append(
+            Runner(name, asked.kind, asked.dtype, process.note, t, t.p50 / count, noise(t))
+        )
     for name, runner in ours.items():
         t, m, taken = times[name], runner.policy.manifest, runner.stages[effort.warmup :]
         stages = {stage: spread([turn[stage] for turn in taken]) for stage in taken[0]}
@@ -253,7 +263,9 @@ def verdict(t: Spread, here: Machine) -> Verdict:
             return Verdict("measured", where, TARGET_MS, None, f"{TARGET_MS:g} ms: {noise(t)}")
         text += f" of {len(t.values)} took less, though the machine is noisy"
     said = "met" if met else "not met"
-    return Verdict("measured", where, TARGET_MS, met, f"{TARGET_MS:g} ms {said} on this machine: {text}")
+    return Verdict(
+        "measured", where, TARGET_MS, met, f"{TARGET_MS:g} ms {said} on this machine: {text}"
+    )
 
 
 def projected(m: Manifest, board: Board) -> Verdict:
@@ -261,7 +273,13 @@ def projected(m: Manifest, board: Board) -> Verdict:
     found = budget(m, board)
     ms, met = found.stages["chunk"], found.verdicts["projected"]
     text = f"{TARGET_MS:g} ms {met} on {board.name}: {ms['projected']:.1f} ms projected by the roofline, not measured"
-    return Verdict("projected", board.name, TARGET_MS, met == "met", f"{text}; nothing beats {ms['floor']:.1f} ms")
+    return Verdict(
+        "projected",
+        board.name,
+        TARGET_MS,
+        met == "met",
+        f"{text}; nothing beats {ms['floor']:.1f} ms",
+    )
 
 
 def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tuple[Limit, ...]:
@@ -269,7 +287,9 @@ def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tu
     if rates is None:
         return ()
     gflops = {name: max(pair) for name, pair in rates.gflops.items()}
-    floats = gflops["float32"] if m.precision == "fp32" else gflops.get("float16", gflops["float32"])
+    floats = (
+        gflops["float32"] if m.precision == "fp32" else gflops.get("float16", gflops["float32"])
+    )
     steps = m.sampling.num_steps
     found = []
     for stage, graph, runs in (("prefix", m.prefix, 1), ("denoise", m.expert, steps)):
@@ -286,7 +306,15 @@ def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tu
 
 def _ratio(runner: str, against: str, times: Mapping[str, Spread]) -> Ratio:
     ratio = spread(np.array(times[against].values) / np.array(times[runner].values))
-    return Ratio(runner, against, ratio.p50, min(ratio.values), ratio.max, ratio.values, noise(ratio, RATIO_NOISE))
+    return Ratio(
+        runner,
+        against,
+        ratio.p50,
+        min(ratio.values),
+        ratio.max,
+        ratio.values,
+        noise(ratio, RATIO_NOISE),
+    )
 
 
 def _require_same(process: ReferenceProcess, m: Manifest, reference: Reference) -> None:

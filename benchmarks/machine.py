@@ -18,10 +18,14 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..devices.board import read_board
+from ..core.board import read_board
 from .result import Machine, Rates, Readings
 
-ROWS, INNER, COLUMNS = 1024, 768, 3072  # the largest product of the policy: vision's first MLP layer
+ROWS, INNER, COLUMNS = (
+    1024,
+    768,
+    3072,
+)  # the largest product of the policy: vision's first MLP layer
 COPIED = 64 << 20  # float32 numbers: beyond every cache
 # Vector units that matrix products use, as Linux names them on x86 and on Arm.
 _FLAGS = "avx2 fma avx_vnni avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimd asimdhp asimddp i8mm bf16 sve"
@@ -34,11 +38,23 @@ def watched() -> Callable[[], dict[str, Any]]:
 
     def head() -> dict[str, Any]:
         board = read_board()
-        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+        lines = [
+            line.split(":", 1)
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if ":" in line
+        ]
         cpu = {key.strip(): value.strip() for key, value in reversed(lines)}
-        numbers = [f"{key.split()[-1]} {cpu[key]}" for key in ("cpu family", "model", "stepping") if key in cpu]
+        numbers = [
+            f"{key.split()[-1]} {cpu[key]}"
+            for key in ("cpu family", "model", "stepping")
+            if key in cpu
+        ]
         has = f"{cpu.get('flags', '')} {cpu.get('Features', '')}".split()
-        parts = [cpu.get("model name", platform.machine()), *numbers, " ".join(f for f in _FLAGS.split() if f in has)]
+        parts = [
+            cpu.get("model name", platform.machine()),
+            *numbers,
+            " ".join(f for f in _FLAGS.split() if f in has),
+        ]
         cores = len(os.sched_getaffinity(0))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
         machine = Machine(
@@ -48,7 +64,9 @@ def watched() -> Callable[[], dict[str, Any]]:
             memory_mb=round(memory),
             gpu=_nvidia("name,driver_version,memory.total,clocks.max.sm,power.limit"),
             board=board.module or board.name if board.jetson else None,
-            power_mode=None if board.power_mode is None else board.power_modes.get(board.power_mode),
+            power_mode=None
+            if board.power_mode is None
+            else board.power_modes.get(board.power_mode),
             system=f"Linux {platform.release()}",
             versions={"python": platform.python_version(), **_versions()},
             load=round(load, 2),
@@ -56,7 +74,11 @@ def watched() -> Callable[[], dict[str, Any]]:
             after=readings(),
         )
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        return {"command": command, "made": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}", "machine": machine}
+        return {
+            "command": command,
+            "made": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+            "machine": machine,
+        }
 
     return head
 
@@ -83,7 +105,9 @@ def power_w(root: Path = Path("/sys/class/hwmon")) -> float | None:
     for label in root.glob("hwmon*/in*_label"):
         if _text(label) in ("VDD_IN", "POM_5V_IN"):
             channel = label.name.removeprefix("in").removesuffix("_label")
-            millivolts, milliamperes = (_text(label.with_name(f"{n}{channel}_input")) for n in ("in", "curr"))
+            millivolts, milliamperes = (
+                _text(label.with_name(f"{n}{channel}_input")) for n in ("in", "curr")
+            )
             if millivolts and milliamperes:
                 return 1e-6 * int(millivolts) * int(milliamperes)
     return None
@@ -104,9 +128,13 @@ def rates(device: str, seconds: float = 1.0) -> dict[str, float] | None:
     weights = np.arange(INNER * COLUMNS, dtype=np.int64).reshape(INNER, COLUMNS).astype(np.int8)
     x, scales = np.ones((ROWS, INNER), np.float32), np.ones(COLUMNS, np.float32)
     product, flops = helper.make_node("MatMul", ["x", "w"], ["y"]), 2e-9 * ROWS * INNER * COLUMNS
-    found = {"float32": flops / _seconds(product, x, {"w": weights.astype(np.float32)}, device, seconds)}
+    found = {
+        "float32": flops / _seconds(product, x, {"w": weights.astype(np.float32)}, device, seconds)
+    }
     if device == "cpu":
-        product = helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft")
+        product = helper.make_node(
+            "DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft"
+        )
         found["int8"] = flops / _seconds(product, x, {"w": weights, "s": scales}, device, seconds)
     else:
         x16, w16 = x.astype(np.float16), weights.astype(np.float16)
@@ -120,11 +148,15 @@ def both(before: dict[str, float] | None, after: dict[str, float] | None) -> Rat
     """What `rates` gave before and after."""
     if before is None or after is None:
         return None
-    pairs: dict[str, tuple[float, ...]] = {n: (round(before[n], 1), round(after[n], 1)) for n in before}
+    pairs: dict[str, tuple[float, ...]] = {
+        n: (round(before[n], 1), round(after[n], 1)) for n in before
+    }
     return Rates(copy_gbs=pairs.pop("copy"), gflops=pairs)
 
 
-def _seconds(node: Any, x: NDArray[Any], constants: dict[str, NDArray[Any]], device: str, seconds: float) -> float:
+def _seconds(
+    node: Any, x: NDArray[Any], constants: dict[str, NDArray[Any]], device: str, seconds: float
+) -> float:
     """Median time of one operator on all cores, or on the GPU."""
     from onnx import helper, numpy_helper
 
@@ -143,10 +175,15 @@ def _seconds(node: Any, x: NDArray[Any], constants: dict[str, NDArray[Any]], dev
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     own = {"use_tf32": "0"} if device == "cuda" else {}
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[(provider, own)])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=[(provider, own)]
+    )
     binding = session.io_binding()
     y = np.empty(shape, x.dtype)
-    for bind, name, value in ((binding.bind_ortvalue_input, "x", x), (binding.bind_ortvalue_output, "y", y)):
+    for bind, name, value in (
+        (binding.bind_ortvalue_input, "x", x),
+        (binding.bind_ortvalue_output, "y", y),
+    ):
         bind(name, onnxruntime.OrtValue.ortvalue_from_numpy(value, device, 0))
     session.run_with_iobinding(binding)
     taken: list[float] = []
@@ -167,7 +204,11 @@ def _nvidia(query: str, form: str = "") -> str | None:
     """nvidia-smi's answer for the first card."""
     if shutil.which("nvidia-smi") is None:
         return None
-    line = ["nvidia-smi", f"--query-gpu={query}", f"--format=csv,noheader{',' if form else ''}{form}"]
+    line = [
+        "nvidia-smi",
+        f"--query-gpu={query}",
+        f"--format=csv,noheader{',' if form else ''}{form}",
+    ]
     done = subprocess.run(line, capture_output=True, text=True)
     return None if done.returncode else done.stdout.partition("\n")[0] or None
 

@@ -6,8 +6,8 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from ..runtime.strict import encode
-from .errors import BenchError
+from ..core.errors import BenchError
+from ..core.strict import encode
 from .report import Cell, Section, Table
 
 TITLE = "smolvla-edge benchmarks"
@@ -30,9 +30,15 @@ def html(sections: Sequence[Section]) -> str:
             lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
             for *first, last in rows:
                 span = len(head) - len(first)
-                lines.append("".join(_element("td", cell) for cell in first) + _element("td", last, span))
-            body.append(f"<div><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>")
-    return Template(files(__package__).joinpath("page.html").read_text()).substitute(body="\n".join(body))
+                lines.append(
+                    "".join(_element("td", cell) for cell in first) + _element("td", last, span)
+                )
+            body.append(
+                f"<div><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
+            )
+    return Template(files(__package__).joinpath("page.html").read_text()).substitute(
+        body="\n".join(body)
+    )
 
 
 def _element(tag: str, cell: Cell, span: int = 1) -> str:
@@ -57,7 +63,9 @@ def markdown(sections: Sequence[Section]) -> str:
 def _aligned(table: Table) -> list[str]:
     """Readable as it is, too: columns below one another, but for the last of a row, which may be a sentence."""
     rows = [list(table.head), *([_one_line(cell.text) for cell in row] for row in table.rows)]
-    widths = [max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(len(table.head) - 1)]
+    widths = [
+        max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(len(table.head) - 1)
+    ]
     lines = []
     for row in rows:
         padded = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
@@ -82,5 +90,13 @@ def into_readme(readme: str, sections: Sequence[Section], name: str) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise BenchError(f"{name} lacks the lines {BEGIN.strip()} and {END.strip()}: the table goes between them")
-    return before + begin + markdown([section for section in sections if section.headline]) + end + after
+        raise BenchError(
+            f"{name} lacks the lines {BEGIN.strip()} and {END.strip()}: the table goes between them"
+        )
+    return (
+        before
+        + begin
+        + markdown([section for section in sections if section.headline])
+        + end
+        + after
+    )

@@ -13,8 +13,8 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quantize.gate import TICK_DEG
-from .errors import BenchError
+from ..core.errors import BenchError
+from ..quantize.int8.gate import TICK_DEG
 from .result import Cell, Comparison, Loop
 
 if TYPE_CHECKING:
@@ -44,10 +44,14 @@ def _plot(draw: "Callable[Concatenate[Figure, P], str]") -> Callable[P, str]:
             from matplotlib import rc_context
             from matplotlib.figure import Figure
         except ImportError as e:
-            raise BenchError(f"plots need matplotlib ({e}): pip install 'smolvla-edge[bench]'") from e
+            raise BenchError(
+                f"plots need matplotlib ({e}): pip install 'smolvla-edge[bench]'"
+            ) from e
         file = StringIO()
         with rc_context(STYLE), catch_warnings():
-            simplefilter("ignore", UserWarning)  # of glyphs that its font lacks: the text is the page's to draw
+            simplefilter(
+                "ignore", UserWarning
+            )  # of glyphs that its font lacks: the text is the page's to draw
             figure = Figure(layout="constrained")
             title = draw(figure, *args, **kwargs)
             figure.savefig(file, format="svg", metadata={"Title": title, "Date": None})
@@ -125,14 +129,23 @@ def joints(figure: "Figure", comparisons: Sequence[Comparison]) -> str:
     def errors(field: str, of: Comparison = bundle) -> NDArray[np.float64]:
         return np.maximum([getattr(joint, field) for joint in of.joints], FLOOR)
 
-    ax.hlines(y, errors("p50"), errors("max"), color=SERIES[0], linewidth=4, alpha=0.4, label="p50 to max")
+    ax.hlines(
+        y, errors("p50"), errors("max"), color=SERIES[0], linewidth=4, alpha=0.4, label="p50 to max"
+    )
     ax.plot(errors("p99"), y, "o", color=SERIES[0], label="p99")
     ax.vlines(errors("spread"), y - 0.3, y + 0.3, color=INK, linewidth=2, label="spread over seeds")
     for i, control in enumerate(controls):
         name = "" if i else "p99 of what is wrong on purpose"
         ax.plot(errors("p99", control), y, "x", color=SERIES[1], label=name)
     if len(ticked := y[[joint.ticks is not None for joint in bundle.joints]]):
-        ax.vlines([TICK_DEG] * len(ticked), ticked - 0.5, ticked + 0.5, color=SERIES[2], ls="--", label="servo tick")
+        ax.vlines(
+            [TICK_DEG] * len(ticked),
+            ticked - 0.5,
+            ticked + 0.5,
+            color=SERIES[2],
+            ls="--",
+            label="servo tick",
+        )
     _names(ax, [joint.name for joint in bundle.joints])
     _log(ax, "x")
     ax.set_xlabel("error, robot units (degrees where there is a tick)")
@@ -145,7 +158,11 @@ def drift(figure: "Figure", comparisons: Sequence[Comparison]) -> str:
     """RMS error along the chunk."""
     (ax,) = _axes(figure, 2.4)
     for i, comparison in enumerate(comparisons):
-        ax.plot(np.maximum(comparison.drift, FLOOR), color=SERIES[i % len(SERIES)], label=comparison.name)
+        ax.plot(
+            np.maximum(comparison.drift, FLOOR),
+            color=SERIES[i % len(SERIES)],
+            label=comparison.name,
+        )
     _log(ax, "y")
     ax.set_xlabel("action of the chunk")
     ax.set_ylabel("RMS error / spread over seeds")
@@ -154,7 +171,9 @@ def drift(figure: "Figure", comparisons: Sequence[Comparison]) -> str:
 
 
 @_plot
-def frontier(figure: "Figure", cells: Sequence[Cell], recommended: Cell | None, budget_ms: float | None) -> str:
+def frontier(
+    figure: "Figure", cells: Sequence[Cell], recommended: Cell | None, budget_ms: float | None
+) -> str:
     """Latency against error; a line for each precision and number of cameras, the steps beside its points."""
     (ax,) = _axes(figure, 3.4)
     lines: dict[tuple[str, int], list[Cell]] = {}
@@ -167,7 +186,13 @@ def frontier(figure: "Figure", cells: Sequence[Cell], recommended: Cell | None, 
         dashes = "-" if cameras == max(cell.cameras for cell in cells) else ":"
         ax.plot(x, y, linestyle=dashes, label=f"{precision}, {cameras} cameras", **look)
         for cell, at in zip(line, zip(x, y, strict=True), strict=True):
-            ax.plot(*at, "o", fillstyle="full" if cell.pareto else "none", markersize=6 if cell.pareto else 4, **look)
+            ax.plot(
+                *at,
+                "o",
+                fillstyle="full" if cell.pareto else "none",
+                markersize=6 if cell.pareto else 4,
+                **look,
+            )
             ax.annotate(str(cell.steps), at, (5, 3), textcoords="offset points", **look)
             if cell == recommended:
                 ax.plot(*at, "o", color=INK, fillstyle="none", markersize=12)
@@ -179,7 +204,13 @@ def frontier(figure: "Figure", cells: Sequence[Cell], recommended: Cell | None, 
     ax.set_ylabel("worst joint, p99 / spread (or below 0.001)")
     if budget_ms is not None:
         ax.axvline(budget_ms, color=INK, linestyle="--")
-        ax.annotate(f"budget {budget_ms:g} ms", (budget_ms, 0), (3, 3), ("data", "axes fraction"), "offset points")
+        ax.annotate(
+            f"budget {budget_ms:g} ms",
+            (budget_ms, 0),
+            (3, 3),
+            ("data", "axes fraction"),
+            "offset points",
+        )
     _legend(figure)
     return "latency against error"
 
@@ -190,7 +221,12 @@ def loop(figure: "Figure", run: Loop) -> str:
     above, below = _axes(figure, 3.0, 2)
     if run.period_error_ms:
         values = run.period_error_ms.values
-        above.plot(np.arange(1, len(values) + 1) / run.fps, np.maximum(values, 1e-3), color=SERIES[0], linewidth=0.7)
+        above.plot(
+            np.arange(1, len(values) + 1) / run.fps,
+            np.maximum(values, 1e-3),
+            color=SERIES[0],
+            linewidth=0.7,
+        )
         _log(above, "y")
         above.set_ylim(bottom=7e-4)
     above.set_ylabel("period off by, ms")

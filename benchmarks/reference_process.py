@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..core.errors import BenchError
 from ..runtime import Bundle, SmolVLAError
-from ..runtime.preprocessing import Preprocessor
-from ..runtime.sampling import schedule
-from ..runtime.selfcheck import FILE
-from .errors import BenchError
+from ..runtime.policy.preprocessing import Preprocessor
+from ..runtime.policy.sampling import schedule
+from ..runtime.policy.selfcheck import FILE
 
 _ANSWER = "smolvla-bench "  # LeRobot prints too
 START_LIMIT_S = 900.0  # compiled, the first chunk takes minutes, but that is asked for later
@@ -61,23 +61,31 @@ class ReferenceProcess:
         self.asked = asked
         line = [python, "-m", __name__, json.dumps(asdict(asked))]
         try:
-            self._process = subprocess.Popen(  # a session of its own: Ctrl-C is for this process, which ends it
-                line,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                env=_all_cores(os.environ),
-                start_new_session=True,
+            self._process = (
+                subprocess.Popen(  # a session of its own: Ctrl-C is for this process, which ends it
+                    line,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    env=_all_cores(os.environ),
+                    start_new_session=True,
+                )
             )
         except OSError as e:
-            raise BenchError(f"{python} cannot be started ({e.strerror}): --lerobot names a Python") from e
+            raise BenchError(
+                f"{python} cannot be started ({e.strerror}): --lerobot names a Python"
+            ) from e
         late = threading.Timer(START_LIMIT_S, self._process.kill)
         late.start()
         try:
             found: Any = self._answer()
             if not isinstance(found, list) or len(found) != 3:
-                raise BenchError(found if isinstance(found, str) else f"{python} answers {found!r}: it is no Python")
+                raise BenchError(
+                    found
+                    if isinstance(found, str)
+                    else f"{python} answers {found!r}: it is no Python"
+                )
             self.unlike: list[str] = found[0]
             self.tokens: int = found[1]
             self.note: str = found[2]
@@ -100,7 +108,9 @@ class ReferenceProcess:
             self._process.stdin.write("chunk\n")
             self._process.stdin.flush()
         if not isinstance(seconds := self._answer(), float):
-            raise BenchError(f"the process of {self.asked.name} answers a chunk with {seconds!r}, expected seconds")
+            raise BenchError(
+                f"the process of {self.asked.name} answers a chunk with {seconds!r}, expected seconds"
+            )
         return seconds
 
     def close(self) -> None:
@@ -114,7 +124,9 @@ class ReferenceProcess:
             if line.startswith(_ANSWER):
                 with suppress(ValueError):
                     return json.loads(line.removeprefix(_ANSWER))
-                raise BenchError(f"the process of {self.asked.name} answers {line!r}: is it another version's?")
+                raise BenchError(
+                    f"the process of {self.asked.name} answers {line!r}: is it another version's?"
+                )
         self._process.communicate()
         raise BenchError(
             f"the process of {self.asked.name} ended with status {self._process.returncode}, or was not ready after "
@@ -125,7 +137,11 @@ class ReferenceProcess:
 
 def _all_cores(environ: Mapping[str, str]) -> dict[str, str]:
     """As ONNX Runtime takes them: torch would heed these."""
-    return {key: value for key, value in environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return {
+        key: value
+        for key, value in environ.items()
+        if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    }
 
 
 def observation(bundle: Bundle) -> tuple[dict[str, Any], Any, str, Any]:
@@ -139,8 +155,8 @@ def main() -> None:
     """Serve chunks until stdin ends."""
     import torch
 
-    from ..export.checkpoint import load_checkpoint
-    from ..export.errors import ExportError
+    from ..core.errors import ExportError
+    from ..export.checkpoint.checkpoint import load_checkpoint
 
     asked = Asked(**json.loads(sys.argv[1]))
 
@@ -149,12 +165,16 @@ def main() -> None:
 
     with ExitStack() as stack:
         try:
-            checkpoint = load_checkpoint(asked.checkpoint, vlm=Path(asked.vlm) if asked.vlm else None)
+            checkpoint = load_checkpoint(
+                asked.checkpoint, vlm=Path(asked.vlm) if asked.vlm else None
+            )
             bundle = Bundle.open(asked.bundle)
             serve = _lerobot if asked.kind == "lerobot" else _views
             chunk, tokens, note = serve(asked, checkpoint, bundle, stack)
         except ImportError as e:
-            answer(f"{sys.executable} cannot run LeRobot ({e}): name one that can (make lerobot-env)")
+            answer(
+                f"{sys.executable} cannot run LeRobot ({e}): name one that can (make lerobot-env)"
+            )
             return
         except (ExportError, SmolVLAError) as e:
             answer(str(e))
@@ -167,22 +187,26 @@ def main() -> None:
             answer(time.perf_counter() - start)
 
 
-Served = tuple[Callable[[], object], int, str]  # a chunk, tokens of its instruction, what to know of it
+Served = tuple[
+    Callable[[], object], int, str
+]  # a chunk, tokens of its instruction, what to know of it
 
 
 def _views(asked: Asked, checkpoint: Any, bundle: Bundle, stack: ExitStack) -> Served:
     """This project's modules, before ONNX."""
     import torch
 
-    from ..export.layers import FP16, FP32
-    from ..export.weights import build_views
+    from ..export.views.layers import FP16, FP32
+    from ..export.views.weights import build_views
     from ..export.writer import architecture_of
 
     m, preprocessor = bundle.manifest, Preprocessor(bundle)
     images, state, task, noise = observation(bundle)
     recipe = FP16 if asked.dtype == "float16" else FP32
     views = build_views(architecture_of(checkpoint), checkpoint.tensors, recipe)
-    prefix, expert = (torch.compile(v) if asked.compiled else v for v in (v.to(asked.device) for v in views))
+    prefix, expert = (
+        torch.compile(v) if asked.compiled else v for v in (v.to(asked.device) for v in views)
+    )
     width = next(t.shape[1] for t in m.expert.inputs if t.name == "time_embedding")
 
     @torch.no_grad()
@@ -212,7 +236,8 @@ def _lerobot(asked: Asked, checkpoint: Any, bundle: Bundle, stack: ExitStack) ->
     images, state, task, noise = observation(bundle)
     names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
     batch: dict[str, Any] = {
-        names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255 for name, image in images.items()
+        names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        for name, image in images.items()
     }
     batch |= {"observation.state": torch.from_numpy(state), "task": task}
     note = f", lerobot {lerobot.__version__}, transformers {transformers.__version__}; "
@@ -230,8 +255,12 @@ def _lerobot(asked: Asked, checkpoint: Any, bundle: Bundle, stack: ExitStack) ->
 
     def chunk() -> Any:
         ready = preprocess(dict(batch))
-        ready = {k: v.to(asked.device) if isinstance(v, torch.Tensor) else v for k, v in ready.items()}
-        return policy.predict_action_chunk(ready, noise=torch.from_numpy(noise).to(asked.device)).cpu()
+        ready = {
+            k: v.to(asked.device) if isinstance(v, torch.Tensor) else v for k, v in ready.items()
+        }
+        return policy.predict_action_chunk(
+            ready, noise=torch.from_numpy(noise).to(asked.device)
+        ).cpu()
 
     return chunk, int(preprocess(dict(batch))["observation.language.tokens"].shape[1]), note
 
@@ -242,7 +271,11 @@ def as_loaded(policy: Any) -> Any:
     import torch
 
     expert = policy.model.vlm_with_expert.lm_expert.layers
-    cross = [p for layer in expert for p in (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)]
+    cross = [
+        p
+        for layer in expert
+        for p in (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)
+    ]
     kept = {id(p) for p in cross if p.shape[0] == p.shape[1]}
     for p in policy.model.vlm_with_expert.parameters():
         if id(p) not in kept:

@@ -9,13 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..runtime.strict import encode
-from .errors import ResultError
+from ..core.errors import ResultError
+from ..core.strict import encode
 from .plots import drift, frontier, joints, loop, strips
 from .result import Accuracy, Control, Frontier, Latency, read
 
 TIMES = {name: f"/{name}" for name in ("p50", "p95", "p99", "max")}
-STARTS = ("python_s", "open_s", "load_s", "first_s", "second_s", "peak_mb", "anonymous_mb", "mapped_mb", "disk_mb")
+STARTS = (
+    "python_s",
+    "open_s",
+    "load_s",
+    "first_s",
+    "second_s",
+    "peak_mb",
+    "anonymous_mb",
+    "mapped_mb",
+    "disk_mb",
+)
 LOOP = {
     "ms a period is off by": "/period_error_ms",
     "ms a tick is late by": "/late_ms",
@@ -27,7 +37,16 @@ LOOP = {
     "ms from request to chunk": "/chunk_ms",
     "degrees at a seam between chunks": "/seams_deg",
 }
-SHOWN = ("command", "enters", "made", "rates", "reason", "recommended", "skipped", "stages")  # not as settings
+SHOWN = (
+    "command",
+    "enters",
+    "made",
+    "rates",
+    "reason",
+    "recommended",
+    "skipped",
+    "stages",
+)  # not as settings
 Columns = Mapping[str, str]
 Row = tuple[str, str]  # its name, and the pointer of what it shows
 
@@ -93,7 +112,12 @@ class Source:
         made, times = [], times or {}
         for name, pointer in rows:
             last = ["/noise"] if times and self.at(f"{pointer}/noise") else times.values()
-            made.append((Cell(name), *self.cells(*(pointer + field for field in (*columns.values(), *last)))))
+            made.append(
+                (
+                    Cell(name),
+                    *self.cells(*(pointer + field for field in (*columns.values(), *last))),
+                )
+            )
         return Table(("", *columns, *times), tuple(made))
 
 
@@ -117,7 +141,11 @@ def sections(paths: Sequence[Path]) -> list[Section]:
 
 def _sections(s: Source) -> Iterator[Section]:
     result, heading = s.result, f"{type(s.result).__name__}: {s.path}"
-    machine = s.cells("/machine/cpu", *(at for name, at in s.rows("/machine") if name in ("gpu", "board")), "/made")
+    machine = s.cells(
+        "/machine/cpu",
+        *(at for name, at in s.rows("/machine") if name in ("gpu", "board")),
+        "/made",
+    )
     yield Section(heading, None, machine, command=s.cells("/command")[0], headline=True)
     if isinstance(result, Latency):
         yield from _latency(s, result)
@@ -142,7 +170,11 @@ def _settings(s: Source, pointer: str = "", name: str = "") -> Iterator[Row]:
 
 def _latency(s: Source, result: Latency) -> Iterator[Section]:
     rows = s.rows("/runners", "{name}")
-    bundles = [(runner, at) for runner, (_, at) in zip(result.runners, rows, strict=True) if runner.kind == "bundle"]
+    bundles = [
+        (runner, at)
+        for runner, (_, at) in zip(result.runners, rows, strict=True)
+        if runner.kind == "bundle"
+    ]
     columns = {name: f"/chunk_ms{field}" for name, field in TIMES.items()}
     columns |= {"(p95 - p5) / p50": "/chunk_ms/spread", "p50 an action": "/action_ms"}
     if any(runner.energy_j is not None for runner in result.runners):
@@ -151,71 +183,132 @@ def _latency(s: Source, result: Latency) -> Iterator[Section]:
     targets = [v.target_ms for r, _ in bundles for v in r.verdicts]
     line = (targets[0], f"target {targets[0]:g} ms") if targets else None
     said = ["too noisy to say" if r.noise else text(r.chunk_ms.p50) for r in result.runners]
-    dots = [(r.name, r.chunk_ms.values, words) for r, words in zip(result.runners, said, strict=True)]
+    dots = [
+        (r.name, r.chunk_ms.values, words) for r, words in zip(result.runners, said, strict=True)
+    ]
     plot = partial(strips, dots, "milliseconds a chunk, every turn", line=line)
-    yield Section("Milliseconds a chunk", s.table({}, rows, columns), s.cells("/reference"), plot, headline=True)
+    yield Section(
+        "Milliseconds a chunk",
+        s.table({}, rows, columns),
+        s.cells("/reference"),
+        plot,
+        headline=True,
+    )
     if verdicts:
-        why = Cell("Projected: the bundle's operations and bytes as exported for that board, float32 as float16.")
+        why = Cell(
+            "Projected: the bundle's operations and bytes as exported for that board, float32 as float16."
+        )
         table = s.table({"": "/kind", "on the target": "/text"}, verdicts)
-        yield Section("Verdict", table, (why,) * any(len(r.verdicts) > 1 for r, _ in bundles), headline=True)
+        yield Section(
+            "Verdict", table, (why,) * any(len(r.verdicts) > 1 for r, _ in bundles), headline=True
+        )
     if result.ratios:
-        table = s.table({}, s.rows("/ratios", "{runner} / {against}"), {f: f"/{f}" for f in ("p50", "min", "max")})
-        why = Cell("The machine's noise falls on neighbours alike, so these ratios are what to trust.")
+        table = s.table(
+            {},
+            s.rows("/ratios", "{runner} / {against}"),
+            {f: f"/{f}" for f in ("p50", "min", "max")},
+        )
+        why = Cell(
+            "The machine's noise falls on neighbours alike, so these ratios are what to trust."
+        )
         said = ["too noisy to say" if r.noise else text(r.p50) for r in result.ratios]
-        dots = [(f"{r.runner} / {r.against}", r.values, words) for r, words in zip(result.ratios, said, strict=True)]
+        dots = [
+            (f"{r.runner} / {r.against}", r.values, words)
+            for r, words in zip(result.ratios, said, strict=True)
+        ]
         plot = partial(strips, dots, "times as fast, every turn", line=(1.0, "as fast"))
         yield Section("Times as fast, turn by turn", table, (why,), plot, headline=True)
     for runner, at in bundles:
         if runner.stages_ms and not runner.noise:
             why = Cell("preprocess + prefix + denoise are the chunk; the others are parts of them.")
-            dots = [(name, times.values, text(times.p50)) for name, times in runner.stages_ms.items()]
+            dots = [
+                (name, times.values, text(times.p50)) for name, times in runner.stages_ms.items()
+            ]
             plot = partial(strips, dots, "milliseconds, every turn", log=True)
             table = s.table(TIMES, s.rows(f"{at}/stages_ms"))
             yield Section(f"Milliseconds of each stage: {runner.name}", table, (why,), plot)
     yield Section("What took turns", s.table({"": ""}, [(name, f"{at}/note") for name, at in rows]))
-    limits = [(f"{r.name}, {stage}", row) for r, at in bundles for stage, row in s.rows(f"{at}/limits", "{stage}")]
+    limits = [
+        (f"{r.name}, {stage}", row)
+        for r, at in bundles
+        for stage, row in s.rows(f"{at}/limits", "{stage}")
+    ]
     if limits:
         columns = {"operations": "/flops", "of them INT8": "/int8_flops", "bytes": "/bytes"}
-        columns |= {"ms to compute": "/compute_ms", "ms to read": "/memory_ms", "share of p50": "/share"}
-        why = Cell("What this machine's own product and copy rates allow at best; a share of 1 is the limit.")
+        columns |= {
+            "ms to compute": "/compute_ms",
+            "ms to read": "/memory_ms",
+            "share of p50": "/share",
+        }
+        why = Cell(
+            "What this machine's own product and copy rates allow at best; a share of 1 is the limit."
+        )
         yield Section("How far from the limit", s.table(columns, limits), (why,))
     if result.rates:
         rates = [(f"{kind} GFLOP/s", at) for kind, at in s.rows("/rates/gflops")]
         rates.append(("copy GB/s", "/rates/copy_gbs"))
         yield Section("Rates of this machine", s.table({"before": "/0", "after": "/1"}, rates))
     if starts := [(r.name, f"{at}/start") for r, at in bundles if r.start]:
-        yield Section("From nothing to the second chunk", s.table({name: f"/{name}" for name in STARTS}, starts))
+        yield Section(
+            "From nothing to the second chunk",
+            s.table({name: f"/{name}" for name in STARTS}, starts),
+        )
 
 
 def _accuracy(s: Source, result: Accuracy) -> Iterator[Section]:
     (_, bundle), *controls = s.rows("/comparisons", "{name}")
     rows = [(result.bundle, bundle), *((f"{name}, on purpose", at) for name, at in controls)]
-    columns = {"worst joint, p99 / spread": "/worst", "gripper flips": "/flips", "cache, relative L2": "/cache"}
+    columns = {
+        "worst joint, p99 / spread": "/worst",
+        "gripper flips": "/flips",
+        "cache, relative L2": "/cache",
+    }
     met = "The gate is met, and missed by all that is wrong on purpose: the measure can fail."
-    why = Cell(met if result.passed else "The gate is missed, or met by what is wrong on purpose: see below.")
-    yield Section("Is it the same policy?", s.table(columns, rows), (*s.cells("/enters"), why), headline=True)
+    why = Cell(
+        met
+        if result.passed
+        else "The gate is missed, or met by what is wrong on purpose: see below."
+    )
+    yield Section(
+        "Is it the same policy?", s.table(columns, rows), (*s.cells("/enters"), why), headline=True
+    )
     yield Section("What misses the gate", s.table({"": "/missed"}, rows))
     columns = {"p50": "/p50", "p99": "/p99", "max": "/max", "servo ticks": "/ticks"}
     columns |= {"spread over seeds": "/spread", "p99 / spread": "/share"}
-    why = Cell("In robot units; a servo tick is 0.088 degrees, the spread is the reference's own over noise seeds.")
+    why = Cell(
+        "In robot units; a servo tick is 0.088 degrees, the spread is the reference's own over noise seeds."
+    )
     table = s.table(columns, s.rows(f"{bundle}/joints", "{name}"))
     yield Section("Error of each joint", table, (why,), partial(joints, result.comparisons))
     last = len(result.comparisons[0].drift) - 1
-    columns = {f"action {i + 1}": f"/drift/{i}" for i in sorted({0, last // 4, last // 2, 3 * last // 4, last})}
+    columns = {
+        f"action {i + 1}": f"/drift/{i}"
+        for i in sorted({0, last // 4, last // 2, 3 * last // 4, last})
+    }
     why = Cell("RMS over the spread over seeds, of the worst joint.")
-    yield Section("Error along the chunk", s.table(columns, rows), (why,), partial(drift, result.comparisons))
+    yield Section(
+        "Error along the chunk", s.table(columns, rows), (why,), partial(drift, result.comparisons)
+    )
     yield Section("Worst error of each stage", s.table({"error": ""}, s.rows("/stages")))
 
 
 def _frontier(s: Source, result: Frontier) -> Iterator[Section]:
     rows = s.rows("/cells", "{precision}, {cameras} cameras, {steps} steps")
-    columns = {"worst joint, p99 / spread": "/worst", "cache, relative L2": "/cache", "gripper flips": "/flips"}
+    columns = {
+        "worst joint, p99 / spread": "/worst",
+        "cache, relative L2": "/cache",
+        "gripper flips": "/flips",
+    }
     times = {"ms a chunk, p50": "/chunk_ms/p50", "p95": "/chunk_ms/p95"}
     measured = [cell for cell in result.cells if not cell.noise]
     best = None if result.recommended is None else result.cells[result.recommended]
     plot = partial(frontier, measured, best, result.budget_ms) if measured else None
-    table = s.table(columns, [row for row, cell in zip(rows, result.cells, strict=True) if cell.pareto], times)
-    why = Cell("Not all were timed at the same time: differences of some per cent may be the machine's.")
+    table = s.table(
+        columns, [row for row, cell in zip(rows, result.cells, strict=True) if cell.pareto], times
+    )
+    why = Cell(
+        "Not all were timed at the same time: differences of some per cent may be the machine's."
+    )
     said = (*s.cells("/reason"), why)
     yield Section("Nothing is both faster and closer than these", table, said, plot, headline=True)
     yield Section("Every setting", s.table(columns, rows, times))

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..runtime.bundle import write_whole
-from ..runtime.strict import decode, encode
-from .errors import ResultError
+from ..core.errors import ResultError
+from ..core.files import write_whole
+from ..core.strict import decode, encode
 
 FORMAT, VERSION = "smolvla-edge-result", 3
 T = TypeVar("T")
@@ -40,7 +40,14 @@ def spread(values: ArrayLike) -> Spread:
     """values: [n], n at least 1."""
     v = np.asarray(values, np.float64)
     p5, p50, p95, p99 = (float(p) for p in np.percentile(v, [5, 50, 95, 99]))
-    return Spread(p50, p95, p99, float(v.max()), (p95 - p5) / p50 if p50 else 0.0, tuple(np.round(v, 5).tolist()))
+    return Spread(
+        p50,
+        p95,
+        p99,
+        float(v.max()),
+        (p95 - p5) / p50 if p50 else 0.0,
+        tuple(np.round(v, 5).tolist()),
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,10 @@ class Rates:
     copy_gbs: tuple[float, ...]  # bytes read plus bytes written
 
     def __post_init__(self) -> None:
-        _require(all(len(pair) == 2 for pair in (self.copy_gbs, *self.gflops.values())), "rates that are not pairs")
+        _require(
+            all(len(pair) == 2 for pair in (self.copy_gbs, *self.gflops.values())),
+            "rates that are not pairs",
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,9 @@ class Joint:
     p50: float
     p99: float
     max: float
-    ticks: float | None  # p99 in servo ticks of 0.088 degrees, if its unit is degrees; None of grippers
+    ticks: (
+        float | None
+    )  # p99 in servo ticks of 0.088 degrees, if its unit is degrees; None of grippers
     spread: float  # the reference's own standard deviation over noise seeds
     share: float  # p99 / spread: what the gate limits
 
@@ -219,7 +231,9 @@ class Comparison:
     worst: float  # of the joints' shares
     flips: int | None  # of grippers; None where no joint is known to be one
     cache: float  # relative L2 of the worst key or value tensor
-    drift: tuple[float, ...]  # along the chunk: RMS error over spread of the worst joint, each action
+    drift: tuple[
+        float, ...
+    ]  # along the chunk: RMS error over spread of the worst joint, each action
     missed: tuple[str, ...]  # what the gate says; empty: it is met
 
 
@@ -232,14 +246,19 @@ class Accuracy(Result):
     reference: str
     observations: Observations
     gate: dict[str, float]
-    stages: dict[str, float]  # images, tokens, state, cache, velocity, actions, chunk -> worst error
+    stages: dict[
+        str, float
+    ]  # images, tokens, state, cache, velocity, actions, chunk -> worst error
     enters: str  # the sentence that names the stage where the error enters
     comparisons: tuple[Comparison, ...]  # the bundle first
     passed: bool  # the bundle meets the gate, and every control misses it
 
     def __post_init__(self) -> None:
         sizes = {(len(c.joints), len(c.drift)) for c in self.comparisons}
-        _require(len(sizes) == 1 and all(*sizes), f"comparisons of {sorted(sizes) or 'no'} joints and actions")
+        _require(
+            len(sizes) == 1 and all(*sizes),
+            f"comparisons of {sorted(sizes) or 'no'} joints and actions",
+        )
 
 
 @dataclass(frozen=True)
@@ -272,7 +291,10 @@ class Frontier(Result):
 
     def __post_init__(self) -> None:
         index = self.recommended
-        _require(index is None or 0 <= index < len(self.cells), f"recommended cell {index} of {len(self.cells)}")
+        _require(
+            index is None or 0 <= index < len(self.cells),
+            f"recommended cell {index} of {len(self.cells)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -317,7 +339,9 @@ def read(path: Path) -> Result:
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise ResultError(f"{path} is no result of smolvla-bench")
     if (version := raw.pop("version", None)) != VERSION:
-        raise ResultError(f"{path} is of version {version!r}, expected {VERSION}: measure again with this version")
+        raise ResultError(
+            f"{path} is of version {version!r}, expected {VERSION}: measure again with this version"
+        )
     if not isinstance(kind := raw.pop("kind", None), str) or kind not in KINDS:
         raise ResultError(f"{path} is of kind {kind!r}, expected {', '.join(KINDS)}")
     return decoded(KINDS[kind], raw, path)
@@ -327,7 +351,9 @@ def read_json(path: Path) -> Any:
     """Raises ResultError."""
     try:
         raw = json.loads(path.read_text())
-        json.dumps(raw, ensure_ascii=False).encode()  # half a character, which JSON can write and nobody show
+        json.dumps(
+            raw, ensure_ascii=False
+        ).encode()  # half a character, which JSON can write and nobody show
         return raw
     except (OSError, ValueError, RecursionError) as e:
         raise ResultError(f"{path} cannot be read: {e}") from e

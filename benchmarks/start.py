@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.errors import BenchError
 from ..runtime import Bundle, Policy
-from .errors import BenchError
 from .result import Start
 
 _SECONDS = ("python_s", "open_s", "load_s", "first_s", "second_s")
@@ -32,7 +32,9 @@ def cold_start(bundle: Bundle, device: str, processes: int = 3) -> Start:
                 f"a process for {bundle.folder} ended with status {done.returncode}: {done.stderr.strip()}"
             )
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    medians = {key: round(float(np.median([run[key] for run in runs])), 4) for key in (*_SECONDS, *_MEMORY)}
+    medians = {
+        key: round(float(np.median([run[key] for run in runs])), 4) for key in (*_SECONDS, *_MEMORY)
+    }
     disk_mb = 1e-6 * sum(f.bytes for f in bundle.manifest.files.values())
     return Start(processes=processes, disk_mb=round(disk_mb, 1), **medians)
 
@@ -47,10 +49,14 @@ def main() -> None:
     clock.append(time.monotonic())
     images = {c.name: np.zeros((480, 640, 3), np.uint8) for c in policy.manifest.cameras}
     for _ in range(2):
-        policy.predict_chunk(images, np.zeros(policy.manifest.state.dim, np.float32), "Pick up the red cube.")
+        policy.predict_chunk(
+            images, np.zeros(policy.manifest.state.dim, np.float32), "Pick up the red cube."
+        )
         clock.append(time.monotonic())
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    memory = {key: 1.024e-3 * int(status[field].split()[0]) for key, field in _MEMORY.items()}  # from KiB
+    memory = {
+        key: 1.024e-3 * int(status[field].split()[0]) for key, field in _MEMORY.items()
+    }  # from KiB
     print(json.dumps(dict(zip(_SECONDS, np.diff(clock).tolist(), strict=True)) | memory))
 
 

@@ -11,15 +11,15 @@ from typing import Literal
 
 from serial.tools import list_ports
 
-from .board import Board
-from .bus import FeetechBus
-from .calibration import IDS, Calibration, joint_label, load_calibration, saved_calibrations
-from .camera_modes import FPS, HEIGHT, WIDTH, Node
-from .eeprom import differences
-from .errors import CalibrationError, DeviceError
-from .inspection import inspect
-from .port import ADAPTERS, lasting_path
-from .sts3215 import ENCODER_MAX, Register
+from ..core.board import Board
+from ..core.errors import CalibrationError, DeviceError
+from .arm.calibration import IDS, Calibration, joint_label, load_calibration, saved_calibrations
+from .arm.eeprom import differences
+from .arm.inspection import inspect
+from .bus.bus import FeetechBus
+from .bus.port import ADAPTERS, lasting_path
+from .bus.sts3215 import ENCODER_MAX, Register
+from .cameras.camera_modes import FPS, HEIGHT, WIDTH, Node
 
 Status = Literal["ok", "warning", "stop", "unknown"]
 
@@ -42,10 +42,14 @@ def machine(board: Board) -> Iterator[Finding]:
         jetpack = board.packages.get("nvidia-jetpack")
         texts = [f"JetPack {jetpack}" if jetpack else "", f"L4T {board.l4t}" if board.l4t else ""]
         text = ", ".join(text for text in texts if text)
-        yield Finding("jetpack", "ok" if text else "unknown", text or "no /etc/nv_tegra_release: a container?")
+        yield Finding(
+            "jetpack", "ok" if text else "unknown", text or "no /etc/nv_tegra_release: a container?"
+        )
         yield _power(board)
     else:
-        yield Finding("jetpack", "ok", "no Jetson: JetPack, power modes and supply counters are Jetson only")
+        yield Finding(
+            "jetpack", "ok", "no Jetson: JetPack, power modes and supply counters are Jetson only"
+        )
     yield _clocks(board)
     yield _heat(board)
     if board.jetson:
@@ -54,10 +58,14 @@ def machine(board: Board) -> Iterator[Finding]:
 
 def _power(board: Board) -> Finding:
     if board.power_mode is None:
-        return Finding("power", "unknown", "nvpmodel's files do not tell the power mode", "sudo nvpmodel -q")
+        return Finding(
+            "power", "unknown", "nvpmodel's files do not tell the power mode", "sudo nvpmodel -q"
+        )
     modes = board.power_modes
     text = f"mode {board.power_mode} of {', '.join(f'{i} {name}' for i, name in modes.items()) or 'unknown ones'}"
-    best = next((i for i, name in modes.items() if name.startswith("MAXN")), None)  # numbers are in no order
+    best = next(
+        (i for i, name in modes.items() if name.startswith("MAXN")), None
+    )  # numbers are in no order
     if best in (None, board.power_mode):
         return Finding("power", "ok", text)
     return Finding("power", "warning", f"{text}: not the fastest", f"sudo nvpmodel -m {best}")
@@ -66,17 +74,27 @@ def _power(board: Board) -> Finding:
 def _clocks(board: Board) -> Finding:
     if not board.clocks:
         return Finding("clocks", "unknown", "this machine does not tell its clocks")
-    text = ", ".join(f"{c.name} {c.now:.0f} MHz ({c.low:.0f} to {c.high:.0f})" for c in board.clocks)
+    text = ", ".join(
+        f"{c.name} {c.now:.0f} MHz ({c.low:.0f} to {c.high:.0f})" for c in board.clocks
+    )
     if all(c.low == c.high for c in board.clocks):
         return Finding("clocks", "ok", f"{text}, pinned")
-    raises = "sudo jetson_clocks" if board.jetson else "sudo cpupower frequency-set --governor performance"
-    return Finding("clocks", "ok", f"{text}, following the load", f"{raises} (until the next start)")
+    raises = (
+        "sudo jetson_clocks"
+        if board.jetson
+        else "sudo cpupower frequency-set --governor performance"
+    )
+    return Finding(
+        "clocks", "ok", f"{text}, following the load", f"{raises} (until the next start)"
+    )
 
 
 def _heat(board: Board) -> Finding:
     if board.throttled:
         text = f"throttled now: {'; '.join(board.throttled)}"
-        return Finding("heat", "stop" if board.jetson else "warning", text, "let it cool down, check its fan")
+        return Finding(
+            "heat", "stop" if board.jetson else "warning", text, "let it cool down, check its fan"
+        )
     if not board.temperatures:
         return Finding("heat", "unknown", "this machine does not tell its temperatures")
     hottest = max(board.temperatures, key=lambda name: board.temperatures[name])
@@ -86,13 +104,20 @@ def _heat(board: Board) -> Finding:
 
 def _supply(board: Board) -> Finding:
     if board.events is None:
-        return Finding("supply", "unknown", "no soctherm_oc counters here: look for 'soctherm' in dmesg")
+        return Finding(
+            "supply", "unknown", "no soctherm_oc counters here: look for 'soctherm' in dmesg"
+        )
     found = [f"{count} {what}" for what, count in board.events.items() if count]
     if not found:
         return Finding("supply", "ok", "no under-voltage or over-current since the start")
     text = f"since the start: {', '.join(found)} events, each of which throttled the board"
     if board.events["under-voltage"]:
-        return Finding("supply", "stop", text, "use the supply and cable made for this board, then start it again")
+        return Finding(
+            "supply",
+            "stop",
+            text,
+            "use the supply and cable made for this board, then start it again",
+        )
     return Finding("supply", "warning", text, "a lower power mode, or a stronger supply")
 
 
@@ -101,7 +126,10 @@ def cameras(nodes: Sequence[Node], sources: Mapping[str, str]) -> Iterator[Findi
     for node in nodes:
         where = node.path if node.link == node.path else f"{node.path} ({node.link})"
         modes = f"{node.card or 'unnamed'}: {', '.join(map(str, node.modes)) or 'tells no modes'}"
-        fits = any((m.format, m.width, m.height) == ("MJPG", WIDTH, HEIGHT) and m.fps >= FPS for m in node.modes)
+        fits = any(
+            (m.format, m.width, m.height) == ("MJPG", WIDTH, HEIGHT) and m.fps >= FPS
+            for m in node.modes
+        )
         if node.problem:
             yield Finding("cameras", "unknown", f"{where} {node.problem}")
         elif fits:
@@ -109,7 +137,10 @@ def cameras(nodes: Sequence[Node], sources: Mapping[str, str]) -> Iterator[Findi
         else:
             wanted = f"MJPG {WIDTH}x{HEIGHT}@{FPS:g}, which is asked for, is not among them"
             yield Finding(
-                "cameras", "warning", f"{where} {modes}. {wanted}", "expect another format, or a lower rate"
+                "cameras",
+                "warning",
+                f"{where} {modes}. {wanted}",
+                "expect another format, or a lower rate",
             )
     if not nodes:
         yield Finding("cameras", "unknown", "no /dev/video* here")
@@ -117,7 +148,9 @@ def cameras(nodes: Sequence[Node], sources: Mapping[str, str]) -> Iterator[Findi
     for name, source in sources.items():
         path = Path(f"/dev/video{source}" if source.isdecimal() else source)
         if path.is_relative_to("/dev") and path.resolve() not in usable:
-            yield Finding("cameras", "stop", f"camera '{name}' is {source}, which is no usable camera node")
+            yield Finding(
+                "cameras", "stop", f"camera '{name}' is {source}, which is no usable camera node"
+            )
 
 
 def ports(board: Board) -> Iterator[Finding]:
@@ -130,14 +163,24 @@ def ports(board: Board) -> Iterator[Finding]:
         if os.access(port.device, os.R_OK | os.W_OK):
             yield Finding("ports", "ok", text)
         else:
-            yield Finding("ports", "warning", f"{text}, not yours to open", _permit(port.device, port.vid, port.pid))
+            yield Finding(
+                "ports",
+                "warning",
+                f"{text}, not yours to open",
+                _permit(port.device, port.vid, port.pid),
+            )
     if not adapters:
         text = f"no servo adapter ({' or '.join(ADAPTERS.values())})"
-        yield Finding("ports", "unknown", f"{text}. Other serial ports: {', '.join(others) or 'none'}")
+        yield Finding(
+            "ports", "unknown", f"{text}. Other serial ports: {', '.join(others) or 'none'}"
+        )
     if "brltty" in board.packages or "brltty" in board.processes:
         state = "running" if "brltty" in board.processes else "installed"
         yield Finding(
-            "ports", "warning", f"brltty is {state}: it takes CH340 adapters away", "sudo apt remove brltty"
+            "ports",
+            "warning",
+            f"brltty is {state}: it takes CH340 adapters away",
+            "sudo apt remove brltty",
         )
 
 
@@ -179,7 +222,9 @@ def servos(port: str, calibration: Calibration | None) -> tuple[list[Finding], C
         calibration = _held(found.values)
         findings.append(_calibrated(port, found.values, calibration))
     elif calibration is not None:
-        findings.append(Finding("servos", "ok", f"held against the calibration {calibration.source}"))
+        findings.append(
+            Finding("servos", "ok", f"held against the calibration {calibration.source}")
+        )
     return findings, calibration
 
 
@@ -192,13 +237,25 @@ def _held(values: Mapping[int, Mapping[Register, int]]) -> Calibration | None:
     return None
 
 
-def _calibrated(port: str, values: Mapping[int, Mapping[Register, int]], held: Calibration | None) -> Finding:
+def _calibrated(
+    port: str, values: Mapping[int, Mapping[Register, int]], held: Calibration | None
+) -> Finding:
     if held is not None:
         return Finding("servos", "ok", f"calibrated: they hold {held.source}")
-    factory = {Register.HOMING_OFFSET: 0, Register.MIN_POSITION_LIMIT: 0, Register.MAX_POSITION_LIMIT: ENCODER_MAX}
-    bare = [joint_label(i) for i, v in values.items() if all(v[r] == value for r, value in factory.items())]
+    factory = {
+        Register.HOMING_OFFSET: 0,
+        Register.MIN_POSITION_LIMIT: 0,
+        Register.MAX_POSITION_LIMIT: ENCODER_MAX,
+    }
+    bare = [
+        joint_label(i)
+        for i, v in values.items()
+        if all(v[r] == value for r, value in factory.items())
+    ]
     do = f"smolvla-calibrate --port {port} --id my_arm"
     if bare:
-        return Finding("servos", "stop", f"not calibrated, as from the factory: {', '.join(bare)}", do)
+        return Finding(
+            "servos", "stop", f"not calibrated, as from the factory: {', '.join(bare)}", do
+        )
     text = "calibrated, but no saved calibration is what they hold"
     return Finding("servos", "warning", text, f"name its file in robot.toml, or {do}")

@@ -16,16 +16,25 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from ..runtime import manifest as contract
-from ..runtime.roofline import Work
-from .architecture import Architecture
-from .errors import GraphError
-from .layers import Recipe
+from ..core.errors import GraphError
+from ..runtime.budget.roofline import Work
+from ..runtime.bundle import manifest as contract
+from .checkpoint.architecture import Architecture
+from .views.layers import Recipe
 
 OPSET = 20
 IR_VERSION = 10  # ONNX Runtime 1.22 and TensorRT 10.3 read it
 # Slow or unreadable on TensorRT 10.3, or a sign that something was exported badly.
-FORBIDDEN = {"ScatterND", "ScatterElements", "IsNaN", "NonZero", "Loop", "If", "Scan", "SequenceConstruct"}
+FORBIDDEN = {
+    "ScatterND",
+    "ScatterElements",
+    "IsNaN",
+    "NonZero",
+    "Loop",
+    "If",
+    "Scan",
+    "SequenceConstruct",
+}
 # What the target `cpu` may hold beside standard operators.
 ORT_OPERATORS = {"MultiHeadAttention", "FastGelu", "RotaryEmbedding", "DynamicQuantizeMatMul"}
 
@@ -45,7 +54,9 @@ def cache_names(arch: Architecture) -> list[str]:
 
 def prefix_example(arch: Architecture) -> Example:
     inputs = {
-        "images": torch.zeros(len(arch.config.cameras), 3, arch.vision.image_size, arch.vision.image_size),
+        "images": torch.zeros(
+            len(arch.config.cameras), 3, arch.vision.image_size, arch.vision.image_size
+        ),
         "tokens": torch.zeros(1, arch.token_length, dtype=torch.int32),
         "token_mask": torch.ones(1, arch.token_length, dtype=torch.bool),
         "state": torch.zeros(1, arch.config.max_state_dim),
@@ -69,14 +80,18 @@ def expert_example(arch: Architecture, recipe: Recipe) -> Example:
     return Example(inputs, ["velocity", "next_actions"])
 
 
-def export_graph(view: nn.Module, example: Example, path: Path, target: contract.Target = "portable") -> None:
+def export_graph(
+    view: nn.Module, example: Example, path: Path, target: contract.Target = "portable"
+) -> None:
     """Trace `view`, made for `target`, and write `path` with its weights in `<path>.data`. Raises GraphError."""
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporter's deprecations are not the user's business
+            warnings.simplefilter(
+                "ignore"
+            )  # the exporter's deprecations are not the user's business
             program = torch.onnx.export(
                 view,
                 tuple(example.inputs.values()),
@@ -103,17 +118,25 @@ def check_graph(path: Path, target: contract.Target = "portable") -> None:
     """Raises GraphError that lists every operator, dtype and shape outside the bundle's contract."""
     model = onnx.load(path, load_external_data=False)
     allowed = {("com.microsoft", name) for name in ORT_OPERATORS} if target == "cpu" else set()
-    foreign = {(n.domain, n.op_type) for n in model.graph.node if n.domain not in ("", "ai.onnx")} - allowed
+    foreign = {
+        (n.domain, n.op_type) for n in model.graph.node if n.domain not in ("", "ai.onnx")
+    } - allowed
     problems = {f"operator {domain}::{name}" for domain, name in foreign}
     problems |= {f"operator {n.op_type}" for n in model.graph.node if n.op_type in FORBIDDEN}
-    problems |= {f"opset {o.version}" for o in model.opset_import if o.domain == "" and not 18 <= o.version <= 20}
+    problems |= {
+        f"opset {o.version}"
+        for o in model.opset_import
+        if o.domain == "" and not 18 <= o.version <= 20
+    }
     problems |= {f"functions {f.name}" for f in model.functions}
     typed = {t.name: t.data_type for t in model.graph.initializer}
     for v in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         typed[v.name] = v.type.tensor_type.elem_type
         if any(not d.HasField("dim_value") for d in v.type.tensor_type.shape.dim):
             problems.add(f"dynamic shape of {v.name}")
-    problems |= {f"float64 tensor {name}" for name, kind in typed.items() if kind == TensorProto.DOUBLE}
+    problems |= {
+        f"float64 tensor {name}" for name, kind in typed.items() if kind == TensorProto.DOUBLE
+    }
     if problems:
         raise GraphError(f"{path.name} breaks the bundle's contract: {', '.join(sorted(problems))}")
 
@@ -137,7 +160,9 @@ def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> di
     A weight that is used twice is read once."""
     inputs = {v.name for v in graph.input}
     matrices = {t.name: _dtype(t.data_type) for t in graph.initializer if len(t.dims) > 1}
-    made_of = {name: {name} for name in (*inputs, *matrices)}  # tensor -> the inputs and matrices behind it
+    made_of = {
+        name: {name} for name in (*inputs, *matrices)
+    }  # tensor -> the inputs and matrices behind it
     stages = ("vision", "language") if "images" in inputs else ("expert",)
     gemm, read = ({stage: Counter[str]() for stage in stages} for _ in range(2))
     attention, seen = Counter[str](), set[str]()
@@ -176,4 +201,6 @@ def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return 4 * batch * n * n * width
     if node.op_type not in ("MatMul", "Gemm", "DynamicQuantizeMatMul"):
         return 0
-    return 2 * shapes[node.input[0]][-1] * math.prod(shapes[node.output[0]])  # no view transposes its activation
+    return (
+        2 * shapes[node.input[0]][-1] * math.prod(shapes[node.output[0]])
+    )  # no view transposes its activation

@@ -16,31 +16,37 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..quantize import gate as gates
-from ..quantize.calibration import CalibrationSet, read_calibration
-from ..quantize.errors import CalibrationError
-from ..quantize.gate import Answers, Array, Asked, Errors, Gate
-from ..quantize.linear import Dynamic, Int8Linear, Static
-from ..quantize.plan import Cost, choose, order
-from ..quantize.sample import Sample
-from ..quantize.smoothing import smooth, watch_errors, watch_moments
+from ..core.errors import CheckpointError, ObservationsError
+from ..quantize.int8 import gate as gates
+from ..quantize.int8.gate import Answers, Array, Asked, Errors, Gate
+from ..quantize.int8.linear import Dynamic, Int8Linear, Static
+from ..quantize.int8.plan import Cost, choose, order
+from ..quantize.int8.smoothing import smooth, watch_errors, watch_moments
+from ..quantize.observations.calibration import CalibrationSet, read_calibration
+from ..quantize.observations.sample import Sample
 from ..runtime import InputError, Policy
-from ..runtime import manifest as contract
-from ..runtime.preprocessing import Tokenizer
-from .checkpoint import Checkpoint
-from .errors import CheckpointError
-from .expert import Expert
-from .layers import FP16, FP32, Linear, Recipe, both, pin
-from .prefix import Prefix
+from ..runtime.bundle import manifest as contract
+from ..runtime.policy.preprocessing import Tokenizer
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.tokens import instructions, read_tokenizer
 from .reference import Reference
 from .sites import sites
-from .tokens import instructions, read_tokenizer
-from .weights import build_views
+from .views.expert import Expert
+from .views.layers import FP16, FP32, Linear, Recipe, both, pin
+from .views.prefix import Prefix
+from .views.weights import build_views
 
 Views = tuple[Prefix, Expert]
 Layers = dict[str, Int8Linear]  # by module path, which begins with prefix. or expert.
-RECIPES: dict[contract.Target, Recipe] = {"cpu": replace(FP32, table=torch.float16, ort=True), "portable": FP16}
-_TRIED = 2, 2, 16  # observations and seeds that measure the groups, and seeds that tell their spread
+RECIPES: dict[contract.Target, Recipe] = {
+    "cpu": replace(FP32, table=torch.float16, ort=True),
+    "portable": FP16,
+}
+_TRIED = (
+    2,
+    2,
+    16,
+)  # observations and seeds that measure the groups, and seeds that tell their spread
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,9 @@ class HeldOut:
 
     def judge(self, policy: Policy) -> Errors:
         """What a bundle's own graphs answer."""
-        return self.compare(gates.answers((ask_policy(policy, s) for s in self.samples), self.noises))
+        return self.compare(
+            gates.answers((ask_policy(policy, s) for s in self.samples), self.noises)
+        )
 
 
 def ask_policy(policy: Policy, o: Sample) -> Asked:
@@ -102,7 +110,9 @@ class Int8:
     def fewer(self) -> "Int8":
         """Without the group that was taken last, for when the gate turns out not to be met."""
         groups = dict(list(self.groups.items())[:-1])
-        return replace(self, groups=groups, manifest=replace(self.manifest, **_claims(groups, self.costs)))
+        return replace(
+            self, groups=groups, manifest=replace(self.manifest, **_claims(groups, self.costs))
+        )
 
     def judged(self, policy: Policy, say: Callable[[str], None]) -> contract.Int8:
         """The manifest with what the gate found of a bundle's own graphs. Raises GateError where it is not met."""
@@ -111,12 +121,16 @@ class Int8:
         say("\n" + errors.table(self.joints))
         gates.require(errors, self.gate, self.joints)
         flips = {} if errors.flips is None else {"gripper_flips": errors.flips}
-        return replace(self.manifest, found={"action_p99": errors.action, "cache": errors.worst_cache, **flips})
+        return replace(
+            self.manifest, found={"action_p99": errors.action, "cache": errors.worst_cache, **flips}
+        )
 
 
-def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Callable[[str], None]) -> CalibrationSet:
+def observations_for(
+    checkpoint: Checkpoint, source: str, frames: int, say: Callable[[str], None]
+) -> CalibrationSet:
     """Read `frames` observations, and a quarter as many to judge by, that fit the checkpoint. Raises
-    CalibrationError, also for instructions that do not fit."""
+    ObservationsError, also for instructions that do not fit."""
     around = checkpoint.processors
     length = around.token_length
     asked = Tokenizer(checkpoint.tokenizer, contract.Tokens(length, 0))
@@ -131,7 +145,7 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
         say=say,
     )
     if len(data.calibration) < 2:
-        raise CalibrationError(
+        raise ObservationsError(
             f"{source} leaves {len(data.calibration)} frame to calibrate with, expected at least 2 (one sets "
             "the scales, another tries them): record more"
         )
@@ -139,7 +153,7 @@ def observations_for(checkpoint: Checkpoint, source: str, frames: int, say: Call
         try:
             asked.encode(task)
         except InputError as e:
-            raise CalibrationError(f"{source}: {e}") from e
+            raise ObservationsError(f"{source}: {e}") from e
     return data
 
 
@@ -156,7 +170,9 @@ def plan_int8(
     held_out = hold_out(reference, data.held_out, gate.seeds)
     tried, seeds, spread_seeds = _TRIED
     tried = min(tried, len(data.calibration) - 1)
-    trial_on = hold_out(reference, data.calibration[:tried], spread_seeds)  # others than calibrate and than judge
+    trial_on = hold_out(
+        reference, data.calibration[:tried], spread_seeds
+    )  # others than calibrate and than judge
     views = build_views(arch, checkpoint.tensors, FP32)  # of their own, to be smoothed in place
     smoothed = Reference(checkpoint, *views)
     layers, costs = _quantized(smoothed, data.calibration[tried:], target, say)
@@ -164,20 +180,30 @@ def plan_int8(
     def errors_of(groups: list[str]) -> Errors:
         """How far the views with these groups in INT8 are from float32, on few observations and seeds."""
         with _swapped(both(*views), _together(layers[g] for g in groups)):
-            return trial_on.compare(_answers(smoothed, trial_on.samples, [n[:seeds] for n in trial_on.noises]))
+            return trial_on.compare(
+                _answers(smoothed, trial_on.samples, [n[:seeds] for n in trial_on.noises])
+            )
 
     measured = {}
     for group in layers:
         seconds = sum(c.saved_s(target) for c in costs[group])
         measured[group] = seconds, (errors := errors_of([group]))
-        said = f"worst joint {errors.action:.3f} of its spread, worst cache {errors.worst_cache:.4f}"
+        said = (
+            f"worst joint {errors.action:.3f} of its spread, worst cache {errors.worst_cache:.4f}"
+        )
         say(f"{group} alone: saves {1e3 * seconds:.0f} ms, {said}")
     say("taking groups, most time saved for their error first")
     taken = {g: layers[g] for g in choose(order(measured, gate), errors_of, gate)}
-    say(f"INT8: {', '.join(taken) or 'nothing'}" + "".join(f"; not {g}" for g in layers if g not in taken))
+    say(
+        f"INT8: {', '.join(taken) or 'nothing'}"
+        + "".join(f"; not {g}" for g in layers if g not in taken)
+    )
     record = contract.Int8(
         **_claims(taken, costs),
-        sensitivity={g: contract.Sensitivity(1e3 * s, e.action, e.worst_cache) for g, (s, e) in measured.items()},
+        sensitivity={
+            g: contract.Sensitivity(1e3 * s, e.action, e.worst_cache)
+            for g, (s, e) in measured.items()
+        },
         calibration=data.record,
         gate=asdict(gate),
         gate_is_default=gate == Gate(),
@@ -190,7 +216,10 @@ def plan_int8(
 def _claims(groups: dict[str, Layers], costs: dict[str, list[Cost]]) -> dict[str, Any]:
     """What the manifest says of these groups."""
     taken = [cost for group in groups for cost in costs[group]]
-    counts = {"weights": sum(c.weights for c in taken), "multiply_adds": sum(c.multiply_adds for c in taken)}
+    counts = {
+        "weights": sum(c.weights for c in taken),
+        "multiply_adds": sum(c.multiply_adds for c in taken),
+    }
     return {"groups": tuple(groups), **counts}
 
 
@@ -215,7 +244,9 @@ def grippers_of(checkpoint: Checkpoint) -> list[int]:
     return [dim - 1] if dim == 6 else []
 
 
-def _answers(reference: Reference, samples: tuple[Sample, ...], noises: list[list[Array]]) -> Answers:
+def _answers(
+    reference: Reference, samples: tuple[Sample, ...], noises: list[list[Array]]
+) -> Answers:
     def ask(sample: Sample) -> Asked:
         _, mask, cache = reference.prefill(sample)
         valid = {name: t[:, :, mask[0]].numpy() for name, t in cache.items()}
@@ -225,7 +256,10 @@ def _answers(reference: Reference, samples: tuple[Sample, ...], noises: list[lis
 
 
 def _quantized(
-    smoothed: Reference, samples: tuple[Sample, ...], target: contract.Target, say: Callable[[str], None]
+    smoothed: Reference,
+    samples: tuple[Sample, ...],
+    target: contract.Target,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, Layers], dict[str, list[Cost]]]:
     """Smooth the views in place; -> the INT8 layers and the costs of every group."""
 
@@ -233,7 +267,9 @@ def _quantized(
         rng = np.random.default_rng(0)
         for n, sample in enumerate(samples, 1):
             _, mask, cache = smoothed.prefill(sample)
-            smoothed.denoise(rng.standard_normal(smoothed.arch.noise_shape, dtype=np.float32), mask, cache)
+            smoothed.denoise(
+                rng.standard_normal(smoothed.arch.noise_shape, dtype=np.float32), mask, cache
+            )
             if n % 8 == 0:
                 say(f"  {n} of {len(samples)} observations")
 
@@ -251,7 +287,9 @@ def _quantized(
         for path in site.linears:
             runs = 1 if path.startswith("prefix.") else smoothed.checkpoint.config.num_steps
             layers.setdefault(site.group, {})[path] = made[path]
-            costs.setdefault(site.group, []).append(Cost(watched.rows, made[path].weight.numel(), runs))
+            costs.setdefault(site.group, []).append(
+                Cost(watched.rows, made[path].weight.numel(), runs)
+            )
     return layers, costs
 
 

@@ -12,14 +12,16 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.errors import ExportError
 from ..runtime import Policy
-from .checkpoint import TOKENIZER, Checkpoint
-from .errors import ExportError
+from .checkpoint.checkpoint import TOKENIZER, Checkpoint
+from .checkpoint.tokens import image_special_tokens, read_tokenizer
 from .reference import Observation
-from .tokens import image_special_tokens, read_tokenizer
 
 
-def lerobot_actions(checkpoint: Checkpoint, observations: Sequence[Observation]) -> list[NDArray[np.float32]]:
+def lerobot_actions(
+    checkpoint: Checkpoint, observations: Sequence[Observation]
+) -> list[NDArray[np.float32]]:
     """LeRobot's own answer in float32: normalised actions [1, chunk, dof] for each observation.
 
     Raises ExportError where LeRobot cannot load the checkpoint.
@@ -35,7 +37,10 @@ def lerobot_actions(checkpoint: Checkpoint, observations: Sequence[Observation])
                 names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
                 for name, image in observation.images.items()
             }
-            batch |= {"observation.state": torch.from_numpy(observation.state), "task": observation.task}
+            batch |= {
+                "observation.state": torch.from_numpy(observation.state),
+                "task": observation.task,
+            }
             noise = torch.from_numpy(observation.noise)
             answers.append(policy.predict_action_chunk(preprocess(batch), noise=noise).numpy())
     return answers
@@ -44,10 +49,14 @@ def lerobot_actions(checkpoint: Checkpoint, observations: Sequence[Observation])
 def measure(checkpoint: Checkpoint, policy: Policy, observations: Sequence[Observation]) -> float:
     """Max abs difference on normalised actions between the bundle and LeRobot over all observations."""
     worst = 0.0
-    for observation, expected in zip(observations, lerobot_actions(checkpoint, observations), strict=True):
+    for observation, expected in zip(
+        observations, lerobot_actions(checkpoint, observations), strict=True
+    ):
         policy.prefill(observation.images, observation.state, observation.task)
         got = policy.denoise(observation.noise)
-        worst = np.maximum(worst, np.abs(got[:, :, : expected.shape[2]] - expected).max())  # a NaN stays
+        worst = np.maximum(
+            worst, np.abs(got[:, :, : expected.shape[2]] - expected).max()
+        )  # a NaN stays
     return float(worst)
 
 
@@ -58,7 +67,9 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
         from lerobot.policies.factory import make_pre_post_processors
         from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-        checkpoint.vlm.save_pretrained(vlm)  # as this exporter found it, so that LeRobot needs no network either
+        checkpoint.vlm.save_pretrained(
+            vlm
+        )  # as this exporter found it, so that LeRobot needs no network either
         for name in (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"):
             if (source := checkpoint.tokenizer.with_name(name)).is_file():
                 shutil.copyfile(source, vlm / name)
@@ -77,7 +88,9 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
             }
         preprocess, _ = make_pre_post_processors(config, **given)
     except Exception as e:  # LeRobot, transformers and the Hub raise anything
-        raise ExportError(f"LeRobot cannot load {checkpoint.folder}: {type(e).__name__}: {e}") from e
+        raise ExportError(
+            f"LeRobot cannot load {checkpoint.folder}: {type(e).__name__}: {e}"
+        ) from e
     return policy, preprocess
 
 
@@ -88,7 +101,9 @@ def _processor_stub(checkpoint: Checkpoint) -> AbstractContextManager[object]:
     fake, whole = 0, 0  # LeRobot makes tensors of them all the same
     if checkpoint.config.add_image_special_tokens:
         fake, whole, _ = image_special_tokens(read_tokenizer(checkpoint.tokenizer))
-    processor = SimpleNamespace(tokenizer=SimpleNamespace(fake_image_token_id=fake, global_image_token_id=whole))
+    processor = SimpleNamespace(
+        tokenizer=SimpleNamespace(fake_image_token_id=fake, global_image_token_id=whole)
+    )
     return patch.object(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
 
 
@@ -98,6 +113,9 @@ def vision_positions() -> AbstractContextManager[object]:
     from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
     def forward(self: Any, pixel_values: Any, patch_attention_mask: Any = None) -> Any:
-        return self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + self.position_embedding.weight
+        return (
+            self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+            + self.position_embedding.weight
+        )
 
     return patch.object(SmolVLMVisionEmbeddings, "forward", forward)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.errors import ParityError
 from ..runtime import Policy
-from ..runtime.selfcheck import TOLERANCE, error
-from .errors import ParityError
+from ..runtime.policy.selfcheck import TOLERANCE, error
 from .reference import Observation, Stages
 
 _QUANTIZED = ("cache", "velocity", "actions", "chunk")
@@ -39,7 +39,9 @@ def measure(
         record("tokens", 0.0 if np.array_equal(tokens, want.tokens) else float("inf"))
         record("state", error(feeds["state"], want.state))
         cache = policy.graphs.cache()
-        record("cache", 0.0 if np.array_equal(cache["prefix_mask"][0], want.valid) else float("inf"))
+        record(
+            "cache", 0.0 if np.array_equal(cache["prefix_mask"][0], want.valid) else float("inf")
+        )
         kept = {name: cache[name].astype(np.float32) for name in want.cache}
         for name, reference in want.cache.items():
             record("cache", error(kept[name][:, :, want.valid], reference[:, :, want.valid]))
@@ -58,7 +60,11 @@ def require(measured: dict[str, float], precision: str) -> None:
     """Raises ParityError that names every stage over the precision's tolerance, first stage first. Of INT8, what
     comes behind the first quantised layer is judged by the gate instead."""
     limit = TOLERANCE[precision]
-    judged = measured if precision != "int8" else {k: v for k, v in measured.items() if k not in _QUANTIZED}
+    judged = (
+        measured
+        if precision != "int8"
+        else {k: v for k, v in measured.items() if k not in _QUANTIZED}
+    )
     over = [f"{stage} {value:.2e}" for stage, value in judged.items() if not value <= limit]
     if over:
         raise ParityError(
@@ -67,16 +73,24 @@ def require(measured: dict[str, float], precision: str) -> None:
         )
 
 
-def write_selfcheck(path: Path, observations: Sequence[Observation], expected: Sequence[Stages]) -> None:
+def write_selfcheck(
+    path: Path, observations: Sequence[Observation], expected: Sequence[Stages]
+) -> None:
     """Store what runtime/selfcheck.py replays."""
     first = observations[0]
     data: dict[str, NDArray[Any]] = {f"image.{name}": image for name, image in first.images.items()}
-    data |= {"state": first.state, "noise": first.noise, "task": np.array([o.task for o in observations])}
+    data |= {
+        "state": first.state,
+        "noise": first.noise,
+        "task": np.array([o.task for o in observations]),
+    }
     rng = np.random.default_rng(0)
     for i, stages in enumerate(expected):
         shape = next(iter(stages.cache.values())).shape  # [1, K, P, D], the same for every layer
         where = np.flatnonzero(np.broadcast_to(stages.valid[None, None, :, None], shape))
-        data[f"where.{i}"] = rng.choice(where, min(_SAMPLES, len(where)), replace=False).astype(np.int32)
+        data[f"where.{i}"] = rng.choice(where, min(_SAMPLES, len(where)), replace=False).astype(
+            np.int32
+        )
         for name, tensor in stages.cache.items():
             data[f"{name}.{i}"] = tensor.ravel()[data[f"where.{i}"]]
         data[f"actions.{i}"], data[f"chunk.{i}"] = stages.actions, stages.chunk

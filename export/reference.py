@@ -14,14 +14,14 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..quantize.sample import Sample, draw_image, draw_state
-from ..runtime.normalization import NEEDS, Normalization
-from .architecture import Architecture
-from .checkpoint import Checkpoint
-from .expert import Expert
+from ..quantize.observations.sample import Sample, draw_image, draw_state
+from ..runtime.bundle.normalization import NEEDS, Normalization
+from .checkpoint.architecture import Architecture
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.tokens import instructions, read_tokenizer
 from .graph import cache_names
-from .prefix import Prefix
-from .tokens import instructions, read_tokenizer
+from .views.expert import Expert
+from .views.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class Stages:
     chunk: NDArray[np.float32]  # [chunk, dof], robot units
 
 
-def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0) -> list[Observation]:
+def fixed_observations(
+    checkpoint: Checkpoint, arch: Architecture, seed: int = 0
+) -> list[Observation]:
     """The same images, state and noise with a short, a padded and a full-length instruction."""
     rng = np.random.default_rng(seed)
     names = checkpoint.processors.camera_names
@@ -53,14 +55,21 @@ def fixed_observations(checkpoint: Checkpoint, arch: Architecture, seed: int = 0
     state = draw_state(rng, checkpoint.config.state_dim, checkpoint.processors.state.statistics)
     noise = rng.standard_normal(arch.noise_shape, dtype=np.float32)
     tokenizer = read_tokenizer(checkpoint.tokenizer)
-    return [Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)]
+    return [
+        Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)
+    ]
 
 
 class Reference:
     """The float32 views and the checkpoint's processors, run in torch."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: Prefix, expert: Expert) -> None:
-        self.checkpoint, self.arch, self.prefix, self.expert = checkpoint, prefix.arch, prefix, expert
+        self.checkpoint, self.arch, self.prefix, self.expert = (
+            checkpoint,
+            prefix.arch,
+            prefix,
+            expert,
+        )
         self._tokenizer = read_tokenizer(checkpoint.tokenizer)
 
     def run(self, observation: Observation) -> Stages:
@@ -108,7 +117,10 @@ class Reference:
 
     def robot_units(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normalised actions [1, chunk, max_action_dim] -> [chunk, dof] (LeRobot's UnnormalizerProcessorStep)."""
-        x, n = torch.from_numpy(actions[0, :, : self.checkpoint.config.action_dim]), self.checkpoint.processors.action
+        x, n = (
+            torch.from_numpy(actions[0, :, : self.checkpoint.config.action_dim]),
+            self.checkpoint.processors.action,
+        )
         if n.active and n.mode == "MEAN_STD":
             x = x * torch.tensor(n.statistics["std"]) + torch.tensor(n.statistics["mean"])
         elif n.active:
@@ -132,7 +144,9 @@ class Reference:
         """LeRobot's NormalizerProcessorStep and prepare_state."""
         x, n = torch.from_numpy(state), self.checkpoint.processors.state
         if n.active and n.mode == "MEAN_STD":
-            x = (x - torch.tensor(n.statistics["mean"])) / (torch.tensor(n.statistics["std"]) + n.eps)
+            x = (x - torch.tensor(n.statistics["mean"])) / (
+                torch.tensor(n.statistics["std"]) + n.eps
+            )
         elif n.active:
             low, span = _low_and_span(n)
             x = 2 * (x - low) / span - 1

@@ -6,22 +6,26 @@ cross layers' k_proj and v_proj (small, and their output is the cache), the patc
 
 from torch import nn
 
-from ..quantize.smoothing import Site
-from .expert import Expert
-from .prefix import Prefix
+from ..quantize.int8.smoothing import Site
+from .views.expert import Expert
+from .views.prefix import Prefix
 
 
 def sites(prefix: Prefix, expert: Expert) -> list[Site]:
     """Every site of both views, in the order in which it runs; paths as in `layers.both`."""
     found = []
     for i in range(n := len(prefix.vision_model.layers)):
-        found += _vision_layer(f"prefix.vision_model.layers.{i}", "vision early" if 2 * i < n else "vision late")
+        found += _vision_layer(
+            f"prefix.vision_model.layers.{i}", "vision early" if 2 * i < n else "vision late"
+        )
     found.append(Site("connector", ("prefix.connector.proj",), None))
     for i, layer in enumerate(prefix.layers):
         group = "language early" if 2 * i < len(prefix.layers) else "language late"
         found += _layer(f"prefix.layers.{i}", layer, "language q/k/v", group, group)
     for i, layer in enumerate(expert.layers):
-        found += _layer(f"expert.layers.{i}", layer, "expert attention", "expert attention", "expert MLP")
+        found += _layer(
+            f"expert.layers.{i}", layer, "expert attention", "expert attention", "expert MLP"
+        )
     return found
 
 
@@ -43,7 +47,9 @@ def _layer(at: str, layer: nn.Module, qkv: str, out: str, mlp: str) -> list[Site
         return [first]
     return [
         first,
-        Site(out, (f"{at}.o_proj",), None),  # v_proj cannot take its scale over: v_proj's output is the cache
+        Site(
+            out, (f"{at}.o_proj",), None
+        ),  # v_proj cannot take its scale over: v_proj's output is the cache
         Site(mlp, (f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"), f"{at}.post_attention_layernorm"),
         Site(mlp, (f"{at}.mlp.down_proj",), f"{at}.mlp.up_proj"),
     ]

@@ -13,30 +13,38 @@ from pathlib import Path
 
 import torch
 
-from ..quantize.calibration import CalibrationSet
-from ..quantize.errors import GateError
-from ..quantize.gate import Gate
+from ..core.errors import AuditError, ExportError, GateError
+from ..core.files import sha256_of
+from ..quantize.int8.gate import Gate
+from ..quantize.observations.calibration import CalibrationSet
 from ..quantize.ranges import policy_ranges, stages_to_pin
 from ..runtime import Bundle, Policy
-from ..runtime import manifest as contract
-from ..runtime.audit import audit, contradictions
-from ..runtime.bundle import sha256_of
-from ..runtime.manifest import MANIFEST, manifest_json, parse_manifest
-from ..runtime.preprocessing import CAMERA_GRAPH
-from ..runtime.selfcheck import FILE, run_selfcheck
-from . import graph, lerobot_check, parity, tokens
-from .architecture import Architecture
-from .camera import write_camera_graph
-from .checkpoint import Checkpoint
-from .errors import AuditError, ExportError
-from .expert import Expert
+from ..runtime.bundle import manifest as contract
+from ..runtime.bundle.manifest import MANIFEST, manifest_json, parse_manifest
+from ..runtime.policy.audit import audit, contradictions
+from ..runtime.policy.preprocessing import CAMERA_GRAPH
+from ..runtime.policy.selfcheck import FILE, run_selfcheck
+from . import graph, lerobot_check, parity
+from .camera_graph import write_camera_graph
+from .checkpoint import tokens
+from .checkpoint.architecture import Architecture
+from .checkpoint.checkpoint import Checkpoint
 from .int8 import Int8, plan_int8
-from .layers import FP16, FP32, stages
-from .prefix import Prefix
 from .reference import Observation, Reference, fixed_observations
-from .weights import build_views
+from .views.expert import Expert
+from .views.layers import FP16, FP32, stages
+from .views.prefix import Prefix
+from .views.weights import build_views
 
-_PACKAGES = ("smolvla-edge", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "transformers")
+_PACKAGES = (
+    "smolvla-edge",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "transformers",
+)
 
 
 def architecture_of(checkpoint: Checkpoint) -> Architecture:
@@ -44,13 +52,17 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     special: tuple[int, ...] = ()
     if checkpoint.config.add_image_special_tokens:
         special = tokens.image_special_tokens(tokens.read_tokenizer(checkpoint.tokenizer))
-    return Architecture(checkpoint.config, checkpoint.vlm, checkpoint.processors.token_length, special)
+    return Architecture(
+        checkpoint.config, checkpoint.vlm, checkpoint.processors.token_length, special
+    )
 
 
 def reference_of(checkpoint: Checkpoint, target: contract.Target) -> Reference:
     """The checkpoint's float32 views, such as they are exported for `target`; in torch they compute the same."""
     recipe = replace(FP32, ort=target == "cpu")
-    return Reference(checkpoint, *build_views(architecture_of(checkpoint), checkpoint.tensors, recipe))
+    return Reference(
+        checkpoint, *build_views(architecture_of(checkpoint), checkpoint.tensors, recipe)
+    )
 
 
 def write_bundle(
@@ -75,13 +87,21 @@ def write_bundle(
     int8 = precision == "int8"
     if (int8 or target == "cpu") and not hasattr(torch.onnx, "ops"):
         option = "--target cpu" if target == "cpu" else "--precision int8"
-        raise ExportError(f"{option} needs torch 2.8 or newer, found {torch.__version__}: update it, or leave it out")
+        raise ExportError(
+            f"{option} needs torch 2.8 or newer, found {torch.__version__}: update it, or leave it out"
+        )
     if int8 != (calibration is not None):
-        raise ExportError("INT8, and nothing else, needs calibration data: a dataset, a recording, or `synthetic`")
+        raise ExportError(
+            "INT8, and nothing else, needs calibration data: a dataset, a recording, or `synthetic`"
+        )
     if int8 and check_lerobot:
-        raise ExportError("--check-lerobot is for fp32 and fp16: INT8 is judged against float32, by the gate")
+        raise ExportError(
+            "--check-lerobot is for fp32 and fp16: INT8 is judged against float32, by the gate"
+        )
     if check_lerobot and find_spec("lerobot") is None:
-        raise ExportError("--check-lerobot needs lerobot beside this package: pip install 'lerobot[smolvla]==0.4.4'")
+        raise ExportError(
+            "--check-lerobot needs lerobot beside this package: pip install 'lerobot[smolvla]==0.4.4'"
+        )
     say("building the views")
     reference = reference_of(checkpoint, target)
     arch = reference.arch
@@ -111,7 +131,9 @@ def write_bundle(
                 break
             except GateError as e:
                 if len(plan.groups) == 1:
-                    raise GateError(f"{e}. No bundle was written; a looser gate needs --gate FILE") from e
+                    raise GateError(
+                        f"{e}. No bundle was written; a looser gate needs --gate FILE"
+                    ) from e
                 say(f"{e}; leaving {plan.manifest.groups[-1]} in float")
                 plan = plan.fewer()
                 del policy
@@ -119,7 +141,10 @@ def write_bundle(
         measured, own = parity.measure(policy, observations, expected)
         parity.require(measured, precision)
         parity.write_selfcheck(folder / FILE, observations, expected if plan is None else own)
-        parity.require({f"self-check {stage}": value for stage, value in run_selfcheck(policy).items()}, precision)
+        parity.require(
+            {f"self-check {stage}": value for stage, value in run_selfcheck(policy).items()},
+            precision,
+        )
         if check_lerobot:
             say("comparing with LeRobot")
             measured["lerobot"] = lerobot_check.measure(checkpoint, policy, observations)
@@ -130,7 +155,10 @@ def write_bundle(
                 f"the graphs are not what they would be labelled: {'; '.join(wrong)}. No bundle was written"
             )
         say("hashing")
-        files = {path.name: contract.File(sha256_of(path), path.stat().st_size) for path in folder.iterdir()}
+        files = {
+            path.name: contract.File(sha256_of(path), path.stat().st_size)
+            for path in folder.iterdir()
+        }
         manifest = manifest_json(replace(policy.manifest, files=files, parity=measured))
         parse_manifest(json.loads(manifest), output / MANIFEST)  # raises before there is a bundle
         (folder / MANIFEST).write_text(manifest)
@@ -162,11 +190,15 @@ def _export(
         if recipe.matmul != torch.float16:
             return policy
         say("measuring float16 ranges")
-        runs = [(policy.preprocessor.feeds(o.images, o.state, o.task), o.noise) for o in observations]
+        runs = [
+            (policy.preprocessor.feeds(o.images, o.state, o.task), o.noise) for o in observations
+        ]
         ranges, more = policy_ranges(policy, runs), set[str]()
         for name, view, largest in zip(("prefix", "expert"), views, ranges, strict=True):
             free = {stage for stage in stages(view) if f"{name}.{stage}" not in pinned}
-            more |= {f"{name}.{stage}" for stage in stages_to_pin(folder / f"{name}.onnx", largest, free)}
+            more |= {
+                f"{name}.{stage}" for stage in stages_to_pin(folder / f"{name}.onnx", largest, free)
+            }
         if not more:
             reached = max(v for largest in ranges for v in largest.values())
             policy.bundle.manifest = replace(policy.manifest, float16_largest=reached)
@@ -184,13 +216,17 @@ def check_output(output: Path, force: bool) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(dir=parent).cleanup()
     except OSError as e:
-        raise ExportError(f"{output} cannot be made: {parent} cannot be written to ({e.strerror})") from e
+        raise ExportError(
+            f"{output} cannot be made: {parent} cannot be written to ({e.strerror})"
+        ) from e
     if not output.exists() and not output.is_symlink():
         return
     if not force:
         raise ExportError(f"{output} exists: give another --output, or --force to replace it")
     if output.is_symlink() or not output.is_dir():
-        raise ExportError(f"{output} is not a folder, so --force will not replace it: give another --output")
+        raise ExportError(
+            f"{output} is not a folder, so --force will not replace it: give another --output"
+        )
     strangers = _strangers(output)
     if strangers:
         raise ExportError(
@@ -244,19 +280,26 @@ def _describe(
 ) -> contract.Manifest:
     """The manifest, but for hashes and measurements."""
     config, around = checkpoint.config, checkpoint.processors
-    prefix, expert = (graph.describe_graph(folder / f"{name}.onnx") for name in ("prefix", "expert"))
+    prefix, expert = (
+        graph.describe_graph(folder / f"{name}.onnx") for name in ("prefix", "expert")
+    )
     tokenizer = tokens.read_tokenizer(checkpoint.tokenizer)
-    pad = tokens.pad_id(checkpoint.tokenizer, tokenizer, getattr(checkpoint.vlm.text_config, "pad_token_id", None))
+    pad = tokens.pad_id(
+        checkpoint.tokenizer, tokenizer, getattr(checkpoint.vlm.text_config, "pad_token_id", None)
+    )
     return contract.Manifest(
         format=contract.FORMAT,
         version=contract.VERSION,
-        source=contract.Source(checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo),
+        source=contract.Source(
+            checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo
+        ),
         files={},
         prefix=prefix,
         expert=expert,
         cache_bytes=sum(t.bytes for t in prefix.outputs if t.name != "prefix_mask"),
         cameras=tuple(
-            contract.Camera(name, key) for name, key in zip(around.camera_names, config.cameras, strict=True)
+            contract.Camera(name, key)
+            for name, key in zip(around.camera_names, config.cameras, strict=True)
         ),
         image_size=arch.vision.image_size,
         tokens=contract.Tokens(arch.token_length, pad),

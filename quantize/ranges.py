@@ -16,9 +16,9 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from ..core.errors import RangeError
 from ..runtime import Policy
-from ..runtime.preprocessing import Feeds
-from .errors import RangeError
+from ..runtime.policy.preprocessing import Feeds
 
 FLOAT16_MAX = 65504.0
 PROBE = "float16_range."
@@ -42,17 +42,26 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
     for node in model.graph.node:
         nodes.append(node)
         for name in half & set(node.output):
-            wide, size, top, total = (f"{PROBE}{len(numbers)}.{part}" for part in ("wide", "size", "top", "total"))
-            nodes += [make("Cast", [name], [wide], to=onnx.TensorProto.FLOAT), make("Abs", [wide], [size])]
+            wide, size, top, total = (
+                f"{PROBE}{len(numbers)}.{part}" for part in ("wide", "size", "top", "total")
+            )
+            nodes += [
+                make("Cast", [name], [wide], to=onnx.TensorProto.FLOAT),
+                make("Abs", [wide], [size]),
+            ]
             nodes.append(make("ReduceMax", [size], [top], keepdims=0))
-            nodes.append(make("ReduceSum", [size], [total], keepdims=0))  # a maximum passes NaN over
+            nodes.append(
+                make("ReduceSum", [size], [total], keepdims=0)
+            )  # a maximum passes NaN over
             numbers[name] = [top, total]
     if not numbers:
         return {}
     del model.graph.node[:], model.graph.output[:]
     model.graph.node.extend(nodes)
     model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, []) for pair in numbers.values() for n in pair
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [])
+        for pair in numbers.values()
+        for n in pair
     )
     largest = dict.fromkeys(numbers, 0.0)
     # Beside the original, so that both read the same weights.
@@ -63,15 +72,21 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
         options.log_severity_level = 3
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # as listed
-        session = onnxruntime.InferenceSession(probe.name, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            probe.name, options, providers=["CPUExecutionProvider"]
+        )
         for feeds in runs:
             found = iter(session.run(None, dict(feeds)))
             for name, top, total in zip(numbers, found, found, strict=True):
-                largest[name] = max(largest[name], float(top) if np.isfinite(total) else float("inf"))
+                largest[name] = max(
+                    largest[name], float(top) if np.isfinite(total) else float("inf")
+                )
     return largest
 
 
-def policy_ranges(policy: Policy, runs: Sequence[tuple[Feeds, NDArray[np.float32]]]) -> list[dict[str, float]]:
+def policy_ranges(
+    policy: Policy, runs: Sequence[tuple[Feeds, NDArray[np.float32]]]
+) -> list[dict[str, float]]:
     """`float16_ranges` of the prefix and the expert over `runs`: preprocessed observations, each with its noise
     [1, chunk_size, max_action_dim]. The expert is looked at in its first and last step."""
     steps = policy.steps(policy.manifest.sampling.num_steps)
@@ -102,7 +117,9 @@ def stages_to_pin(path: Path, largest: Mapping[str, float], stages: Collection[s
     model = onnx.load(path, load_external_data=False)
     around: dict[str, str] = {}  # tensor -> the innermost stage it is made in
     for node in model.graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        scopes = next(
+            (p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]"
+        )
         if inside := [module for module in ast.literal_eval(scopes) if module in stages]:
             around |= dict.fromkeys(node.output, str(inside[-1]))
     require_headroom(path.name, {name: v for name, v in largest.items() if name not in around})

@@ -1,9 +1,17 @@
 """The runtime: a bundle, run without torch. `Policy` is the public API."""
 
-from .bundle import Bundle
-from .errors import BackendError, BundleError, CheckFailed, InputError, SafetyStop, SettingsError, SmolVLAError
-from .policy import Policy
-from .sampling import RealTimeChunking
+from ..core.errors import (
+    BackendError,
+    BundleError,
+    CheckFailed,
+    InputError,
+    SafetyStop,
+    SettingsError,
+    SmolVLAError,
+)
+from .bundle.bundle import Bundle
+from .policy.policy import Policy
+from .policy.sampling import RealTimeChunking
 
 __all__ = [
     "BackendError",

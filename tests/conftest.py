@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from faulty_arm import FaultyArm
-from running import POSE, WILD
 
-DATA = Path(__file__).parent / "data"
-# Facts and full-size goldens that are not part of the repository; tests that need them skip without them.
-SHARED = Path(os.environ.get("SMOLVLA_EDGE_SHARED", Path(__file__).parents[2] / "shared"))
+from support.faulty_arm import FaultyArm
+from support.paths import DATA
+from support.running import POSE, WILD
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,7 +35,7 @@ def export_case(tmp_path_factory):
     made = {}
 
     def export(name: str, precision: str, target: str = "portable") -> Path:
-        from smolvla_edge.export.checkpoint import load_checkpoint
+        from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
         from smolvla_edge.export.writer import write_bundle
 
         key = name, precision, target
@@ -46,7 +44,9 @@ def export_case(tmp_path_factory):
 
             output = tmp_path_factory.mktemp("bundles") / "-".join(key)
             checkpoint = load_checkpoint(str(DATA / name / "checkpoint"))
-            data = observations_for(checkpoint, "synthetic", 8, str) if precision == "int8" else None
+            data = (
+                observations_for(checkpoint, "synthetic", 8, str) if precision == "int8" else None
+            )
             write_bundle(checkpoint, output, precision, target=target, calibration=data)
             made[key] = output
         return made[key]
@@ -77,7 +77,9 @@ def oldest_python():
     """A Python 3.10 interpreter: what the lean runtime must run on."""
     candidates = ["python3.10"]
     # Version managers keep interpreters side by side: look beside the one that runs the tests.
-    candidates += [str(p) for p in sorted(Path(sys.base_prefix).parent.glob("*3.10*/bin/python3.10"))]
+    candidates += [
+        str(p) for p in sorted(Path(sys.base_prefix).parent.glob("*3.10*/bin/python3.10"))
+    ]
     for candidate in candidates:
         try:
             subprocess.run([candidate, "-c", ""], check=True, capture_output=True)
@@ -127,7 +129,14 @@ def start(tmp_path):
 
     def popen(line, **options):
         started.append(
-            subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, **options)
+            subprocess.Popen(
+                line,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=tmp_path,
+                **options,
+            )
         )
         return started[-1]
 

@@ -5,11 +5,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.paths import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,9 @@ def lean(wheel, oldest_python, tmp_path_factory):
 
 def run(*command, cwd):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=cwd, env=environment)
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, cwd=cwd, env=environment
+    )
 
 
 def test_the_wheel_holds_every_package_and_no_test(wheel):
@@ -48,20 +49,38 @@ def test_the_wheel_holds_every_package_and_no_test(wheel):
     packages = {n.split("/")[1] for n in names if n.startswith("smolvla_edge/")}
     assert packages == {"benchmarks", "devices", "export", "quantize", "runtime"}
     assert not any("test" in n for n in names)
-    demo = [n.removeprefix("smolvla_edge/export/demo_checkpoint/") for n in names if "/demo_checkpoint/" in n]
-    assert set(demo) == {"config.json", "policy_preprocessor.json", "policy_postprocessor.json", "vlm/config.json"}
+    demo = [
+        n.removeprefix("smolvla_edge/export/demo_checkpoint/")
+        for n in names
+        if "/demo_checkpoint/" in n
+    ]
+    assert set(demo) == {
+        "config.json",
+        "policy_preprocessor.json",
+        "policy_postprocessor.json",
+        "vlm/config.json",
+    }
     assert "smolvla_edge/benchmarks/page.html" in names
 
 
 def test_the_lean_runtime_brings_no_torch_transformers_or_onnx(lean, tmp_path):
     listed = run(lean / "pip", "list", "--format", "freeze", cwd=tmp_path).stdout.lower()
     names = {line.split("==")[0].replace("_", "-") for line in listed.splitlines()}
-    assert not names & {"torch", "transformers", "onnx", "onnxscript", "safetensors", "onnxruntime-gpu"}
+    assert not names & {
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "safetensors",
+        "onnxruntime-gpu",
+    }
     assert {"onnxruntime", "tokenizers", "opencv-python-headless", "pyserial", "typer"} <= names
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_lean_runtime_predicts_and_passes_the_self_check(lean, export_case, tmp_path, precision):
+def test_the_lean_runtime_predicts_and_passes_the_self_check(
+    lean, export_case, tmp_path, precision
+):
     code = """
 import sys, numpy as np
 from smolvla_edge.runtime import Policy
@@ -83,7 +102,8 @@ def test_exporting_from_the_lean_runtime_says_what_to_install(lean, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["smolvla-audit", "smolvla-bench latency", "smolvla-doctor", "smolvla-export", "smolvla-run"]
+    "line",
+    ["smolvla-audit", "smolvla-bench latency", "smolvla-doctor", "smolvla-export", "smolvla-run"],
 )
 def test_every_command_has_a_version_and_a_help_with_defaults(lean, tmp_path, line):
     command, *more = line.split()

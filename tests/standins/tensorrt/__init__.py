@@ -16,7 +16,12 @@ import numpy as np
 import onnxruntime
 from cuda.bindings import runtime as cuda
 
-_TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int32)": "INT32", "tensor(bool)": "BOOL"}
+_TYPES = {
+    "tensor(float)": "FLOAT",
+    "tensor(float16)": "HALF",
+    "tensor(int32)": "INT32",
+    "tensor(bool)": "BOOL",
+}
 _TYPES |= {"tensor(uint8)": "UINT8"}
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "BOOL": "bool", "UINT8": "uint8"}
 
@@ -29,7 +34,13 @@ __version__ = _said().get("version", "10.3.0")
 
 
 class ILogger:
-    ERROR, WARNING, INFO, VERBOSE, INTERNAL_ERROR = "ERROR", "WARNING", "INFO", "VERBOSE", "INTERNAL_ERROR"
+    ERROR, WARNING, INFO, VERBOSE, INTERNAL_ERROR = (
+        "ERROR",
+        "WARNING",
+        "INFO",
+        "VERBOSE",
+        "INTERNAL_ERROR",
+    )
 
 
 class IProgressMonitor:
@@ -85,7 +96,9 @@ class Builder:
     def build_serialized_network(self, network, config):
         said = _said()
         assert config.cleared is BuilderFlag.TF32, "float32 would be rounded to TF32"
-        assert config.profiling_verbosity is ProfilingVerbosity.DETAILED, "the inspector would tell nothing"
+        assert config.profiling_verbosity is ProfilingVerbosity.DETAILED, (
+            "the inspector would tell nothing"
+        )
         config.progress_monitor.phase_start("Building engine", None, 2)
         if said.get("fail") == "wait":
             time.sleep(60)
@@ -97,7 +110,9 @@ class Builder:
         config.progress_monitor.step_complete("Building engine", 1)
         config.progress_monitor.phase_finish("Building engine")
         shapes = {t.name: list(t.shape) for t in network.inputs}
-        return json.dumps({"graph": network.graph, "shapes": shapes, "version": __version__}).encode()
+        return json.dumps(
+            {"graph": network.graph, "shapes": shapes, "version": __version__}
+        ).encode()
 
 
 class OnnxParser:
@@ -114,7 +129,9 @@ class OnnxParser:
     def parse_from_file(self, path):
         if _said().get("fail") == "parse":
             return False
-        inputs = [SimpleNamespace(name=t.name, shape=tuple(t.shape)) for t in _session(path).get_inputs()]
+        inputs = [
+            SimpleNamespace(name=t.name, shape=tuple(t.shape)) for t in _session(path).get_inputs()
+        ]
         network = self._network
         network.graph, network.inputs, network.num_inputs = path, inputs, len(inputs)
         network.get_input = inputs.__getitem__
@@ -128,7 +145,10 @@ class Runtime:
     def deserialize_cuda_engine(self, plan):
         said = json.loads(plan)
         if said["version"] != __version__:
-            self._log.log(ILogger.ERROR, f"The engine plan file is of {said['version']}, expected {__version__}")
+            self._log.log(
+                ILogger.ERROR,
+                f"The engine plan file is of {said['version']}, expected {__version__}",
+            )
             return None
         return _Engine(said["graph"], said["shapes"])
 
@@ -137,7 +157,9 @@ class _Engine:
     def __init__(self, graph, shapes):
         self.graph, self._session = graph, _session(graph)
         self.outputs = [t.name for t in self._session.get_outputs()]
-        self._tensors = {t.name: t for t in (*self._session.get_inputs(), *self._session.get_outputs())}
+        self._tensors = {
+            t.name: t for t in (*self._session.get_inputs(), *self._session.get_outputs())
+        }
         self._names, self._shapes = list(self._tensors), shapes
         self.num_io_tensors = len(self._names)
 
@@ -156,11 +178,18 @@ class _Engine:
     def create_engine_inspector(self):
         half = Path(self.graph).name == _said().get("half")
         layer = {"Inputs": [{"Format/Datatype": "Half" if half else "Float"}]}
-        return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": [layer] * 3}))
+        return SimpleNamespace(
+            get_engine_information=lambda form: json.dumps({"Layers": [layer] * 3})
+        )
 
     def array(self, name, address):
-        dtype, shape = np.dtype(_NUMPY[self.get_tensor_dtype(name).name]), tuple(self.get_tensor_shape(name))
-        return np.frombuffer(cuda.view(address, dtype.itemsize * int(np.prod(shape))), dtype).reshape(shape)
+        dtype, shape = (
+            np.dtype(_NUMPY[self.get_tensor_dtype(name).name]),
+            tuple(self.get_tensor_shape(name)),
+        )
+        return np.frombuffer(
+            cuda.view(address, dtype.itemsize * int(np.prod(shape))), dtype
+        ).reshape(shape)
 
 
 class _Context:

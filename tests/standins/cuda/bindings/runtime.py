@@ -117,4 +117,6 @@ def _nothing(*_):
     return (OK,)
 
 
-cudaStreamSynchronize = cudaStreamDestroy = cudaGraphDestroy = cudaGraphExecDestroy = cudaSetDeviceFlags = _nothing
+cudaStreamSynchronize = cudaStreamDestroy = cudaGraphDestroy = cudaGraphExecDestroy = (
+    cudaSetDeviceFlags
+) = _nothing

@@ -1,0 +1,167 @@
+"""What every command line of this project does alike: exit statuses, `error:` lines, --version, --debug."""
+
+import importlib.metadata
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import typer
+
+from .errors import SmolVLAError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
+TWIN_SIGNAL_S = 0.5
+UNSAID_LINES, SAID_LIMIT_S = 1000, 2.0
+DONE, MISTAKE, INTERRUPTED = 0, 2, 130
+
+
+def new_app() -> typer.Typer:
+    """A typer application with plain text help and our own error handling."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run `app` and exit: 0 done, 1 a check failed or a safety stop, 2 wrong input or usage, 130 interrupted.
+
+    --debug anywhere on the line shows tracebacks.
+    """
+    try:
+        status = app(standalone_mode=False)
+        code, line = status if isinstance(status, int) else DONE, ""
+    except (Exception, KeyboardInterrupt) as e:
+        if (
+            isinstance(e, KeyboardInterrupt) or type(e).__name__ == "Abort"
+        ):  # Abort: click's own Ctrl-C
+            code, line = INTERRUPTED, ""
+        elif isinstance(e, SmolVLAError):
+            code, line = e.exit_status, f"error: {e}"
+        elif isinstance(e, OSError):  # full disk, missing permission: the file is in the message
+            code, line = MISTAKE, f"error: {e}"
+        elif hasattr(
+            e, "format_message"
+        ):  # click's usage errors, under whatever name typer ships click
+            code, line = MISTAKE, f"error: {e.format_message()}"
+        else:
+            raise
+        if "--debug" in sys.argv:
+            said()
+            traceback.print_exc()
+    said()
+    sys.stdout.flush()  # so that the error is the last line in a log too
+    if code == INTERRUPTED:  # typer answers Ctrl-C with a silent status of its own, too
+        line = "interrupted"
+    if line:
+        print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def version_option() -> Any:
+    """The --version flag."""
+    return typer.Option(
+        None,
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        help="Print the version and leave.",
+    )
+
+
+def terminate_like_interrupt() -> None:
+    """Every signal that ends or stops a program unwinds like Ctrl-C, so that each `finally` runs.
+
+    SIGINT too: a shell that starts a program in the background has it ignored. SIGTSTP (Ctrl-Z) and SIGQUIT would
+    leave an arm energised with nobody driving it.
+    """
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+
+
+@contextmanager
+def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Within, the first signal only makes the function that is handed out true; the second interrupts at once.
+
+    A shell that closes sends SIGHUP twice, and so does `timeout` with SIGTERM: only of Ctrl-C is a quick second one
+    somebody who insists.
+    """
+    asked: tuple[int, float] | None = None
+
+    def note(number: int, frame: object) -> None:
+        nonlocal asked
+        now = time.monotonic()
+        if asked is None:
+            asked = number, now
+            with suppress(Exception):  # whoever says it: the signal counts
+                say(f"{signal.Signals(number).name}: once more switches the motors off at once")
+        elif number == signal.SIGINT or number != asked[0] or now - asked[1] > TWIN_SIGNAL_S:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield lambda: asked is not None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Speaker(threading.Thread):
+    """Prints lines for somebody who must not wait: a stalled or closed terminal costs lines, nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(name="speaker", daemon=True)
+        self.lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            line = self.lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            with suppress(OSError, ValueError):
+                print(line, flush=True)
+
+
+_speaker: _Speaker | None = None
+
+
+def say(line: str) -> None:
+    """Print while motors are on: returns at once, whatever becomes of the terminal. Also from a signal handler."""
+    global _speaker
+    _speaker = _speaker or _Speaker()
+    if _speaker.lines.qsize() < UNSAID_LINES:
+        _speaker.lines.put(line)
+
+
+def said() -> None:
+    """Wait a moment for what was said to be printed, before anything is printed directly."""
+    if _speaker is not None:
+        done = threading.Event()
+        _speaker.lines.put(done)
+        done.wait(SAID_LIMIT_S)
+
+
+def _print_version(value: bool | None) -> None:
+    if value:
+        print(f"smolvla-edge {importlib.metadata.version('smolvla-edge')}")
+        raise typer.Exit
+
+
+def require_linux() -> None:
+    """Serial ports, schedulers and pseudo-terminals are used as Linux has them."""
+    if not sys.platform.startswith("linux"):
+        print(
+            f"error: smolvla-edge runs on Linux only, this is {sys.platform} ({os.name})",
+            file=sys.stderr,
+        )
+        sys.exit(MISTAKE)

@@ -1,0 +1,75 @@
+"""Does this bundle compute on this machine what the checkpoint computed where it was exported?
+
+`selfcheck.npz` holds one observation, three instructions (short, padded, full-length), the actions that the
+checkpoint answers, normalised and in robot units, and a sample of every KV tensor: actions hide a stale cache. An
+INT8 bundle holds its own answers instead: how far they are from the checkpoint's was judged at export.
+"""
+
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.errors import BundleError, CheckFailed
+
+if TYPE_CHECKING:
+    from .policy import Policy
+
+FILE = "selfcheck.npz"
+# Largest error that is still this policy, by precision; actions are normalised, of order 1.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 5e-2}
+
+
+def error(got: NDArray[Any], expected: NDArray[Any]) -> float:
+    """max |got - expected| / max(1, max |expected|); infinite where got is not finite."""
+    if not np.isfinite(got).all():
+        return float("inf")
+    reference = expected.astype(np.float64)
+    return float(
+        np.abs(got.astype(np.float64) - reference).max() / max(1.0, np.abs(reference).max())
+    )
+
+
+def run_selfcheck(policy: "Policy") -> dict[str, float]:
+    """-> stage -> worst error over the instructions, in the order of computation: every tensor of the cache, the
+    normalised `actions`, the `chunk` in robot units. Raises BundleError for a damaged file."""
+    path, m = policy.bundle.path(FILE), policy.manifest
+    kv = [t.name for t in m.prefix.outputs if t.name != "prefix_mask"]
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = dict(file)
+        images = {c.name: data[f"image.{c.name}"] for c in m.cameras}
+        worst = dict.fromkeys((*kv, "actions", "chunk"), 0.0)
+        for i, task in enumerate(data["task"]):
+            policy.prefill(images, data["state"], str(task))
+            cache = policy.graphs.cache()
+            actions = policy.denoise(data["noise"])
+            got = {name: cache[name].ravel()[data[f"where.{i}"]] for name in kv}
+            got |= {"actions": actions, "chunk": policy.robot_units(actions)}
+            for stage in worst:
+                worst[stage] = max(worst[stage], error(got[stage], data[f"{stage}.{i}"]))
+    except (OSError, KeyError, IndexError, zipfile.BadZipFile) as e:
+        raise BundleError(f"{path} is damaged ({e!r}): export the checkpoint again") from e
+    return worst
+
+
+def summary(errors: dict[str, float]) -> dict[str, float]:
+    """run_selfcheck's errors with the tensors of the cache as one: the worst."""
+    ends = {stage: errors[stage] for stage in ("actions", "chunk")}
+    return {"cache": max(e for stage, e in errors.items() if stage not in ends)} | ends
+
+
+def require(policy: "Policy", errors: dict[str, float]) -> None:
+    """Raises CheckFailed that names the first stage to leave what the checkpoint computes."""
+    precision = policy.manifest.precision
+    limit = TOLERANCE[precision]
+    over = {stage: value for stage, value in errors.items() if not value <= limit}
+    if over:
+        stage, value = next(iter(over.items()))
+        wider = " Try a bundle of --precision fp32, or" if precision != "fp32" else " Try"
+        raise CheckFailed(
+            f"self-check failed: {stage} is the first to differ from its checkpoint, by {value:.2e} (at most "
+            f"{limit:.0e}), {len(over)} of {len(errors)} stages do; actions by {errors['actions']:.2e}.{wider} "
+            "another --backend"
+        )

@@ -1,0 +1,347 @@
+"""INT8: the layers as their operators compute them, smoothing, rounding, the plan, and bundles made of it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from smolvla_edge.core.errors import ExportError, GateError, ObservationsError
+from smolvla_edge.export import int8, writer
+from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
+from smolvla_edge.export.reference import fixed_observations
+from smolvla_edge.export.sites import sites
+from smolvla_edge.export.views.layers import both
+from smolvla_edge.quantize.int8 import smoothing
+from smolvla_edge.quantize.int8.gate import Errors, Gate
+from smolvla_edge.quantize.int8.linear import Dynamic, Quantized, Static
+from smolvla_edge.quantize.int8.plan import MACHINES, Cost, choose, order
+from smolvla_edge.quantize.int8.rounding import compensated, nearest
+from smolvla_edge.runtime import BackendError, Bundle, Policy
+from smolvla_edge.runtime.bundle.manifest import manifest_json
+from smolvla_edge.runtime.engines import backend
+from smolvla_edge.runtime.policy.audit import audit, contradictions, stored_weights
+from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, run_selfcheck
+from support.paths import DATA
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+@pytest.fixture
+def parts():
+    """A layer [24 -> 16] with everything that one can have: bias, factor, an outlier channel."""
+    weight, factor = random(16, 24), torch.rand(24, generator=GENERATOR) + 0.5
+    factor[5] = 0
+    rounded, scale = nearest(weight)
+    return Quantized(
+        rounded, scale, random(16), torch.tensor(4.0), factor, torch.tensor([5]), random(1, 16)
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_checkpoint(str(DATA / "tiny" / "checkpoint"))
+
+
+def in_onnxruntime(module, x, tmp_path):
+    path = tmp_path / "layer.onnx"
+    torch.onnx.export(module, (x,), str(path), dynamo=True, opset_version=20, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("kind", [Dynamic, Static])
+def test_a_layer_computes_in_torch_what_its_operators_compute(kind, parts, tmp_path):
+    module, x = kind(parts).eval(), random(1, 7, 24)
+    got, expected = in_onnxruntime(module, x, tmp_path), module(x).numpy()
+    step = float(parts.scale.max()) * 8 / 255  # a rounding that falls the other way
+    assert np.abs(got - expected).max() < 2 * step
+    assert np.abs(got - expected).mean() < 1e-5
+    plain = x @ (parts.rounded * parts.scale[:, None] * parts.factor).T + parts.bias
+    plain += x[..., 5:6] @ parts.outlier_weight
+    assert (
+        1e-3 < np.abs(expected - plain.numpy()).max() < 0.5
+    )  # it does round, and by no more than it should
+
+
+def test_compensated_rounding_keeps_products_that_nearest_loses():
+    weight, mixing = (
+        random(32, 48),
+        random(12, 48),
+    )  # activations that depend on each other, as real ones do
+    x = random(500, 12) @ mixing + 0.05 * random(500, 48)
+    errors = []
+    for rounded, scale in (nearest(weight), compensated(weight, x.T @ x)):
+        assert rounded.abs().max() <= 127
+        assert torch.equal(rounded, rounded.round())
+        errors.append(float((x @ (rounded * scale[:, None] - weight).T).norm()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_weight_that_is_exact_in_int8_stays_as_it_is():
+    whole = torch.randint(-127, 128, (8, 16), generator=GENERATOR).float()
+    whole[:, 0] = 127
+    rounded, scale = compensated(whole * 2**-7, torch.eye(16))
+    assert torch.equal(rounded * scale[:, None], whole * 2**-7)
+
+
+def test_smoothing_leaves_a_silent_channel_alone_and_is_never_wild():
+    largest, weight = torch.tensor([1.0, 0.0, 1e-9, 1e9]), torch.ones(2, 4)
+    found = smoothing.scales(largest, weight, 1.0)
+    assert found[1] == 1
+    assert 1e-3 <= found.min() < found.max() <= 1e3
+
+
+@pytest.fixture(scope="module")
+def smoothed():
+    """Views of the case with massive activations before and after smoothing, and their INT8 layers."""
+    checkpoint = load_checkpoint(str(DATA / "tiny_outliers" / "checkpoint"))
+    data = int8.observations_for(checkpoint, "synthetic", 4, str)
+    after = writer.reference_of(checkpoint, "portable")
+    layers, costs = int8._quantized(after, data.calibration, "cpu", str)
+    return writer.reference_of(checkpoint, "portable"), after, layers, costs
+
+
+def test_smoothing_changes_nothing_in_float(smoothed):
+    before, after, _, _ = smoothed
+    o = fixed_observations(before.checkpoint, before.arch)[1]
+    expected, got = before.run(o), after.run(o)
+    assert np.abs(got.actions - expected.actions).max() < 1e-4
+    weights = [r.prefix.layers[1].mlp.down_proj.weight for r in (before, after)]
+    assert not torch.allclose(*weights)  # it did something
+
+
+def test_every_site_is_a_linear_of_its_view_and_none_is_named_twice(smoothed):
+    views = smoothed[0].prefix, smoothed[0].expert
+    names = [name for site in sites(*views) for name in site.linears]
+    assert len(set(names)) == len(names)
+    floats = {n for n, m in both(*views).named_modules() if type(m).__name__ == "Linear"} - set(
+        names
+    )
+    assert {n.split(".")[1] for n in floats} == {
+        "state_proj", "cross", "action_in_proj", "time_mlp_actions", "time_mlp_time", "action_time_mlp_out",
+        "action_out_proj",
+    }  # fmt: skip
+
+
+def prefix_error(smoothed, layers):
+    before, after, _, _ = smoothed
+    o = fixed_observations(before.checkpoint, before.arch)[1]
+    _, mask, exact = before.prefill(o)
+    with int8._swapped(both(after.prefix, after.expert), layers):
+        _, _, got = after.prefill(o)
+    pairs = [(got[name][:, :, mask[0]], exact[name][:, :, mask[0]]) for name in exact]
+    return max(float((g - e).norm() / e.norm()) for g, e in pairs)
+
+
+def test_a_massive_channel_is_multiplied_in_float(smoothed, monkeypatch):
+    path = "prefix.vision_model.layers.1.mlp.fc2"  # of weight 80, planted
+    layer = smoothed[2]["vision early"][path]
+    assert layer.outliers.tolist() == [11]
+    assert prefix_error(smoothed, {path: layer}) < 0.01
+    monkeypatch.setattr(smoothing, "OUTLIER", float("inf"))
+    checkpoint = smoothed[0].checkpoint
+    data = int8.observations_for(checkpoint, "synthetic", 4, str)
+    naive, _ = int8._quantized(
+        writer.reference_of(checkpoint, "portable"), data.calibration, "cpu", str
+    )
+    assert naive["vision early"][path].outliers is None
+    assert prefix_error(smoothed, {path: naive["vision early"][path]}) > 0.03
+
+
+def test_costs_count_every_token_once(smoothed):
+    costs = smoothed[3]
+    arch = smoothed[0].arch
+    assert {c.rows for c in costs["vision early"]} == {len(arch.config.cameras) * arch.patches}
+    assert {c.rows for c in costs["language late"]} == {arch.prefix_tokens}
+    assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.config.chunk_size, 10)}
+
+
+OVER = Errors((0.2,) * 6, (1.0,) * 6, 0, {"key.0": 0.01})
+
+
+def errors(action, cache):
+    return Errors((action,), (1.0,), 0, {"key.0": cache})
+
+
+def test_groups_are_taken_by_time_saved_for_their_error_as_far_as_the_gate_allows():
+    alone = {
+        "a": (1.0, errors(0.05, 0.0)),
+        "b": (3.0, errors(0.05, 0.0)),
+        "c": (0.5, errors(0.01, 0.0)),
+    }
+    gate = Gate()
+    assert order(alone, gate) == ["b", "c", "a"]
+    assert choose(
+        order(alone, gate), lambda g: errors(sum(alone[x][1].action for x in g), 0.0), gate
+    ) == ["b", "c"]
+    assert choose(order(alone, gate), lambda g: errors(0.1, 0.05), gate) == ["b", "c", "a"]
+    assert choose(["a"], lambda g: errors(0.0, 0.051), gate) == []
+
+
+def test_what_streams_its_weights_saves_bytes_and_what_computes_saves_operations():
+    board, _ = MACHINES["portable"]
+    expert, vision = Cost(50, 720 * 2048, 10), Cost(2048, 768 * 3072, 1)
+    assert expert.saved_s("portable") == pytest.approx(10 * 720 * 2048 / board.gb_s / 1e9)
+    assert vision.saved_s("portable") == pytest.approx(
+        vision.multiply_adds / board.float_tflops / 1e12
+    )
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_a_bundle_is_int8_as_its_manifest_says(export_case, target):
+    opened = Bundle.open(export_case("tiny", "int8", target))
+    record = opened.manifest.int8
+    assert record is not None
+    assert record.groups
+    assert record.gate_is_default
+    assert record.found["action_p99"] <= 0.1
+    assert record.found["cache"] <= 0.05
+    assert record.calibration.kind == "synthetic"
+    m = opened.manifest
+    stages = [*m.prefix.stages.values(), *[m.expert.stages["expert"]] * m.sampling.num_steps]
+    assert sum(work.gemm.get("int8", 0) for work in stages) == 2 * record.multiply_adds
+    found = audit(opened)
+    assert contradictions(found, "int8") == []
+    assert sum(kinds.get("int8", 0) for kinds in found.stored.values()) == record.weights
+    if target == "cpu":
+        ran = sum(row.multiply_adds for row in found.rows if row.precision == "int8")
+        assert ran == record.multiply_adds > 0.6 * found.multiply_adds
+    assert max(run_selfcheck(Policy.load(opened, "cpu")).values()) < TOLERANCE["int8"] / 10
+
+
+def test_a_relabelled_float32_graph_is_refused(export_case, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(export_case("tiny", "fp32", "cpu"), copy)
+    claims = json.loads((export_case("tiny", "int8", "cpu") / "manifest.json").read_text())
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").chmod(0o644)
+    (copy / "manifest.json").write_text(
+        json.dumps(manifest | {"precision": "int8", "int8": claims["int8"]})
+    )
+    found = audit(Bundle.open(copy))
+    text = " ".join(contradictions(found, "int8"))
+    assert "stored are float32 100.0 %" in text
+    assert "computed on CPUExecutionProvider were float32 100.0 %" in text
+
+
+def test_the_exporter_refuses_what_the_audit_contradicts(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        writer, "contradictions", lambda *_: ["labelled fp32, but computed otherwise"]
+    )
+    with pytest.raises(ExportError, match="labelled fp32, but computed otherwise"):
+        writer.write_bundle(tiny, tmp_path / "bundle", "fp32")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_gate_that_no_group_meets_is_an_error(tiny, tmp_path):
+    data = int8.observations_for(tiny, "synthetic", 2, str)
+    with pytest.raises(GateError, match="no group of layers can be INT8 within the gate"):
+        writer.write_bundle(
+            tiny, tmp_path / "bundle", "int8", target="cpu", calibration=data, gate=Gate(1e-4)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_over_the_gate_is_no_bundle(tiny, monkeypatch, tmp_path):
+    """The plan is made by simulation; what the graphs answer has the last word."""
+    data = int8.observations_for(tiny, "synthetic", 2, str)
+    monkeypatch.setattr(int8, "choose", lambda groups, *_: groups[:1])
+    monkeypatch.setattr(int8.HeldOut, "judge", lambda *_: OVER)
+    with pytest.raises(
+        GateError, match=r"joint 0 0\.200 \(at most 0\.100\).*No bundle was written"
+    ):
+        writer.write_bundle(tiny, tmp_path / "bundle", "int8", target="cpu", calibration=data)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_over_the_gate_loses_the_group_that_was_taken_last(tiny, monkeypatch, tmp_path):
+    data = int8.observations_for(tiny, "synthetic", 2, str)
+    judge, judged, said = int8.HeldOut.judge, [], []
+    monkeypatch.setattr(int8, "choose", lambda groups, *_: ["expert MLP", "vision late"])
+    monkeypatch.setattr(
+        int8.HeldOut, "judge", lambda *a: judged.append(1) or (judge(*a) if judged[1:] else OVER)
+    )
+    given = {"calibration": data, "gate": Gate(action_p99=0.19), "say": said.append}
+    made = writer.write_bundle(tiny, tmp_path / "bundle", "int8", target="cpu", **given)
+    assert any("leaving vision late in float" in line for line in said)
+    assert made.manifest.int8.groups == ("expert MLP",)
+    stored = stored_weights(made.path("prefix.onnx")), stored_weights(made.path("expert.onnx"))
+    assert "int8" not in stored[0]
+    assert stored[1]["int8"] == made.manifest.int8.weights
+
+
+def test_a_single_frame_to_calibrate_with_is_too_few(tiny, monkeypatch):
+    whole = int8.read_calibration
+    monkeypatch.setattr(int8, "read_calibration", lambda *a, **k: whole(*a, **k | {"frames": 1}))
+    with pytest.raises(
+        ObservationsError, match="leaves 1 frame to calibrate with, expected at least 2"
+    ):
+        int8.observations_for(tiny, "synthetic", 2, str)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("word " * 99, "tokens long, this bundle takes 48"), ("\n", "expected an")],
+)
+def test_an_instruction_the_policy_would_refuse_is_refused_at_once(
+    tiny, monkeypatch, task, message
+):
+    whole = int8.read_calibration(
+        "synthetic",
+        tiny.processors.camera_names,
+        6,
+        [task],
+        statistics={},
+        frames=4,
+        held_out=2,
+        say=str,
+    )
+    monkeypatch.setattr(int8, "read_calibration", lambda *_, **__: whole)
+    with pytest.raises(ObservationsError, match=f"my_data: the task is .*{message}"):
+        int8.observations_for(tiny, "my_data", 4, str)
+
+
+def test_every_gripper_is_judged(tiny):
+    assert int8.grippers_of(tiny) == [5]  # an SO-101's last
+    names = ("left_gripper", "a", "b", "c", "right_gripper", "d")
+    assert int8.grippers_of(replace(tiny, joints=names)) == [0, 4]
+    assert int8.grippers_of(replace(tiny, joints=("a", "b", "c", "d", "e", "f"))) == []
+
+
+def test_a_cpu_whose_products_overflow_is_refused(export_case, monkeypatch):
+    monkeypatch.setattr(backend, "_saturates", lambda: True)
+    with pytest.raises(BackendError, match="this CPU has no VNNI"):
+        Policy.load(export_case("tiny", "int8", "cpu"), "cpu")
+    Policy.load(export_case("tiny", "fp32", "cpu"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "saturates"),
+    [
+        ("x86_64", "fma avx2", True),
+        ("x86_64", "avx2 avx_vnni", False),
+        ("x86_64", "avx512f avx512_vnni", False),
+        ("aarch64", "asimd", False),
+    ],
+)
+def test_what_overflows_is_an_x86_without_vnni(monkeypatch, machine, flags, saturates):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("pathlib.Path.read_text", lambda self: f"flags : {flags}")
+    assert backend._saturates() is saturates
+
+
+def test_a_bundle_without_its_int8_record_is_refused(export_case, tmp_path):
+    opened = Bundle.open(export_case("tiny", "int8", "cpu"))
+    raw = json.loads(manifest_json(opened.manifest)) | {"int8": None}
+    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(Exception, match="precision is int8, but int8 is missing"):
+        Bundle.open(tmp_path)

@@ -1,0 +1,1 @@
+"""What several tests use: stand-ins at the outermost borders, golden cases, folders."""

@@ -43,7 +43,7 @@ bench/fp32/manifest.json: bench/checkpoint/model.safetensors
 
 bench/checkpoint/model.safetensors: | $(VENV)/installed
 	rm -rf bench/checkpoint
-	$(BIN)/python -c "import pathlib, smolvla_edge.export.demo as d; d.write_demo_checkpoint(pathlib.Path('bench/checkpoint'))"
+	$(BIN)/python -c "import pathlib, smolvla_edge.export.checkpoint.demo as d; d.write_demo_checkpoint(pathlib.Path('bench/checkpoint'))"
 
 lerobot-env: $(LEROBOT)/bin/lerobot-ready
 

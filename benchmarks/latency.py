@@ -71,7 +71,7 @@ class BundleRunner:
     def __init__(self, bundle: Bundle, device: str) -> None:
         self.policy = Policy.load(bundle, device)
         errors = run_selfcheck(self.policy)
-        require(self.policy, errors)
+        require(bundle.manifest.precision, errors)
         self.selfcheck = summary(errors)
         self._given = observation(bundle)
         self.stages: list[dict[str, float]] = []  # ms, of each run

@@ -39,5 +39,5 @@ if subprocess.run(line).returncode or subprocess.run([sys.executable, "-c", "imp
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "__init__.py").write_text(text)
 PYTHON
-"$2/bin/python" -c "import lerobot.policies.smolvla.modeling_smolvla, smolvla_edge.export.checkpoint"
+"$2/bin/python" -c "import lerobot.policies.smolvla.modeling_smolvla, smolvla_edge.export.checkpoint.checkpoint"
 echo "$2/bin/python has LeRobot $("$2/bin/python" -c 'import lerobot; print(lerobot.__version__)')"

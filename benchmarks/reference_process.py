@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..core.errors import BenchError
+from ..core.process import module_command
 from ..runtime import Bundle, SmolVLAError
 from ..runtime.policy.preprocessing import Preprocessor
 from ..runtime.policy.sampling import schedule
@@ -59,7 +60,7 @@ class ReferenceProcess:
 
     def __init__(self, python: str, asked: Asked) -> None:
         self.asked = asked
-        line = [python, "-m", __name__, json.dumps(asdict(asked))]
+        line = module_command(__name__, json.dumps(asdict(asked)), python=python)
         try:
             self._process = (
                 subprocess.Popen(  # a session of its own: Ctrl-C is for this process, which ends it
@@ -281,7 +282,3 @@ def as_loaded(policy: Any) -> Any:
         if id(p) not in kept:
             p.data = p.data.to(torch.bfloat16)
     return policy
-
-
-if __name__ == "__main__":
-    main()

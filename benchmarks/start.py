@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import BenchError
+from ..core.process import module_command
 from ..runtime import Bundle, Policy
 from .result import Start
 
@@ -25,7 +26,7 @@ def cold_start(bundle: Bundle, device: str, processes: int = 3) -> Start:
     """Medians over `processes`. Raises BenchError with the words of one that fails."""
     runs = []
     for _ in range(processes):
-        line = [sys.executable, "-m", __name__, str(bundle.folder), device, str(time.monotonic())]
+        line = module_command(__name__, str(bundle.folder), device, str(time.monotonic()))
         done = subprocess.run(line, capture_output=True, text=True)
         if done.returncode:
             raise BenchError(
@@ -58,7 +59,3 @@ def main() -> None:
         key: 1.024e-3 * int(status[field].split()[0]) for key, field in _MEMORY.items()
     }  # from KiB
     print(json.dumps(dict(zip(_SECONDS, np.diff(clock).tolist(), strict=True)) | memory))
-
-
-if __name__ == "__main__":
-    main()

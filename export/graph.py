@@ -17,8 +17,8 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from ..core.errors import GraphError
-from ..runtime.budget.roofline import Work
 from ..runtime.bundle import manifest as contract
+from ..runtime.bundle.manifest import Work
 from .checkpoint.architecture import Architecture
 from .views.layers import Recipe
 

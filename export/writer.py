@@ -20,9 +20,8 @@ from ..quantize.observations.calibration import CalibrationSet
 from ..quantize.ranges import policy_ranges, stages_to_pin
 from ..runtime import Bundle, Policy
 from ..runtime.bundle import manifest as contract
-from ..runtime.bundle.manifest import MANIFEST, manifest_json, parse_manifest
+from ..runtime.bundle.manifest import CAMERA_GRAPH, MANIFEST, manifest_json, parse_manifest
 from ..runtime.policy.audit import audit, contradictions
-from ..runtime.policy.preprocessing import CAMERA_GRAPH
 from ..runtime.policy.selfcheck import FILE, run_selfcheck
 from . import graph, lerobot_check, parity
 from .camera_graph import write_camera_graph

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import RangeError
 from ..runtime import Policy
-from ..runtime.policy.preprocessing import Feeds
+from ..runtime.engines.graphs import Feeds
 
 FLOAT16_MAX = 65504.0
 PROBE = "float16_range."

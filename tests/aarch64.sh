@@ -42,14 +42,14 @@ emulated() {  # COMMAND OPTION...
     PYTHONPATH="$scratch/site" OMP_NUM_THREADS=1 \
         qemu-aarch64-static -cpu cortex-a76 -L "$root" "$root/usr/bin/python3.11" -c "
 import platform
-from smolvla_edge.runtime.$command import main
+from smolvla_edge.runtime.commands.$command import main
 
 print('$command on', platform.machine(), 'Python', platform.python_version(), flush=True)
 main()" "$@"
 }
 
 for bundle in "$@"; do
-    emulated cli --bundle "$bundle" --device cpu --self-check
+    emulated run --bundle "$bundle" --device cpu --self-check
     emulated doctor --bundle "$bundle" --device cpu
     emulated doctor --bundle "$bundle" --board all
 done

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -46,11 +47,13 @@ def run(*command, cwd):
 
 def test_the_wheel_holds_every_package_and_no_test(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    packages = {n.split("/")[1] for n in names if n.startswith("smolvla_edge/")}
-    assert packages == {"benchmarks", "devices", "export", "quantize", "runtime"}
+    packages = {str(Path(n).parent) for n in names if n.endswith("/__init__.py")}
+    folders = ("benchmarks", "core", "devices", "export", "quantize", "runtime")
+    inits = [p for folder in folders for p in (ROOT / folder).rglob("__init__.py")]
+    assert packages == {f"smolvla_edge/{p.parent.relative_to(ROOT)}" for p in inits}
     assert not any("test" in n for n in names)
     demo = [
-        n.removeprefix("smolvla_edge/export/demo_checkpoint/")
+        n.removeprefix("smolvla_edge/export/checkpoint/demo_checkpoint/")
         for n in names
         if "/demo_checkpoint/" in n
     ]
@@ -84,7 +87,7 @@ def test_the_lean_runtime_predicts_and_passes_the_self_check(
     code = """
 import sys, numpy as np
 from smolvla_edge.runtime import Policy
-from smolvla_edge.runtime.selfcheck import TOLERANCE, run_selfcheck
+from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, run_selfcheck
 policy = Policy.load(sys.argv[1], device="cpu")
 errors = run_selfcheck(policy)
 assert all(e < TOLERANCE[policy.manifest.precision] for e in errors.values()), errors

@@ -25,6 +25,7 @@ from enum import Enum
 from subprocess import PIPE, Popen, TimeoutExpired
 
 from ...core.errors import DeviceError, GuardianLost
+from ...core.process import module_command
 from ..bus.bus import FeetechBus
 from ..bus.port import Port
 from ..bus.sts3215 import Register
@@ -68,7 +69,7 @@ class Guardian:
         self._action, self._timeout_s = action, timeout_s
         self._unanswered_s: float | None = None
         arguments = json.dumps((port_fd, path, action.value, timeout_s, [*limits.items()]))
-        command = [sys.executable, "-m", __name__, arguments]
+        command = module_command("smolvla_edge.devices.arm.guardian", arguments)
         # A session of its own: Ctrl-C is for the host.
         self._process = Popen(
             command, stdin=PIPE, stdout=PIPE, bufsize=0, pass_fds=(port_fd,), start_new_session=True
@@ -185,7 +186,3 @@ def _act(fd: int, path: str, action: GuardianAction, limits: dict[int, int]) -> 
             if not result.unconfirmed:
                 return "every servo is switched off"
         return result.message
-
-
-if __name__ == "__main__":
-    sys.exit(main())

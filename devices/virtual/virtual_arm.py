@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import DeviceError
+from ...core.process import module_command
 from ..arm.calibration import Calibration, JointCalibration
 from ..cameras.shared_frame import write_frame
 from .virtual_bus import VirtualBus
@@ -54,7 +55,7 @@ class VirtualArm:
     ticks; the middle of each range unless given. DeviceError when it does not start.
     """
 
-    program: Sequence[str] = ("-m", "smolvla_edge.devices.virtual.virtual_arm")
+    program: Sequence[str] = module_command("smolvla_edge.devices.virtual.virtual_arm")
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class VirtualArm:
         options = {"cameras": list(cameras), "width": width, "height": height, "pose": pose}
         # A session of its own: Ctrl-C must reach the driver, not the arm it drives.
         self._process = subprocess.Popen(
-            [sys.executable, *self.program, json.dumps(options)],
+            [*self.program, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -197,7 +198,3 @@ def main(rig_class: type[VirtualRig] = VirtualRig) -> None:
             rig.run()
         finally:
             rig.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..bundle.manifest import Manifest
 from ..policy.policy import Policy, Timing
-from ..robot.settings import EXAMPLE_TASK
+from ..policy.preprocessing import EXAMPLE_TASK
 from .roofline import BOARDS, ONNX_ALONE, Board, Chunk, find_board, sustained_hz
 
 TARGET_MS = 30.0

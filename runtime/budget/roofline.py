@@ -12,25 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ...core.errors import InputError
-
-BYTES = {"float32": 4, "float16": 2, "int8": 1}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One run of a stage. Operations are of matrix products, 1 multiply-add = 2."""
-
-    gemm: dict[str, int]  # dtype of the weights -> operations of products with them
-    attention: int  # operations of products of two activations, float in every precision
-    weights: dict[str, int]  # dtype -> values that these products read
-
-    @property
-    def flops(self) -> int:
-        return sum(self.gemm.values()) + self.attention
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(n * BYTES[dtype] for dtype, n in self.weights.items())
+from ..bundle.manifest import Work
 
 
 @dataclass(frozen=True)

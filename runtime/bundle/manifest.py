@@ -14,7 +14,6 @@ import numpy as np
 
 from ...core.errors import BundleError
 from ...core.strict import decode, encode
-from ..budget.roofline import BYTES, Work
 from .normalization import Normalization
 
 FORMAT = "smolvla-edge-bundle"
@@ -28,6 +27,25 @@ Target = Literal[
     "portable", "cpu"
 ]  # cpu: holds operators that only ONNX Runtime's CPU provider is known to run
 Dtype = Literal["float32", "float16", "int32", "bool"]
+BYTES = {"float32": 4, "float16": 2, "int8": 1}
+CAMERA_GRAPH = "camera.onnx"  # frames to images, on the device; portable bundles have it
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run of a stage. Operations are of matrix products, 1 multiply-add = 2."""
+
+    gemm: dict[str, int]  # dtype of the weights -> operations of products with them
+    attention: int  # operations of products of two activations, float in every precision
+    weights: dict[str, int]  # dtype -> values that these products read
+
+    @property
+    def flops(self) -> int:
+        return sum(self.gemm.values()) + self.attention
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(n * BYTES[dtype] for dtype, n in self.weights.items())
 
 
 @dataclass(frozen=True)

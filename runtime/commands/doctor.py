@@ -31,6 +31,7 @@ from ..bundle.manifest import Manifest
 from ..engines.backend import BACKENDS, choose, choose_for, lacks
 from ..engines.engine_cache import engine_records
 from ..policy.policy import Policy
+from ..policy.preprocessing import EXAMPLE_TASK
 from ..robot import settings
 from ..robot.preflight import units_evidence
 from ..robot.settings import Settings
@@ -323,7 +324,7 @@ def draft(
             "my_arm",
             "an id or a file; smolvla-calibrate makes one",
         ),
-        _line("task", chosen.task, settings.EXAMPLE_TASK, "the instruction"),
+        _line("task", chosen.task, EXAMPLE_TASK, "the instruction"),
         _line(
             "fps",
             chosen.fps or (manifest and manifest.fps),

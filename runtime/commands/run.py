@@ -130,7 +130,7 @@ def _self_check(policy: Policy) -> None:
     errors = run_selfcheck(policy)
     for stage, value in summary(errors).items():
         print(f"{stage:<8} {value:.2e}  (at most {TOLERANCE[policy.manifest.precision]:.0e})")
-    require(policy, errors)
+    require(policy.manifest.precision, errors)
     print("self-check passed")
 
 

@@ -20,6 +20,7 @@ import onnxruntime
 
 from ...core.errors import BackendError
 from ..bundle.bundle import Bundle
+from .graphs import Graphs
 
 Device = Literal["auto", "cpu", "cuda", "jetson"]
 Backend = Literal["tensorrt", "ort-tensorrt", "ort-cuda", "ort-cpu"]
@@ -103,6 +104,18 @@ def choose_for(bundle: Bundle, device: str = "auto", backend: str | None = None)
         )
     hint = "" if cpu_only else ". On a CPU a bundle with --target cpu is faster"
     return Choice(choice.backends, choice.reason + hint)
+
+
+def open_graphs(bundle: Bundle, backend: Backend, *, realtime: bool = False) -> Graphs:
+    """Load the graphs of `bundle` on `backend`. realtime: leave a core to a control loop. Raises BackendError."""
+    # Only the chosen engine is imported: a CPU loads no TensorRT or CUDA code.
+    if backend == "tensorrt":
+        from .trt import TrtGraphs
+
+        return TrtGraphs(bundle, realtime=realtime)
+    from .ort import OrtGraphs
+
+    return OrtGraphs(bundle, backend, realtime=realtime)
 
 
 def lacks(backend: Backend) -> str:

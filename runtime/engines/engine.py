@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import BackendError
+from ...core.process import module_command
 from ..bundle.manifest import Tensor
 from .cuda import Stream
 
@@ -61,8 +62,8 @@ def build(onnx: Path, plan: Path, timing: Path, shapes: Shapes, say: Callable[[s
 
     Raises BackendError with what TensorRT said.
     """
-    line = [sys.executable, "-c", f"from {__name__} import main; main()"]
-    line += [str(onnx), str(plan), str(timing), json.dumps(dict(shapes))]
+    files = str(onnx), str(plan), str(timing)
+    line = module_command(__name__, *files, json.dumps(dict(shapes)))
     with subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from ...core.errors import BackendError
 from ...core.files import cache_home, private_folder
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import Graph, Tensor
-from ..policy.preprocessing import CAMERA_GRAPH, Feeds, require_resized, resampling
-from ..policy.sampling import Step
+from ..bundle.manifest import CAMERA_GRAPH, Graph, Tensor
 from .backend import PROVIDER, Backend
+from .graphs import Feeds, Step
+from .resizing import require_resized, resampling
 
 _CPU, _CUDA, _TENSORRT = (PROVIDER[name] for name in ("ort-cpu", "ort-cuda", "ort-tensorrt"))
 _Calls = queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
@@ -177,6 +177,12 @@ class OrtGraphs:
     def cache(self) -> dict[str, NDArray[np.generic]]:
         """Copies of what the prefix wrote: prefix_mask and every key.i and value.i."""
         return {name: np.array(self._buffers[name].numpy()) for name in self._cache}
+
+    def proof(self) -> None:
+        """Nothing: sessions are made anew in every process."""
+
+    def keep_proof(self, errors: dict[str, float]) -> None:
+        """Nothing is kept."""
 
     def close(self) -> None:
         """Let go of the sessions and their memory."""

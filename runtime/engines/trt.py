@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from ...core.errors import BackendError
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import Tensor
-from ..policy.preprocessing import CAMERA_GRAPH, Feeds, require_resized, resampling
-from ..policy.sampling import Step
+from ..bundle.manifest import CAMERA_GRAPH, Tensor
 from .cuda import Stream
 from .engine import Engine
 from .engine_cache import EngineCache
+from .graphs import Feeds, Step
+from .resizing import require_resized, resampling
 
 Array = NDArray[np.float32]
 
@@ -120,6 +120,14 @@ class TrtGraphs:
         """Copies of what the prefix wrote: prefix_mask and every key.i and value.i."""
         self.finish_prefill()
         return {t.name: self._download(t.name) for t in self._manifest.prefix.outputs}
+
+    def proof(self) -> dict[str, float] | None:
+        """The self-check that this bundle passed with these engines."""
+        return self.cache_of_engines.proof()
+
+    def keep_proof(self, errors: dict[str, float]) -> None:
+        """Keep a self-check beside the engines."""
+        self.cache_of_engines.prove(errors)
 
     def close(self) -> None:
         """Free the device's memory."""

@@ -12,15 +12,11 @@ from numpy.typing import NDArray
 from ...core.errors import BackendError, CheckFailed, InputError
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
-from ..engines.backend import choose_for
-from ..engines.ort import OrtGraphs
-from ..engines.trt import TrtGraphs
-from .preprocessing import Feeds, Preprocessor
-from .sampling import RealTimeChunking, Step, schedule
+from ..engines.backend import choose_for, open_graphs
+from ..engines.graphs import Array, Feeds, Graphs, Step
+from .preprocessing import Preprocessor
+from .sampling import RealTimeChunking, schedule
 from .selfcheck import require, run_selfcheck
-
-Array = NDArray[np.float32]
-Graphs = OrtGraphs | TrtGraphs
 
 
 @dataclass(frozen=True)
@@ -71,10 +67,7 @@ class Policy:
         for name in choice.backends:
             graphs: Graphs | None = None
             try:
-                if name == "tensorrt":
-                    graphs = TrtGraphs(opened, realtime=realtime)
-                else:
-                    graphs = OrtGraphs(opened, name, realtime=realtime)
+                graphs = open_graphs(opened, name, realtime=realtime)
                 policy = cls(opened, graphs, rtc or RealTimeChunking(), seed)
                 if name != "ort-cpu" or platform.machine() != "x86_64":
                     policy._prove()
@@ -93,15 +86,14 @@ class Policy:
         raise AssertionError("a choice names at least one backend")
 
     def _prove(self) -> None:
-        """Run the bundle's self-check, once for each TensorRT engine. Raises CheckFailed."""
-        engines = self.graphs.cache_of_engines if isinstance(self.graphs, TrtGraphs) else None
-        if engines is not None and (proof := engines.proof()) is not None:
-            require(self, proof)
+        """Run the bundle's self-check, once for engines that stay. Raises CheckFailed."""
+        proof = self.graphs.proof()
+        if proof is not None:
+            require(self.manifest.precision, proof)
             return
         errors = run_selfcheck(self)
-        require(self, errors)
-        if engines is not None:
-            engines.prove(errors)
+        require(self.manifest.precision, errors)
+        self.graphs.keep_proof(errors)
         self.graphs.reason += f", self-check passed with actions within {errors['actions']:.1e}"
 
     @property

@@ -9,11 +9,9 @@ from numpy.typing import NDArray
 
 from ...core.errors import InputError
 from ..bundle.manifest import Sampling
+from ..engines.graphs import Step
 
 Schedule = Literal["zeros", "ones", "linear", "exp"]
-# What one run of the expert graph is given beside actions and cache: float32 time, dt, guidance [1] and
-# time_embedding [1, expert width].
-Step = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)

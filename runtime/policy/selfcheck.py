@@ -6,15 +6,18 @@ INT8 bundle holds its own answers instead: how far they are from the checkpoint'
 """
 
 import zipfile
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import BundleError, CheckFailed
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import Precision
+from ..engines.graphs import Array, Graphs
 
-if TYPE_CHECKING:
-    from .policy import Policy
+Picture = NDArray[np.uint8]
 
 FILE = "selfcheck.npz"
 # Largest error that is still this policy, by precision; actions are normalised, of order 1.
@@ -31,27 +34,56 @@ def error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     )
 
 
-def run_selfcheck(policy: "Policy") -> dict[str, float]:
+class Subject(Protocol):
+    """What the self-check runs: a Policy, or anything that answers like one."""
+
+    bundle: Bundle
+    graphs: Graphs
+
+    def prefill(self, images: Mapping[str, Picture], state: Array, task: str) -> object:
+        """Fill the KV cache from an observation."""
+
+    def denoise(self, noise: Array) -> Array:
+        """Solve from `noise` against the current cache; -> normalised actions."""
+
+    def robot_units(self, actions: Array) -> Array:
+        """Normalised actions -> robot units."""
+
+
+def run_selfcheck(subject: Subject) -> dict[str, float]:
     """-> stage -> worst error over the instructions, in the order of computation: every tensor of the cache, the
     normalised `actions`, the `chunk` in robot units. Raises BundleError for a damaged file."""
-    path, m = policy.bundle.path(FILE), policy.manifest
+    m = subject.bundle.manifest
     kv = [t.name for t in m.prefix.outputs if t.name != "prefix_mask"]
+    stages = (*kv, "actions", "chunk")
+    data = _read(subject.bundle, stages)
+    images = {c.name: data[f"image.{c.name}"] for c in m.cameras}
+    worst = dict.fromkeys(stages, 0.0)
+    for i, task in enumerate(data["task"]):
+        subject.prefill(images, data["state"], str(task))
+        cache = subject.graphs.cache()
+        actions = subject.denoise(data["noise"])
+        got = {name: cache[name].ravel()[data[f"where.{i}"]] for name in kv}
+        got |= {"actions": actions, "chunk": subject.robot_units(actions)}
+        for stage in stages:
+            worst[stage] = max(worst[stage], error(got[stage], data[f"{stage}.{i}"]))
+    return worst
+
+
+def _read(bundle: Bundle, stages: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The arrays of the file, all of them there."""
+    path = bundle.path(FILE)
     try:
         with np.load(path, allow_pickle=False) as file:
             data = dict(file)
-        images = {c.name: data[f"image.{c.name}"] for c in m.cameras}
-        worst = dict.fromkeys((*kv, "actions", "chunk"), 0.0)
-        for i, task in enumerate(data["task"]):
-            policy.prefill(images, data["state"], str(task))
-            cache = policy.graphs.cache()
-            actions = policy.denoise(data["noise"])
-            got = {name: cache[name].ravel()[data[f"where.{i}"]] for name in kv}
-            got |= {"actions": actions, "chunk": policy.robot_units(actions)}
-            for stage in worst:
-                worst[stage] = max(worst[stage], error(got[stage], data[f"{stage}.{i}"]))
-    except (OSError, KeyError, IndexError, zipfile.BadZipFile) as e:
+        wanted = ["state", "noise", *(f"image.{c.name}" for c in bundle.manifest.cameras)]
+        wanted += [f"{name}.{i}" for i in range(len(data["task"])) for name in ("where", *stages)]
+        missing = [name for name in wanted if name not in data]
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as e:
         raise BundleError(f"{path} is damaged ({e!r}): export the checkpoint again") from e
-    return worst
+    if missing:
+        raise BundleError(f"{path} lacks {', '.join(missing[:5])}: export the checkpoint again")
+    return data
 
 
 def summary(errors: dict[str, float]) -> dict[str, float]:
@@ -60,9 +92,8 @@ def summary(errors: dict[str, float]) -> dict[str, float]:
     return {"cache": max(e for stage, e in errors.items() if stage not in ends)} | ends
 
 
-def require(policy: "Policy", errors: dict[str, float]) -> None:
+def require(precision: Precision, errors: dict[str, float]) -> None:
     """Raises CheckFailed that names the first stage to leave what the checkpoint computes."""
-    precision = policy.manifest.precision
     limit = TOLERANCE[precision]
     over = {stage: value for stage, value in errors.items() if not value <= limit}
     if over:

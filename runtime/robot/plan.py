@@ -12,6 +12,7 @@ from ...devices.bus.port import find_port
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
 from ..engines.backend import choose
+from ..policy.preprocessing import EXAMPLE_TASK
 from . import settings
 from .preflight import units_evidence
 from .settings import Settings
@@ -92,7 +93,7 @@ def check(chosen: Settings) -> Plan:
     if fps < slowest:
         arm = "the virtual arm" if chosen.simulated else "a real arm"
         raise SettingsError(f"{fps:g} fps is too slow for {arm}, expected at least {slowest:g}")
-    task = chosen.task or settings.EXAMPLE_TASK
+    task = chosen.task or EXAMPLE_TASK
     print(f"task: {task!r}, in {units.value}\n{reason}")
     return Plan(chosen, bundle, units, limits, calibration, port, task, fps)
 

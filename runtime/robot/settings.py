@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ...core.errors import SettingsError
 from ...core.strict import decode
 from ..bundle.manifest import Manifest
+from ..policy.preprocessing import EXAMPLE_TASK
 from .chunks import Chunking
 
 if sys.version_info >= (3, 11):
@@ -23,7 +24,6 @@ else:
 Guarding = Literal["hold", "soft", "off"]
 SIM, AUTO = "sim", "auto"
 DEFAULT_FPS = 30.0
-EXAMPLE_TASK = "Pick up the red cube and place it on the plate."
 
 
 @dataclass(frozen=True)

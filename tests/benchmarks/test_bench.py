@@ -33,7 +33,7 @@ from smolvla_edge.core.errors import BenchError, ObservationsError, ResultError
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
 from smolvla_edge.quantize.int8.gate import Gate
 from smolvla_edge.runtime import Bundle, CheckFailed, Policy
-from smolvla_edge.runtime.budget.roofline import Work
+from smolvla_edge.runtime.bundle.manifest import Work
 from smolvla_edge.runtime.policy.selfcheck import error
 from support.datasets import write_dataset
 from support.paths import DATA

@@ -398,7 +398,8 @@ class FaultyRig(VirtualRig):
 _PROGRAM = f"""
 import sys
 sys.path[0] = {str(TESTS)!r}
-from support.faulty_arm import FaultyRig, main
+from smolvla_edge.devices.virtual.virtual_arm import main
+from support.faulty_arm import FaultyRig
 main(FaultyRig)
 """
 
@@ -407,7 +408,7 @@ class FaultyArm(VirtualArm):
     """All other attributes are calls into the process: deaf, hang_up, reset and camera of FaultyRig, a method or
     value of FaultyBus, or, with its id first, a method of a FaultyServo."""
 
-    program = ("-c", _PROGRAM)
+    program = (sys.executable, "-c", _PROGRAM)
 
     def __getattr__(self, name):
         if name.startswith("_"):

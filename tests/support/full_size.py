@@ -1,6 +1,7 @@
 """The full-size policy in counts."""
 
-from smolvla_edge.runtime.budget.roofline import Chunk, Work
+from smolvla_edge.runtime.budget.roofline import Chunk
+from smolvla_edge.runtime.bundle.manifest import Work
 
 # As the exporter counts the full-size policy: 2 cameras, 48 tokens, so 177 prefix tokens; K and V hoisted.
 FULL = Chunk(

@@ -25,10 +25,10 @@ TIOCGEXCL = 0x80045440
 # A host energises the arm and then beats thirty times a second, until it is told to stop or its guardian is lost.
 HOST = """
 import sys, time
-from smolvla_edge.devices.bus import FeetechBus
-from smolvla_edge.devices.errors import GuardianLost
-from smolvla_edge.devices.guardian import Guardian, GuardianAction
-from smolvla_edge.devices.sts3215 import Register
+from smolvla_edge.devices.bus.bus import FeetechBus
+from smolvla_edge.core.errors import GuardianLost
+from smolvla_edge.devices.arm.guardian import Guardian, GuardianAction
+from smolvla_edge.devices.bus.sts3215 import Register
 
 with FeetechBus(sys.argv[1], reply_margin_s=0.05) as bus:
     limits = {i: 500 if i == 6 else 1000 for i in range(1, 7)}

@@ -5,14 +5,8 @@ from dataclasses import replace
 import pytest
 
 from smolvla_edge.runtime import InputError
-from smolvla_edge.runtime.budget.roofline import (
-    BOARDS,
-    ONNX_ALONE,
-    Board,
-    Work,
-    find_board,
-    sustained_hz,
-)
+from smolvla_edge.runtime.budget.roofline import BOARDS, ONNX_ALONE, Board, find_board, sustained_hz
+from smolvla_edge.runtime.bundle.manifest import Work
 from support.full_size import FULL
 
 INT8 = FULL.in_int8()

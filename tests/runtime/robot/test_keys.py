@@ -19,7 +19,7 @@ ON_A_TERMINAL = """
 import os, signal, sys, time
 os.dup2(os.open(sys.argv[1], os.O_RDWR), 0)
 sys.stdin = open(0)
-from smolvla_edge.runtime.operator import Operator
+from smolvla_edge.runtime.robot.keys import Operator
 hung_up = []
 signal.signal(signal.SIGHUP, lambda *_: hung_up.append(1))
 def tell(*words):
@@ -227,7 +227,7 @@ def test_without_a_terminal_there_is_no_operator(monkeypatch):
 WAYS_TO_END_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
 ASKED = """
 import signal, sys, time
-from smolvla_edge.runtime import command
+from smolvla_edge.core import command
 command.terminate_like_interrupt()
 before = [signal.getsignal(n) for n in command.SIGNALS]
 try:

@@ -1,16 +1,18 @@
 # make demo    a full-size SmolVLA drives the virtual arm for ten seconds, from nothing
-# make test    lint, types, import rules and every test, from nothing
+# make test    lint, types, import rules and every test but those of full-size weights, from nothing
+# make test-fast   the tests that need no torch
 # make bench   the full-size comparison with LeRobot on this machine, and its accuracy: bench/report.html
 # All make .venv on first use. A CPU build of torch is enough:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FAST := .venv-fast
 DEMO := bundle-demo
 LEROBOT := lerobot-env
 TASK := Pick up the red cube and place it on the plate.
 
-.PHONY: demo test test-full check bench lerobot-env clean
+.PHONY: demo test test-fast test-full check bench lerobot-env clean
 
 demo: $(DEMO)/manifest.json
 	$(BIN)/smolvla-run --bundle $(DEMO) --port sim --device cpu --task "$(TASK)" --seconds 10
@@ -21,6 +23,9 @@ $(DEMO)/manifest.json: | $(VENV)/installed
 test: check
 	$(BIN)/python -m pytest -m "not full"
 
+test-fast: $(FAST)/installed
+	$(FAST)/bin/python -m pytest -m "not full" -n 2
+
 test-full: $(VENV)/installed
 	$(BIN)/python -m pytest -m full
 
@@ -29,7 +34,6 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy -p smolvla_edge
 	$(BIN)/lint-imports
-	$(BIN)/smolvla-bench table --check
 
 bench: bench/fp32/manifest.json $(LEROBOT)/bin/lerobot-ready
 	$(BIN)/smolvla-bench latency --bundle bench/fp32 --reference bench/checkpoint --lerobot $(LEROBOT)/bin/python \
@@ -58,5 +62,10 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[bench,export,dev]"
 	touch $@
 
+$(FAST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(FAST)
+	$(FAST)/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LEROBOT) $(DEMO) bench build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(FAST) $(LEROBOT) $(DEMO) bench build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,10 +1,12 @@
 """Shared fixtures: the golden cases, exported once per test run."""
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,37 @@ import pytest
 from support.faulty_arm import FaultyArm
 from support.paths import DATA
 from support.running import POSE, WILD
+
+TORCH = find_spec("torch") is not None
+# Without torch (make test-fast), the rooms that import it are left out.
+NEED_TORCH = [
+    "benchmarks",
+    "docs",
+    "export",
+    "quantize",
+    "runtime/engines/test_tensorrt_graph.py",
+    "runtime/policy/test_audit.py",
+    "runtime/policy/test_full.py",
+    "runtime/policy/test_goldens.py",
+    "test_install.py",
+]
+collect_ignore = [] if TORCH else NEED_TORCH
+
+
+def pytest_report_header():
+    if not TORCH:
+        return "torch is not installed: tests of export, quantize and benchmarks are left out"
+    return None
+
+
+def export_tiny(checkpoint: Path, output: Path, precision: str, target: str) -> None:
+    from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
+    from smolvla_edge.export.int8 import observations_for
+    from smolvla_edge.export.writer import write_bundle
+
+    loaded = load_checkpoint(str(checkpoint))
+    data = observations_for(loaded, "synthetic", 8, str) if precision == "int8" else None
+    write_bundle(loaded, output, precision, target=target, calibration=data)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,26 +63,22 @@ def private_folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def export_case(tmp_path_factory):
-    """(case, precision, target) -> the folder of its bundle, exported on first use."""
-    made = {}
+def export_case(tmp_path_factory, worker_id):
+    """(case, precision, target) -> the folder of its bundle, exported on first use by any worker."""
+    if not TORCH:
+        pytest.skip("an export needs torch")
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent  # of all workers of this run
+    shared = shared / "exported"
+    shared.mkdir(exist_ok=True)
 
     def export(name: str, precision: str, target: str = "portable") -> Path:
-        from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
-        from smolvla_edge.export.writer import write_bundle
-
-        key = name, precision, target
-        if key not in made:
-            from smolvla_edge.export.int8 import observations_for
-
-            output = tmp_path_factory.mktemp("bundles") / "-".join(key)
-            checkpoint = load_checkpoint(str(DATA / name / "checkpoint"))
-            data = (
-                observations_for(checkpoint, "synthetic", 8, str) if precision == "int8" else None
-            )
-            write_bundle(checkpoint, output, precision, target=target, calibration=data)
-            made[key] = output
-        return made[key]
+        output = shared / "-".join((name, precision, target))
+        with (shared / f"{output.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not output.exists():
+                export_tiny(DATA / name / "checkpoint", output, precision, target)
+        return output
 
     return export
 

@@ -1,4 +1,4 @@
-"""The base below every other room: errors, files, child processes, machine facts, the command line's common parts.
+"""The base below every other room. It imports nothing else of smolvla_edge.
 
-It imports nothing of smolvla_edge.
+Errors, files, child processes, facts about the machine, and what all command lines have in common.
 """

@@ -1,9 +1,9 @@
-"""Every error that smolvla-edge raises on purpose: one tree, with the exit status of a command in the class.
+"""Every error that smolvla-edge raises on purpose. The class holds the exit status of a command.
 
-SmolVLAError                 anything below; a command prints `error: ...` and exits with `exit_status`
-    BundleError              the bundle is missing, damaged, incomplete, changed, or of another version
-    InputError               an observation, an instruction or an option does not fit (also a ValueError)
-    BackendError             the requested device or backend cannot run here, or a graph failed to run
+SmolVLAError                 anything below; a command prints `error: ...` and exits
+    BundleError              the bundle is missing, damaged, changed, or of another version
+    InputError               an input does not fit; also a ValueError
+    BackendError             the device or backend cannot run here, or a graph failed
     SettingsError            robot.toml or an option is wrong or incomplete
     CheckFailed          1   a check of this machine or this bundle failed
     SafetyStop           1   the run ended because it was not safe to continue
@@ -14,7 +14,7 @@ SmolVLAError                 anything below; a command prints `error: ...` and e
         AuditError       1   the graphs do not run in the precision of their label
     QuantizeError            a precision recipe cannot be applied
         RangeError           a float16 tensor comes too close to the largest float16
-        ObservationsError    observations for calibration are missing, damaged, or do not fit the policy
+        ObservationsError    observations to calibrate with are missing, damaged or do not fit
         GateError        1   a policy of lower precision is too far from float32
     DeviceError              the arm, the bus or a camera
         BusError             the serial link: no answer in time, or the port cannot be opened
@@ -26,7 +26,7 @@ SmolVLAError                 anything below; a command prints `error: ...` and e
     BenchError               what was given cannot be compared
         ResultError          a result file cannot be read, or is of another version
 
-The exit status is 2 where the table shows none. Foreign exceptions are mapped to these at the border.
+The exit status is 2 where the table shows none. Foreign exceptions become these at the border.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Files and folders: hashes, whole writes, the cache, and folders that only this user may write to."""
+"""Files: hashes, whole writes, the cache, and folders that only this user can write to."""
 
 import hashlib
 import os

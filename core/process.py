@@ -1,4 +1,4 @@
-"""Child processes of our own modules. A child imports only what its parent could: never from the current folder."""
+"""Child processes that run our own modules. They import nothing from the current folder."""
 
 import select
 import subprocess
@@ -14,12 +14,12 @@ _ENTRY = (
 
 
 def module_command(module: str, *arguments: str, python: str = sys.executable) -> list[str]:
-    """The command line that runs `main()` of `module` in a new Python, with `arguments` in sys.argv[1:]."""
+    """The command line that runs `main()` of `module` in a new Python; sys.argv[1:] is `arguments`."""
     return [python, "-c", _ENTRY.format(module=module), *arguments]
 
 
 def first_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
-    """The line that a child prints when it is ready; empty where it ends or says nothing within `limit_s`."""
+    """The first line of a child; empty where it ends or prints nothing within `limit_s`."""
     stream: IO[bytes] | None = process.stdout
     assert stream is not None, "the child has a pipe for its output"
     if not select.select([stream], [], [], limit_s)[0]:

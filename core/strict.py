@@ -1,4 +1,4 @@
-"""Parsed JSON or TOML -> frozen dataclasses. Unknown, missing and wrongly typed fields are all reported at once."""
+"""Parsed JSON or TOML -> frozen dataclasses. All wrong fields are reported at once."""
 
 import dataclasses
 import types
@@ -12,8 +12,8 @@ MAX_NUMBER = float(2**1023)  # an integer beyond the largest float cannot become
 def decode(cls: type[T], raw: object, problems: list[str], where: str = "") -> T | None:
     """Build the dataclass `cls` from `raw`; on any problem append to `problems` and return None.
 
-    Understands nested dataclasses, tuple[X, ...], dict[str, X], Literal, X | None, bool, int, float and str. An int
-    is taken where a float is expected, never the other way round. Fields with a default may be absent.
+    Understands nested dataclasses, tuple[X, ...], dict[str, X], Literal, X | None, bool, int, float
+    and str. Where a float is expected, an int is accepted. Fields with a default can be absent.
     """
     value = _decode(cls, raw, where, problems)
     return None if problems else typing.cast(T, value)

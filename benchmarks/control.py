@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..runtime.robot.chunks import Chunking
 from ..runtime.robot.drive import drive
+from ..runtime.robot.run_statistics import Distribution, RunStatistics
 from ..runtime.robot.settings import SIM, Settings
 from . import machine
 from .result import Control, Loop, Spread, spread
@@ -22,7 +23,8 @@ def measure(
         log = drive(
             Settings(
                 bundle=bundle, device=device, port=SIM, fps=fps, seconds=seconds, chunking=chunking
-            )
+            ),
+            statistics=RunStatistics.keeping_values(),
         )
         loops.append(
             Loop(
@@ -36,13 +38,13 @@ def measure(
                 picture_age_ms=_spread(log.picture_age_ms),
                 write_ms=_spread(log.write_ms),
                 busy_ms=_spread(log.busy_ms),
-                chunk_ms=_spread([1e3 * c.latency_s for c in log.chunks]),
+                chunk_ms=_spread(log.chunk_ms),
                 seams_deg=_spread(log.seams_deg),
-                queued=tuple(log.queued),
+                queued=tuple(int(n) for n in log.queued.values or ()),
             )
         )
     return Control(**head(), bundle=bundle, chunking=chunking, loops=tuple(loops))
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
-    return spread(values) if values else None
+def _spread(measured: Distribution) -> Spread | None:
+    return spread(measured.values) if measured.values else None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..runtime.robot.chunks import Chunking
 from ..runtime.robot.drive import drive
+from ..runtime.robot.run_statistics import Distribution, RunStatistics
 from ..runtime.robot.settings import SIM, Settings
 from . import machine
 from .result import Control, LoopRun, Spread, spread
@@ -28,14 +29,15 @@ def measure(
         log = drive(
             Settings(
                 bundle=bundle, device=device, port=SIM, fps=fps, seconds=seconds, chunking=chunking
-            )
+            ),
+            statistics=RunStatistics.keeping_values(),
         )
         measured = {name: _spread(getattr(log, name)) for name in MEASURED}
-        chunk_ms = _spread([1e3 * chunk.latency_s for chunk in log.chunks])
-        counts, queued = vars(log.counts), tuple(log.queued)
+        chunk_ms = _spread(log.chunk_ms)
+        counts, queued = vars(log.counts), tuple(int(n) for n in log.queued.values or ())
         runs.append(LoopRun(fps, seconds, counts, chunk_ms=chunk_ms, queued=queued, **measured))
     return Control(**head(), bundle=bundle, chunking=chunking, loops=tuple(runs))
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
-    return spread(values) if values else None
+def _spread(measured: Distribution) -> Spread | None:
+    return spread(measured.values) if measured.values else None

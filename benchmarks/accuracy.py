@@ -11,6 +11,7 @@ import numpy as np
 
 from ..core.errors import BenchError
 from ..export import parity
+from ..export.checkpoint.cameras import bundle_cameras
 from ..export.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from ..export.int8 import HeldOut, ask_policy, hold_out, observations_for
 from ..export.reference import Observation
@@ -66,7 +67,7 @@ def measure(
     finite."""
     head, opened = machine.watched(), Bundle.open(bundle)
     say(f"reading {given.checkpoint}")
-    checkpoint = load(given)
+    checkpoint = load(replace(given, cameras=bundle_cameras(opened)))
     require_source(opened, checkpoint)
     data, gate = judge.draw(checkpoint, say), judge.gate
     reference = reference_of(checkpoint, opened.manifest.target)
@@ -102,7 +103,8 @@ def measure(
 
 def load(given: Reference) -> Checkpoint:
     """Raises CheckpointError."""
-    return load_checkpoint(given.checkpoint, vlm=Path(given.vlm) if given.vlm else None)
+    vlm = Path(given.vlm) if given.vlm else None
+    return load_checkpoint(given.checkpoint, vlm=vlm, cameras=given.cameras)
 
 
 def require_source(bundle: Bundle, checkpoint: Checkpoint) -> None:

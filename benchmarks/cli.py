@@ -130,6 +130,9 @@ def frontier(
     cameras: str | None = typer.Option(
         None, help="How many of the policy's cameras, e.g. 1,2.  [default: all]"
     ),
+    trained_cameras: str | None = typer.Option(
+        None, help="The cameras that training had, as smolvla-export's --cameras."
+    ),
     calibration: str = typer.Option(
         "synthetic", help="LeRobot dataset, folder of smolvla-run --record, or synthetic."
     ),
@@ -152,6 +155,7 @@ def frontier(
     """What to give up to be faster: latency against error for steps, precision and cameras."""
     _require(output, seconds=seconds, budget_ms=budget_ms or 0.0)
     require_extra()
+    from ..export.checkpoint.cameras import named_cameras
     from . import accuracy as acc
     from . import frontier as front
     from .latency import Effort, Reference
@@ -168,9 +172,9 @@ def frontier(
     )
     judge = acc.Judge(calibration, frames, read_gate(gate) if gate else Gate())
     effort = Effort(warmup, turns, seconds)
-    r = front.measure(
-        Reference(reference, vlm), grid, judge, device, budget_ms, effort, work, _say()
-    )
+    trained = named_cameras("--trained-cameras", trained_cameras)
+    given = Reference(reference, vlm, cameras=trained)
+    r = front.measure(given, grid, judge, device, budget_ms, effort, work, _say())
     _finish(output, r)
 
 

@@ -75,12 +75,13 @@ def measure(
     target: Target = "cpu" if choose(device).backends[0] == "ort-cpu" else "portable"
     say(f"reading {given.checkpoint}")
     checkpoint = load(given)
-    grid = grid.check(len(checkpoint.config.cameras))
+    grid = grid.check(len(checkpoint.cameras))
     data = judge.draw(checkpoint, say)
     here = head()["machine"]
     policy = (
         checkpoint.config,
         checkpoint.processors,
+        checkpoint.cameras,
         checkpoint.vlm.to_dict(),
         sha256_of(checkpoint.tokenizer),
     )
@@ -285,16 +286,9 @@ def _export(
     if folder.is_dir():
         return True
     say(f"exporting {folder.name}")
-    first = checkpoint.processors.camera_names[:cameras]
-    dropped = checkpoint.config.cameras[cameras:]
-    features = {n: f for n, f in checkpoint.config.input_features.items() if n not in dropped}
-    fewer = replace(
-        checkpoint,
-        config=replace(checkpoint.config, input_features=features),
-        processors=replace(checkpoint.processors, camera_names=first),
-    )
+    fewer = replace(checkpoint, cameras=checkpoint.cameras[:cameras])
     parts = [
-        tuple(replace(s, images={name: s.images[name] for name in first}) for s in part)
+        tuple(replace(s, images={n: s.images[n] for n in fewer.camera_names}) for s in part)
         for part in (data.calibration, data.held_out)
     ]
     given = replace(data, calibration=parts[0], held_out=parts[1]) if precision == "int8" else None

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from ..core.errors import BenchError
+from ..export.checkpoint.cameras import Named
 from ..runtime import Bundle, Policy
 from ..runtime.budget.budget import TARGET_MS, budget
 from ..runtime.budget.roofline import Board
@@ -48,6 +49,7 @@ class Reference:
     vlm: str | None = None
     lerobot: str | None = None
     compiled: bool = False
+    cameras: Named | None = None  # those of training, where the checkpoint does not say
 
     def processes(self, bundle: Bundle, device: str) -> tuple[str, list[Asked], str]:
         """-> Python, what to start with it, and what that is, in words."""

@@ -289,7 +289,7 @@ def _describe(
     return contract.Manifest(
         format=contract.FORMAT,
         version=contract.VERSION,
-        source=contract.Source(
+        source=contract.WeightsSource(
             checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo
         ),
         files={},
@@ -297,7 +297,7 @@ def _describe(
         expert=expert,
         cache_bytes=sum(t.bytes for t in prefix.outputs if t.name != "prefix_mask"),
         cameras=tuple(
-            contract.Camera(name, key)
+            contract.CameraSlot(name, key)
             for name, key in zip(around.camera_names, config.cameras, strict=True)
         ),
         image_size=arch.vision.image_size,

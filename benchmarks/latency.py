@@ -17,7 +17,7 @@ import numpy as np
 from ..core.errors import BenchError
 from ..runtime import Bundle, Policy
 from ..runtime.budget.budget import TARGET_MS, budget
-from ..runtime.budget.roofline import Board
+from ..runtime.budget.roofline import BoardPeaks
 from ..runtime.bundle.manifest import Manifest
 from ..runtime.policy.selfcheck import require, run_selfcheck, summary
 from . import machine
@@ -126,7 +126,7 @@ def measure(
     bundles: Sequence[str],
     reference: Reference | None,
     device: str,
-    boards: Sequence[Board],
+    boards: Sequence[BoardPeaks],
     effort: Effort,
     say: Callable[[str], None],
 ) -> Latency:
@@ -268,7 +268,7 @@ def verdict(t: Spread, here: Machine) -> Verdict:
     )
 
 
-def projected(m: Manifest, board: Board) -> Verdict:
+def projected(m: Manifest, board: BoardPeaks) -> Verdict:
     """On the target, by the roofline alone."""
     found = budget(m, board)
     ms, met = found.stages["chunk"], found.verdicts["projected"]

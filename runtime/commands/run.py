@@ -27,7 +27,7 @@ def run(
     ),
     backend: str | None = typer.Option(
         None,
-        help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu, and no other.  [default: the device's first that works]",
+        help="tensorrt, ort-cuda or ort-cpu, and no other.  [default: the device's first that works]",
     ),
     port: str | None = typer.Option(
         None,

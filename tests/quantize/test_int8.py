@@ -14,6 +14,7 @@ from smolvla_edge.export import int8, writer
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
 from smolvla_edge.export.reference import fixed_observations
 from smolvla_edge.export.sites import sites
+from smolvla_edge.export.stored import stored_contradictions, stored_weights
 from smolvla_edge.export.views.layers import both
 from smolvla_edge.quantize.int8 import smoothing
 from smolvla_edge.quantize.int8.gate import Errors, Gate
@@ -23,7 +24,7 @@ from smolvla_edge.quantize.int8.rounding import compensated, nearest
 from smolvla_edge.runtime import BackendError, Bundle, Policy
 from smolvla_edge.runtime.bundle.manifest import manifest_json
 from smolvla_edge.runtime.engines import backend
-from smolvla_edge.runtime.policy.audit import audit, contradictions, stored_weights
+from smolvla_edge.runtime.policy.audit import audit, contradictions
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, run_selfcheck
 from support.paths import DATA
 
@@ -211,9 +212,9 @@ def test_a_bundle_is_int8_as_its_manifest_says(export_case, target):
     assert sum(work.gemm.get("int8", 0) for work in stages) == 2 * record.multiply_adds
     found = audit(opened)
     assert contradictions(found, "int8") == []
-    assert sum(kinds.get("int8", 0) for kinds in found.stored.values()) == record.weights
+    assert stored_contradictions(opened) == []
     if target == "cpu":
-        ran = sum(row.multiply_adds for row in found.rows if row.precision == "int8")
+        ran = sum(o.multiply_adds for o in found.operators if o.precision == "int8")
         assert ran == record.multiply_adds > 0.6 * found.multiply_adds
     assert max(run_selfcheck(Policy.load(opened, "cpu")).values()) < TOLERANCE["int8"] / 10
 
@@ -227,8 +228,8 @@ def test_a_relabelled_float32_graph_is_refused(export_case, tmp_path):
     (copy / "manifest.json").write_text(
         json.dumps(manifest | {"precision": "int8", "int8": claims["int8"]})
     )
-    found = audit(Bundle.open(copy))
-    text = " ".join(contradictions(found, "int8"))
+    opened = Bundle.open(copy)
+    text = " ".join(contradictions(audit(opened), "int8") + stored_contradictions(opened))
     assert "stored are float32 100.0 %" in text
     assert "computed on CPUExecutionProvider were float32 100.0 %" in text
 

@@ -14,6 +14,7 @@ from ..core import command
 from ..core.errors import ExportError
 from ..quantize.int8.gate import Gate, read_gate
 from ..runtime.bundle.manifest import Int8Record, Precision, Target
+from ..runtime.engines.backend import require_vnni
 
 app = command.new_app()
 _NEEDS = (
@@ -100,6 +101,8 @@ def export(
         raise ExportError(
             f"--calibration, --gate and --sensitivity belong to int8, --precision is {precision}"
         )
+    if made == "int8" and runs_on == "cpu":
+        require_vnni()
     judged_by = read_gate(gate) if gate else Gate()
     require_extra()
     command.terminate_like_interrupt()  # so that nothing half-written stays behind

@@ -21,6 +21,7 @@ from ..quantize.ranges import policy_ranges, stages_to_pin
 from ..runtime import Bundle, Policy
 from ..runtime.bundle import manifest as contract
 from ..runtime.bundle.manifest import CAMERA_GRAPH, MANIFEST, manifest_json, parse_manifest
+from ..runtime.engines.backend import require_vnni
 from ..runtime.policy.audit import audit, contradictions
 from ..runtime.policy.selfcheck import FILE, run_selfcheck
 from . import graph, lerobot_check, parity
@@ -85,6 +86,8 @@ def write_bundle(
     """
     check_output(output, force)
     int8 = precision == "int8"
+    if int8 and target == "cpu":
+        require_vnni()
     if (int8 or target == "cpu") and not hasattr(torch.onnx, "ops"):
         option = "--target cpu" if target == "cpu" else "--precision int8"
         raise ExportError(

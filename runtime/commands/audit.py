@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from ...core import command
 from ...core.errors import CheckFailed
 from ..bundle.bundle import Bundle
+from ..bundle.manifest import Precision
 from ..policy.audit import CUDA, OrtAudit, TrtAudit, audit, contradictions
 
 FILE_WIDTH = 160  # columns of a table that does not go to a terminal
@@ -35,7 +36,7 @@ def show(
     label = opened.manifest.precision
     found = audit(opened, device)
     print(f"label     {label}")
-    print("\n".join(_facts(found)))
+    print("\n".join(_facts(found, label)))
     terminal = sys.stdout.isatty()
     Console(width=None if terminal else FILE_WIDTH, markup=False, highlight=False).print(
         _operators(found) if isinstance(found, OrtAudit) else _layers(found)
@@ -47,7 +48,7 @@ def show(
         )
 
 
-def _facts(found: OrtAudit | TrtAudit) -> Iterator[str]:
+def _facts(found: OrtAudit | TrtAudit, label: Precision) -> Iterator[str]:
     if isinstance(found, TrtAudit):
         for graph, layers in found.layers.items():
             if not layers:
@@ -60,6 +61,8 @@ def _facts(found: OrtAudit | TrtAudit) -> Iterator[str]:
         f"counted   {found.multiply_adds / 1e9:.6g} G multiply-adds a chunk, "
         f"by the manifest {found.expected / 1e9:.6g} G"
     )
+    if label == "int8" and found.claimed_int8 == 0:
+        yield "note      Q/DQ round to 8 bits, but the products are float: only TensorRT fuses them"
     elsewhere = found.elsewhere()
     if elsewhere:
         names = ", ".join(f"{name} {count}" for name, count in elsewhere.items())

@@ -6,8 +6,6 @@ each binding is captured once as a CUDA graph, which uses the same addresses at 
 """
 
 import os
-import queue
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,6 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ...core.errors import BackendError
+from ...core.worker import Worker
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import CAMERA_GRAPH, Graph, Tensor
 from .backend import PROVIDER, Backend
@@ -27,57 +26,11 @@ from .graphs import Feeds, Step
 from .resizing import require_resized, resampling
 
 _CPU, _CUDA = PROVIDER["ort-cpu"], PROVIDER["ort-cuda"]
+# Q/DQ stay, and products between them are float. ONNX Runtime would fuse them to integer products,
+# which overflow on an x86 CPU without VNNI. Set on every CPU, so that all give the same answer.
+EXACT_INT8 = ("session.disable_quant_qdq", "1")
 _STOP_LIMIT_S = 5.0
 Call = Callable[[], None]
-
-
-def _error_of(call: Call) -> Exception | None:
-    """Make the call; -> the exception that it raised."""
-    try:
-        call()
-    except Exception as e:  # onnxruntime's own classes all derive from Exception only
-        return e
-    return None
-
-
-_Calls = queue.SimpleQueue[tuple[Call, "Future[Exception | None]"] | None]
-
-
-class _CudaThread:
-    """Makes calls in one thread: ONNX Runtime keeps captured CUDA graphs per thread.
-
-    The thread is a daemon, unlike those of a ThreadPoolExecutor: a device that hangs must not keep
-    the process alive.
-    """
-
-    def __init__(self) -> None:
-        self._calls = _Calls()
-        self._thread = threading.Thread(
-            target=self._serve, args=(self._calls,), name="cuda", daemon=True
-        )
-        self._thread.start()
-        weakref.finalize(self, self._calls.put, None)
-
-    @staticmethod
-    def _serve(calls: _Calls) -> None:
-        while True:
-            item = calls.get()
-            if item is None:
-                return
-            call, answer = item
-            answer.set_result(_error_of(call))
-            del item, call, answer  # while the thread waits, it must not hold a session
-
-    def error_of(self, call: Call) -> Exception | None:
-        """Make the call in the thread; -> the exception that it raised."""
-        answer: Future[Exception | None] = Future()
-        self._calls.put((call, answer))
-        return answer.result()
-
-    def stop(self) -> None:
-        """End the thread; it holds no session afterwards."""
-        self._calls.put(None)
-        self._thread.join(_STOP_LIMIT_S)
 
 
 class OrtGraphs:
@@ -109,12 +62,14 @@ class OrtGraphs:
         self.reason = f"ONNX Runtime {onnxruntime.__version__}"
         self.takes_frames = self.device == "cuda" and CAMERA_GRAPH in bundle.manifest.files
         self._sessions: dict[str, Any] = {}  # by file name
-        self._thread: _CudaThread | None = None
+        self._worker: Worker | None = None
         self._realtime, self._profile = realtime, profile
         if self.device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
         if self.device == "cuda" and profile is None:
-            self._thread = _CudaThread()
+            # ONNX Runtime keeps captured CUDA graphs per thread, so one thread makes every call.
+            self._worker = Worker("cuda", limit=1)
+            weakref.finalize(self, self._worker.stop)
             try:
                 self._load(bundle, capture=True)
             except BackendError as e:
@@ -128,11 +83,11 @@ class OrtGraphs:
     def _load(self, bundle: Bundle, capture: bool) -> None:
         m = bundle.manifest
         for graph in (m.prefix, m.expert):
-            session = self._open(bundle.path(graph.file), capture, self._profile)
+            session = self._open(bundle, graph.file, capture, self._profile)
             self._sessions[graph.file] = session
             _require_signature(session, graph, bundle)
         if self.takes_frames:
-            self._sessions[CAMERA_GRAPH] = self._open(bundle.path(CAMERA_GRAPH), False, None)
+            self._sessions[CAMERA_GRAPH] = self._open(bundle, CAMERA_GRAPH, False, None)
         self._checked_sizes: set[tuple[int, int]] = set()  # of frames, as the device resizes them
         self._graph_files = m.prefix.file, m.expert.file
         self._cameras = [c.name for c in m.cameras]
@@ -211,21 +166,22 @@ class OrtGraphs:
         """Free the sessions and their memory, and end the CUDA thread."""
         self._prefill, self._steps, self._buffers = lambda: None, [], {}
         self._sessions.clear()
-        if self._thread is not None:
-            self._thread.stop()
-            self._thread = None
+        if self._worker is not None:
+            self._worker.stop(_STOP_LIMIT_S)
+            self._worker = None
 
     def end_profiling(self) -> tuple[Path, Path]:
         """-> the JSON files of what the prefix and the expert ran."""
         prefix, expert = (Path(self._sessions[f].end_profiling()) for f in self._graph_files)
         return prefix, expert
 
-    def _open(self, path: Path, capture: bool, profile: Path | None) -> Any:
+    def _open(self, bundle: Bundle, file: str, capture: bool, profile: Path | None) -> Any:
         """A session. Raises BackendError where it, or its provider, does not start."""
+        path = bundle.path(file)
         options = onnxruntime.SessionOptions()
         if profile is not None:
             options.enable_profiling = True
-            options.profile_file_prefix = str(profile / path.name)
+            options.profile_file_prefix = str(profile / file)
         options.log_severity_level = 3
         cores = len(os.sched_getaffinity(0))
         options.intra_op_num_threads = max(1, cores - 1) if self._realtime else cores
@@ -233,6 +189,8 @@ class OrtGraphs:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         else:  # two sessions take turns: the idle one must not spin against the busy one
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.provider == _CPU and bundle.manifest.target == "portable":
+            options.add_session_config_entry(*EXACT_INT8)
         providers: list[tuple[str, dict[str, str]]] = [(_CPU, {})]
         if self.provider == _CUDA:
             # Without TF32, which rounds the operands of float32 products to 10 bits.
@@ -268,12 +226,18 @@ class OrtGraphs:
 
     def _run(self, call: Call) -> None:
         """Raises BackendError."""
-        error = _error_of(call) if self._thread is None else self._thread.error_of(call)
+        answer: Future[None] | None = None
         try:
-            if error is not None:
-                raise BackendError(f"ONNX Runtime failed to run a graph: {error}") from error
+            if self._worker is None:
+                call()
+                return
+            answer = self._worker.submit(call)
+            assert answer is not None, "one call at a time has room"
+            answer.result()
+        except Exception as e:
+            raise BackendError(f"ONNX Runtime failed to run a graph: {e}") from e
         finally:
-            del error  # with its traceback it is a reference cycle, which keeps the session alive
+            del answer  # an error in it is a reference cycle, which keeps the session alive
 
 
 def _require_signature(session: Any, graph: Graph, bundle: Bundle) -> None:

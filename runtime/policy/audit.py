@@ -99,7 +99,7 @@ def _audit_ort(bundle: Bundle, backend: Backend) -> OrtAudit:
             more, ms = last_runs(name, json.loads(profile.read_text()), runs[name])
             operators += more
             chunk_ms += ms
-    # A portable INT8 bundle is for TensorRT: it claims nothing for ONNX Runtime.
+    # A portable INT8 bundle claims integer products on TensorRT only: here they are float (EXACT_INT8).
     claims = m.target == "cpu" and sessions.provider == CPU
     return OrtAudit(
         provider=sessions.provider,

@@ -18,7 +18,7 @@ from ..core.errors import BenchError
 from ..export.checkpoint.cameras import Named
 from ..runtime import Bundle, Policy
 from ..runtime.budget.budget import TARGET_MS, budget
-from ..runtime.budget.roofline import Board
+from ..runtime.budget.roofline import BoardPeaks
 from ..runtime.bundle.manifest import Manifest
 from ..runtime.policy.selfcheck import require, run_selfcheck, summary
 from . import machine
@@ -138,7 +138,7 @@ def measure(
     bundles: Sequence[str],
     reference: ReferenceOptions | None,
     device: str,
-    boards: Sequence[Board],
+    boards: Sequence[BoardPeaks],
     effort: Effort,
     say: Callable[[str], None],
 ) -> Latency:
@@ -274,7 +274,7 @@ def verdict(t: Spread, here: Machine) -> TargetVerdict:
     return TargetVerdict("measured", where, TARGET_MS, met, text)
 
 
-def projected(m: Manifest, board: Board) -> TargetVerdict:
+def projected(m: Manifest, board: BoardPeaks) -> TargetVerdict:
     """From the roofline alone."""
     found = budget(m, board)
     ms, met = found.stages["chunk"], found.verdicts["projected"]

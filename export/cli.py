@@ -13,7 +13,7 @@ import typer
 from ..core import command
 from ..core.errors import ExportError
 from ..quantize.int8.gate import Gate, read_gate
-from ..runtime.bundle.manifest import Int8, Precision, Target
+from ..runtime.bundle.manifest import Int8Record, Precision, Target
 from ..runtime.engines.backend import require_vnni
 
 app = command.new_app()
@@ -185,7 +185,7 @@ def require_extra() -> None:
         )
 
 
-def sensitivity_table(int8: Int8) -> str:
+def sensitivity_table(int8: Int8Record) -> str:
     """Each group of layers in INT8 alone, and whether it became INT8."""
     rows = [f"{'group alone in int8':<20}{'saves':>9}{'action p99':>12}{'cache L2':>10}"]
     for group, s in int8.sensitivity.items():

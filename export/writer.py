@@ -31,6 +31,7 @@ from .checkpoint.architecture import Architecture
 from .checkpoint.checkpoint import Checkpoint
 from .int8 import Int8, plan_int8
 from .reference import Observation, Reference, fixed_observations
+from .stored import stored_contradictions
 from .views.expert import Expert
 from .views.layers import FP16, FP32, stages
 from .views.prefix import Prefix
@@ -156,7 +157,9 @@ def write_bundle(
             measured["lerobot"] = lerobot_check.measure(checkpoint, policy, observations)
             parity.require(measured, precision)
         say("auditing")
-        if wrong := contradictions(audit(policy.bundle), precision):
+        wrong = contradictions(audit(policy.bundle), precision)
+        wrong += stored_contradictions(policy.bundle)
+        if wrong:
             raise AuditError(
                 f"the graphs are not what they would be labelled: {'; '.join(wrong)}. No bundle was written"
             )
@@ -296,7 +299,7 @@ def _describe(
     return contract.Manifest(
         format=contract.FORMAT,
         version=contract.VERSION,
-        source=contract.Source(
+        source=contract.WeightsSource(
             checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo
         ),
         files={},

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...core.errors import CheckpointError
 from ...runtime.bundle.bundle import Bundle
-from ...runtime.bundle.manifest import Camera
+from ...runtime.bundle.manifest import CameraSlot
 from .policy_config import EMPTY, IMAGES
 
 
@@ -52,7 +52,7 @@ def choose_cameras(
     rename_map: Mapping[str, str],
     evidence: Sequence[Named],
     asked: Named | None,
-) -> tuple[tuple[Camera, ...], str]:
+) -> tuple[tuple[CameraSlot, ...], str]:
     """The cameras of training in the order of `keys`, and one line on those that are left out.
 
     Args:
@@ -101,7 +101,7 @@ def choose_cameras(
         elif unnamed := _unnamed(keys, rename_map):
             doubt = f"the rename_map leaves out {listed(unnamed)}, and no image statistics tell"
         else:
-            return tuple(Camera(names[key], key) for key in keys), ""
+            return tuple(CameraSlot(names[key], key) for key in keys), ""
         raise CheckpointError(
             f"it is not clear which cameras training had. config.json has {listed(keys)}; {doubt}. "
             "Name those of config.json that training had with smolvla-export --cameras NAME,NAME "
@@ -113,7 +113,7 @@ def choose_cameras(
         if left
         else ""
     )
-    return tuple(Camera(names[key], key) for key in chosen), line
+    return tuple(CameraSlot(names[key], key) for key in chosen), line
 
 
 def _short(feature: str) -> str:

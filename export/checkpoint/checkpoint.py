@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.errors import CheckpointError
 from ...core.files import sha256_of
 from ...quantize.observations.hub import from_hub, is_hub_id
-from ...runtime.bundle.manifest import Camera, Manifest
+from ...runtime.bundle.manifest import Manifest
 from .architecture import DEFAULT_VLM_CONFIG, read_vlm_config
 from .cameras import Named, choose_cameras, dataset_cameras
 from .policy_config import DEFAULT_VLM, PolicyConfig
@@ -42,7 +42,7 @@ class Checkpoint:
     vlm: Any  # transformers' SmolVLMConfig
     tokenizer: Path  # tokenizer.json
     processors: Processors
-    cameras: tuple[Camera, ...]  # those of training, in the policy's order
+    cameras: tuple[CameraSlot, ...]  # those of training, in the policy's order
     left_out: str  # one line on config.json's other cameras; empty where there are none
     joints: tuple[str, ...] | None
     fps: float | None

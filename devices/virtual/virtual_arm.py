@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import DeviceError
-from ...core.process import module_command
+from ...core.process import first_line, module_command
 from ..arm.calibration import Calibration, JointCalibration
 from ..cameras.shared_frame import write_frame
 from .virtual_bus import VirtualBus
@@ -77,9 +77,8 @@ class VirtualArm:
         assert self._process.stdin and self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
         try:
-            if not select.select([self._from], [], [], START_LIMIT_S)[0] or not (
-                ready := self._from.readline()
-            ):
+            ready = first_line(self._process, START_LIMIT_S)
+            if not ready:
                 raise DeviceError(
                     f"the virtual arm did not start (exit status {self._process.poll()})."
                 )

@@ -74,15 +74,19 @@ def test_the_first_line_of_a_child_that_ends_or_says_nothing_is_empty():
 
 def test_only_one_module_starts_python():
     """A command line of our own is `module_command`: no list holds sys.executable, -m or -c."""
-    found = []
-    for path in sorted(p for room in PACKAGES for p in (ROOT / room).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.List | ast.Tuple) and any(map(_starts_python, node.elts)):
-                found.append(str(path.relative_to(ROOT)))
+    sources = [path for room in PACKAGES for path in (ROOT / room).rglob("*.py")]
+    found = [str(path.relative_to(ROOT)) for path in sources if _starts_python(path)]
     assert found == ["core/process.py"]
 
 
-def _starts_python(node):
+def _starts_python(path):
+    lists = [
+        n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.List | ast.Tuple)
+    ]
+    return any(_is_python(element) for one in lists for element in one.elts)
+
+
+def _is_python(node):
     if isinstance(node, ast.Attribute):
         return ast.unparse(node) == "sys.executable"
     return isinstance(node, ast.Constant) and node.value in ("-m", "-c")

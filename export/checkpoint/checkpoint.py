@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.errors import CheckpointError
 from ...core.files import sha256_of
 from ...quantize.observations.hub import from_hub, is_hub_id
-from ...runtime.bundle.manifest import Manifest
+from ...runtime.bundle.manifest import CameraSlot, Manifest
 from .architecture import DEFAULT_VLM_CONFIG, read_vlm_config
 from .cameras import Named, choose_cameras, dataset_cameras
 from .policy_config import DEFAULT_VLM, PolicyConfig

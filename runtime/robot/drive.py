@@ -28,8 +28,9 @@ from ...devices.arm.telemetry import JointState
 from ...devices.arm.units import degrees_per_unit, to_raw
 from ...devices.bus.bus import FeetechBus
 from ...devices.bus.sts3215 import MODEL_NUMBER, Register
-from ...devices.cameras.camera import Camera, open_camera
+from ...devices.cameras.camera import Camera
 from ...devices.cameras.camera_watch import CameraWatch
+from ...devices.cameras.sources import open_camera
 from ...devices.virtual.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
 from ..bundle.manifest import Manifest
 from ..policy.policy import Policy

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .camera import HEIGHT, WIDTH
+
 QUERYCAP, ENUM_FMT, ENUM_FRAMESIZES, ENUM_FRAMEINTERVALS = (
     0x80685600,
     0xC0405602,
@@ -20,7 +22,6 @@ QUERYCAP, ENUM_FMT, ENUM_FRAMESIZES, ENUM_FRAMEINTERVALS = (
 )
 CAP_VIDEO_CAPTURE, CAP_DEVICE_CAPS = 0x1, 0x80000000
 BUF_TYPE_VIDEO_CAPTURE = DISCRETE = 1
-WIDTH, HEIGHT, FPS = 640, 480, 30.0  # what cameras are opened with
 
 
 @dataclass(frozen=True)

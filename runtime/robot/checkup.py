@@ -25,7 +25,8 @@ from ...devices.arm.inspection import inspect
 from ...devices.bus.bus import FeetechBus
 from ...devices.bus.port import ADAPTERS, lasting_path
 from ...devices.bus.sts3215 import ENCODER_MAX, Register
-from ...devices.cameras.camera_modes import FPS, HEIGHT, WIDTH, Node
+from ...devices.cameras.camera import FPS, HEIGHT, WIDTH
+from ...devices.cameras.camera_modes import Node
 
 Status = Literal["ok", "warning", "stop", "unknown"]
 

@@ -14,7 +14,8 @@ from ...devices.arm.so101 import SO101
 from ...devices.arm.units import to_raw
 from ...devices.bus.bus import FeetechBus
 from ...devices.bus.sts3215 import MODEL_NUMBER, Register
-from ...devices.cameras.camera import Camera, open_camera
+from ...devices.cameras.camera import Camera
+from ...devices.cameras.sources import open_camera
 from ...devices.virtual.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
 from .checked_run import CheckedRun
 

@@ -11,15 +11,10 @@ import numpy as np
 import pytest
 
 from smolvla_edge.core.errors import CameraError
-from smolvla_edge.devices.cameras.camera import (
-    ImageFileCamera,
-    OpenCVCamera,
-    SharedFrameCamera,
-    VideoFileCamera,
-    _taken_s,
-    open_camera,
-)
-from smolvla_edge.devices.cameras.shared_frame import write_frame
+from smolvla_edge.devices.cameras.file_camera import ImageFileCamera, VideoFileCamera
+from smolvla_edge.devices.cameras.shared_frame import SharedFrameCamera, write_frame
+from smolvla_edge.devices.cameras.sources import open_camera
+from smolvla_edge.devices.cameras.usb_camera import UsbCamera, _taken_s
 
 RED_RGB = (200, 30, 20)
 
@@ -130,7 +125,7 @@ def test_a_video_file_that_disappears_is_reported(video):
 
 
 def test_a_captured_picture_is_rgb_and_carries_its_time(video):
-    camera = OpenCVCamera("front", video, 64, 48)
+    camera = UsbCamera("front", video, 64, 48)
     camera.open()
     frame = camera.latest()
     assert frame.image.shape == (48, 64, 3) and frame.image.dtype == np.uint8
@@ -141,7 +136,7 @@ def test_a_captured_picture_is_rgb_and_carries_its_time(video):
 
 
 def test_a_camera_that_stops_delivering_reports_it(video):
-    camera = OpenCVCamera("front", video, 64, 48)
+    camera = UsbCamera("front", video, 64, 48)
     camera.open()
     deadline = time.monotonic() + 10
     with pytest.raises(CameraError, match="reads in a row failed"):
@@ -153,7 +148,7 @@ def test_a_camera_that_stops_delivering_reports_it(video):
 
 def test_pictures_of_another_size_are_refused(video):
     with pytest.raises(CameraError, match="64 x 48 pictures, expected 640 x 480"):
-        OpenCVCamera("front", video).open()
+        UsbCamera("front", video).open()
 
 
 @pytest.mark.parametrize("source", ["/dev/video99", 99, "99"])
@@ -169,7 +164,7 @@ def test_a_device_that_is_no_camera_is_refused_in_bounded_time(tmp_path, capfd):
     path.write_bytes(b"no video at all")
     before = time.monotonic()
     with pytest.raises(CameraError, match="cannot be opened"):
-        OpenCVCamera("front", str(path)).open()
+        UsbCamera("front", str(path)).open()
     assert time.monotonic() - before < 9
     capfd.readouterr()
 

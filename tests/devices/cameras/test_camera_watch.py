@@ -12,8 +12,10 @@ import pytest
 
 from smolvla_edge.core.errors import CameraError
 from smolvla_edge.devices.cameras import camera_watch
-from smolvla_edge.devices.cameras.camera import Frame, ImageFileCamera, open_camera
+from smolvla_edge.devices.cameras.camera import Frame
 from smolvla_edge.devices.cameras.camera_watch import CameraWatch
+from smolvla_edge.devices.cameras.file_camera import ImageFileCamera
+from smolvla_edge.devices.cameras.sources import open_camera
 from support.faulty_arm import FaultyArm
 
 TICK_S = 1 / 32  # exact, so that sums of it are

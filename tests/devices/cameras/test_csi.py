@@ -8,7 +8,8 @@ import time
 import pytest
 
 from smolvla_edge.core.errors import CameraError
-from smolvla_edge.devices.cameras.camera import CsiCamera, open_camera
+from smolvla_edge.devices.cameras.csi_camera import CsiCamera
+from smolvla_edge.devices.cameras.sources import open_camera
 
 GSTREAMER = shutil.which("gst-launch-1.0")
 
@@ -79,7 +80,7 @@ def test_a_program_that_ends_says_why_and_what_to_do(program):
 
 def test_a_sensor_that_shows_nothing_is_told_and_its_program_ended(program, monkeypatch):
     monkeypatch.setattr("smolvla_edge.devices.cameras.camera.OPEN_LIMIT_S", 0.5)
-    monkeypatch.setattr("smolvla_edge.devices.cameras.camera.STOP_LIMIT_S", 0.5)
+    monkeypatch.setattr("smolvla_edge.devices.cameras.csi_camera.STOP_LIMIT_S", 0.5)
     program("import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)")
     camera = CsiCamera("wrist", "csi:0", 8, 6)
     with pytest.raises(CameraError, match=r"no picture from csi:0 in 0\.5 s.*nvargus-daemon"):

@@ -20,7 +20,7 @@ from smolvla_edge.core.process import module_command
 from smolvla_edge.devices.bus import frames
 from smolvla_edge.devices.bus.bus import FeetechBus
 from smolvla_edge.devices.bus.sts3215 import Register
-from smolvla_edge.devices.cameras.camera import open_camera
+from smolvla_edge.devices.cameras.sources import open_camera
 from smolvla_edge.devices.virtual.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
 from support.faulty_arm import FaultyArm, FaultyBus, Write
 

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..core.board import cpu_flags, read_board
+from ..core.board import cpu_flags, cpu_info, read_board
 from .result import Machine, Rates, Readings
 
 # The largest product of the policy, the first MLP layer of the vision tower: [ROWS, INNER, COLUMNS].
@@ -69,13 +68,9 @@ def watched(realtime: bool = False) -> Callable[[], dict[str, Any]]:
 
 def cpu_name() -> str:
     """Model and matrix instructions. The family tells CPUs apart whose name a hypervisor hides."""
-    info = dict(re.findall(r"^(.+?)\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.M))
-    numbers = [
-        f"{key.split()[-1]} {info[key]}"
-        for key in ("cpu family", "model", "stepping")
-        if key in info
-    ]
-    flags = cpu_flags()
+    info, flags = cpu_info(), cpu_flags()
+    fields = ("cpu family", "model", "stepping")
+    numbers = [f"{key.split()[-1]} {info[key]}" for key in fields if key in info]
     known = " ".join(flag for flag in _FLAGS.split() if flag in flags)
     return ", ".join([read_board().cpu, *numbers, known])
 
@@ -85,9 +80,8 @@ def readings() -> Readings:
     board = read_board()
     clocks = {clock.name: clock.now for clock in board.clocks}
     cpu, gpu = clocks.pop("CPU", None), next(iter(clocks.values()), None)
-    if cpu is None:  # a virtual machine has no cpufreq
-        seen = re.findall(r"^cpu MHz\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.M)
-        cpu = round(float(np.mean([float(mhz) for mhz in seen])), 1) if seen else None
+    if cpu is None and "cpu MHz" in cpu_info():  # a virtual machine has no cpufreq
+        cpu = float(cpu_info()["cpu MHz"])
     card = _nvidia("clocks.sm", "nounits")
     return Readings(
         cpu_mhz=cpu,

@@ -46,7 +46,7 @@ def spread(values: ArrayLike) -> Spread:
 class Readings:
     """What changes while a benchmark runs. None: the machine does not report it."""
 
-    cpu_mhz: float | None  # the fastest core; on some virtual machines the mean
+    cpu_mhz: float | None  # the fastest core; on a virtual machine the first
     gpu_mhz: float | None
     temperature_c: float | None  # the hottest sensor
 

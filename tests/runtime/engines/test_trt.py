@@ -228,7 +228,7 @@ def test_an_engine_that_computes_something_else_is_refused_before_the_arm_is_tou
     board, bundle, monkeypatch
 ):
     touched = []
-    monkeypatch.setattr(drive, "_hardware", lambda *_: touched.append(1))
+    monkeypatch.setattr(drive, "open_hardware", lambda *_: touched.append(1))
     for wrong, stage in (
         (("key.1", 0.5), "key.1"),
         (("velocity", 0.5), None),

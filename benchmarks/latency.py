@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from ..core.errors import BenchError
+from ..export.checkpoint.cameras import Named
 from ..runtime import Bundle, Policy
 from ..runtime.budget.budget import TARGET_MS, budget
 from ..runtime.budget.roofline import BoardPeaks
@@ -58,6 +59,7 @@ class ReferenceOptions:
     vlm: str | None = None
     lerobot: str | None = None
     compiled: bool = False
+    cameras: Named | None = None  # those of training, where the checkpoint does not say
 
     def processes(self, bundle: Bundle, device: str) -> tuple[str, list[Asked], str]:
         """-> Python, the processes to start with it, and one sentence on them."""

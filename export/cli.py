@@ -48,6 +48,11 @@ def export(
     vlm: Path | None = typer.Option(
         None, help="Folder with the VLM's config.json and tokenizer, where the checkpoint has none."
     ),
+    cameras: str | None = typer.Option(
+        None,
+        help="The robot's names of the cameras that training had, e.g. front,wrist, where the "
+        "checkpoint does not say.",
+    ),
     demo: bool = typer.Option(
         False, "--demo", help="Full-size random weights instead of CHECKPOINT: runs offline."
     ),
@@ -108,6 +113,7 @@ def export(
     command.terminate_like_interrupt()  # so that nothing half-written stays behind
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     say("loading torch")
+    from .checkpoint.cameras import named_cameras
     from .checkpoint.checkpoint import load_checkpoint
     from .checkpoint.demo import write_demo_checkpoint
     from .int8 import observations_for, plan_int8
@@ -120,7 +126,10 @@ def export(
         if demo:
             write_demo_checkpoint(Path(source := f"{temporary}/checkpoint"), say)
         say(f"reading {'the demo checkpoint' if demo else source}")
-        read = load_checkpoint(source, revision=revision, vlm=vlm)
+        trained = named_cameras("--cameras", cameras)
+        read = load_checkpoint(source, revision=revision, vlm=vlm, cameras=trained)
+        if read.left_out:
+            say(read.left_out)
         read = replace(read, name="demo", demo=True) if demo else read
         data = observations_for(read, calibration, frames, say) if calibration else None
         if data and sensitivity:

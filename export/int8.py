@@ -136,7 +136,7 @@ def observations_for(
     asked = Tokenizer(checkpoint.tokenizer, contract.Tokens(length, 0))
     data = read_calibration(
         source,
-        around.camera_names,
+        checkpoint.camera_names,
         checkpoint.config.state_dim,
         instructions(read_tokenizer(checkpoint.tokenizer), length),
         statistics=around.state.statistics,

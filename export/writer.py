@@ -54,7 +54,11 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     if checkpoint.config.add_image_special_tokens:
         special = tokens.image_special_tokens(tokens.read_tokenizer(checkpoint.tokenizer))
     return Architecture(
-        checkpoint.config, checkpoint.vlm, checkpoint.processors.token_length, special
+        checkpoint.config,
+        checkpoint.vlm,
+        len(checkpoint.cameras),
+        checkpoint.processors.token_length,
+        special,
     )
 
 
@@ -302,10 +306,7 @@ def _describe(
         prefix=prefix,
         expert=expert,
         cache_bytes=sum(t.bytes for t in prefix.outputs if t.name != "prefix_mask"),
-        cameras=tuple(
-            contract.CameraSlot(name, key)
-            for name, key in zip(around.camera_names, config.cameras, strict=True)
-        ),
+        cameras=checkpoint.cameras,
         image_size=arch.vision.image_size,
         tokens=contract.Tokens(arch.token_length, pad),
         state=contract.Vector(config.state_dim, config.max_state_dim, around.state),

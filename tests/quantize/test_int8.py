@@ -186,7 +186,7 @@ def test_a_massive_channel_is_multiplied_in_float(smoothed, monkeypatch):
 def test_costs_count_every_token_once(smoothed):
     costs = smoothed[3]
     arch = smoothed[0].arch
-    assert {c.rows for c in costs["vision early"]} == {len(arch.config.cameras) * arch.patches}
+    assert {c.rows for c in costs["vision early"]} == {arch.cameras * arch.patches}
     assert {c.rows for c in costs["language late"]} == {arch.prefix_tokens}
     assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.config.chunk_size, 10)}
 
@@ -356,7 +356,7 @@ def test_an_instruction_the_policy_would_refuse_is_refused_at_once(
 ):
     whole = int8.read_calibration(
         "synthetic",
-        tiny.processors.camera_names,
+        tiny.camera_names,
         6,
         [task],
         statistics={},

@@ -1,6 +1,6 @@
 """The least time of a chunk on a board: operations and bytes of each stage over the board's peaks.
 
-A stage takes as long as its arithmetic, or as its reading of weights and cache, whichever is longer.
+A stage takes as long as its arithmetic, or as its reading of weights and cache: the longer counts.
 The stages run one after the other. With the full peaks the result is a floor. With published
 efficiencies it is a projection, not a measurement: it assumes that another board uses as much of
 its peaks as the measured one.
@@ -82,8 +82,8 @@ def _words(name: str) -> set[str]:
     return set(re.sub(r"(\d) +gb", r"\1gb", name).split()) - _NOISE
 
 
-# The shares of the peaks that the best public run of SmolVLA without custom kernels reaches: 133.6 ms
-# with TensorRT engines from ONNX on an Orin Nano 8GB Super, FP16, 2 cameras, 10 steps
+# The shares of the peaks that the best public run of SmolVLA without custom kernels reaches:
+# 133.6 ms with TensorRT engines from ONNX on an Orin Nano 8GB Super, FP16, 2 cameras, 10 steps
 # (eetmie/jetson-orin-nano-vla on GitHub). No INT8 run is public: INT8 gets the same shares.
 ONNX_ALONE = {"vision": 0.31, "language": 0.34, "memory": 0.49}
 
@@ -170,7 +170,7 @@ def _scaled(work: Work, gemm: float, attention: float) -> Work:
 def sustained_hz(actions: int, chunk_ms: float) -> float:
     """The fastest control loop that always has an action.
 
-    The loop asks for the next chunk when half of the `actions` are left, so the chunk must take less
-    than actions * period / 2.
+    The loop asks for the next chunk when half of the `actions` are left, so the chunk must take
+    less than actions * period / 2.
     """
     return 1e3 * actions / (2 * chunk_ms)

@@ -205,7 +205,7 @@ class Manifest:
     fps: float | None
     precision: Precision
     target: Target
-    # Stage -> largest error against the checkpoint, over max(1, largest magnitude of the reference).
+    # Stage -> largest error against the checkpoint, over max(1, largest reference magnitude).
     parity: dict[str, float]
     pinned: tuple[str, ...]  # stages of a float16 bundle in float32, chosen by the range pass
     int8: Int8Record | None

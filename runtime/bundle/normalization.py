@@ -1,4 +1,7 @@
-"""LeRobot's normalisation of states and actions (lerobot 0.4.4, processor/normalize_processor.py)."""
+"""LeRobot's normalisation of states and actions.
+
+Source: lerobot 0.4.4, processor/normalize_processor.py.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""In which precision a bundle computes on this machine, and whether that is the precision it claims.
+"""In which precision a bundle computes on this machine, and whether its label says so.
 
 The files are hashed, and the exporter checks the stored weights (export/stored.py). An engine can
 still compute otherwise: ONNX Runtime computes float16 graphs in float32 on most CPUs. So the audit
@@ -99,7 +99,7 @@ def _audit_ort(bundle: Bundle, backend: Backend) -> OrtAudit:
             more, ms = last_runs(name, json.loads(profile.read_text()), runs[name])
             operators += more
             chunk_ms += ms
-    # A portable INT8 bundle claims integer products on TensorRT only: here they are float (EXACT_INT8).
+    # A portable INT8 bundle claims integer products on TensorRT only (ort.EXACT_INT8).
     claims = m.target == "cpu" and sessions.provider == CPU
     return OrtAudit(
         provider=sessions.provider,

@@ -1,6 +1,6 @@
-"""The CUDA path, as far as it shows without a GPU: a stand-in for ONNX Runtime's CUDA provider computes on the CPU.
+"""The CUDA path without a GPU: a stand-in for ONNX Runtime's CUDA provider.
 
-It sits at the outermost border: it records what is asked of ONNX Runtime and hands it to real sessions on the CPU.
+It records the calls to ONNX Runtime and hands them to real sessions on the CPU.
 """
 
 import gc
@@ -77,7 +77,7 @@ def alive(cuda, monkeypatch):
 
 @pytest.fixture
 def cuda(export_case, monkeypatch):
-    """ONNX Runtime as on a machine with an NVIDIA card; the tiny bundle has been exported before."""
+    """ONNX Runtime as on a machine with an NVIDIA GPU; the tiny bundle is exported before."""
     export_case("tiny", "fp32")
     on_cpu = onnxruntime.OrtValue.ortvalue_from_numpy
     monkeypatch.setattr(

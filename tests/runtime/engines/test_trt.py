@@ -1,6 +1,7 @@
-"""TensorRT's path, as far as it shows without a GPU: stand-ins at the outermost border (tests/standins/README.md).
+"""The TensorRT path without a GPU: stand-ins at the outermost border (tests/standins/README.md).
 
-Which calls, in which order, on which memory; what is kept and rebuilt; what fails and how. No number of TensorRT's.
+Tested are the calls, their order and memory, what is kept and built again, and failures. Nothing here
+is a result of TensorRT.
 """
 
 import json
@@ -159,12 +160,14 @@ def test_a_damaged_engine_is_built_again(board, bundle, capsys, file):
     [
         (
             "parse",
-            r"could not build prefix.onnx: its parser refuses the graph: In node 3: UNSUPPORTED_NODE",
+            r"could not build prefix.onnx: its parser refuses the graph: "
+            r"In node 3: UNSUPPORTED_NODE",
         ),
         ("build", r"could not build prefix.onnx: no implementation for node MatMul_7"),
         (
             "killed",
-            r"the build of prefix.onnx was ended by SIGKILL; SIGKILL means that memory ran out: stop other",
+            r"the build of prefix.onnx was ended by SIGKILL; SIGKILL means that memory ran out: "
+            r"stop other",
         ),
     ],
 )
@@ -225,7 +228,7 @@ def test_an_engine_that_computes_something_else_is_refused_before_the_arm_is_tou
     board, bundle, monkeypatch
 ):
     touched = []
-    monkeypatch.setattr(drive, "_hardware", lambda *_: touched.append(1))
+    monkeypatch.setattr(drive, "open_hardware", lambda *_: touched.append(1))
     for wrong, stage in (
         (("key.1", 0.5), "key.1"),
         (("velocity", 0.5), None),

@@ -186,7 +186,10 @@ def test_a_bundle_for_the_cpu_stays_there_and_names_the_command_for_a_gpu(export
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr("smolvla_edge.runtime.engines.backend._loads", everything)
     folder = export_case("tiny", "fp32", "cpu")
-    command = f"smolvla-export {DATA}/tiny/checkpoint --precision fp32 --target portable --output {folder} --force"
+    command = (
+        f"smolvla-export {DATA}/tiny/checkpoint --precision fp32 --target portable "
+        f"--output {folder} --force"
+    )
     with pytest.raises(BackendError, match=f"target cpu.*ort-cuda does not have.*{command}"):
         Policy.load(folder, device="cuda")
     reason = Policy.load(folder).graphs.reason

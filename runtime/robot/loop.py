@@ -139,7 +139,8 @@ class ControlLoop:
         if any(state.missed):
             statistics.counts.unanswered += 1
         images = self._observe(now)
-        for key in parts.operator.keys():
+        pressed = parts.operator.keys()
+        for key in pressed:
             self._obey(key, now)
         self._check_stop()
         try:

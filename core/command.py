@@ -79,7 +79,8 @@ def terminate_like_interrupt() -> None:
     """Every signal that ends or stops a program unwinds like Ctrl-C, so that each `finally` runs.
 
     SIGINT too: a shell that starts a program in the background has it ignored. SIGTSTP (Ctrl-Z) and
-    SIGQUIT would leave an arm energised with nobody driving it. """
+    SIGQUIT would leave an arm energised with nobody driving it.
+    """
 
     def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -94,7 +95,8 @@ def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]
     interrupts at once.
 
     A shell that closes sends SIGHUP twice, and so does `timeout` with SIGTERM: only of Ctrl-C is a
-    quick second one somebody who insists. """
+    quick second one somebody who insists.
+    """
     asked: tuple[int, float] | None = None
 
     def note(number: int, frame: object) -> None:

@@ -26,7 +26,8 @@ class CameraMonitor:
         """The newest picture of every camera; empty where one has a problem.
 
         patient: wait for a camera as long as it takes, as during a stop, when somebody may repair
-        it. Raises SafetyStop where a camera had no usable picture for CAMERA_FAULT_S."""
+        it. Raises SafetyStop where a camera had no usable picture for CAMERA_FAULT_S.
+        """
         start = time.perf_counter()
         views = self._cameras.look()
         self._statistics.capture_ms.add(1e3 * (time.perf_counter() - start))

@@ -75,7 +75,8 @@ class Seam:
     """Where one chunk replaces another, [dof] each.
 
     gap: how far the two differ about one and the same action. step: from the last executed target
-    to the first one of the new chunk, as it will be executed."""
+    to the first one of the new chunk, as it will be executed.
+    """
 
     gap: Array
     step: Array

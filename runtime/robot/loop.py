@@ -53,7 +53,8 @@ class LoopParts:
 
     say: prints a line and returns at once. interrupted: whether a first Ctrl-C has come. watch:
     gets every tick. answered: gets every finite chunk. patience_s: how long a chunk may take.
-    degrees_per_unit: [dof], 0 for a joint without degrees."""
+    degrees_per_unit: [dof], 0 for a joint without degrees.
+    """
 
     arm: SO101
     cameras: CameraWatch
@@ -102,7 +103,8 @@ class ControlLoop:
 
         Raises SafetyStop when arm, cameras or policy fail for too long (parked where the arm
         works), KeyboardInterrupt after a first Ctrl-C (parked too, but not during a stop: then
-        nothing moves)."""
+        nothing moves).
+        """
         statistics = self.statistics
         due = last = time.monotonic()
         while True:

@@ -3,7 +3,8 @@ policy knows it?
 
 No LeRobot file records the units of a dataset, so the numbers are asked (state and action, body
 joints first, the gripper last). Statistics may hold min and max, or mean and standard deviation
-only."""
+only.
+"""
 
 from collections.abc import Sequence
 

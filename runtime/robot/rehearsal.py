@@ -26,7 +26,8 @@ def judge(
     """Print the checks, and write them to `rehearsal.json` in the current folder.
 
     failure: why the loop ended early; empty where it did not. Raises CheckFailed where a check
-    failed."""
+    failed.
+    """
     counts, period_ms, chunking = statistics.counts, 1e3 / run.fps, run.settings.chunking
     ticks = max(counts.ticks, 1)
     errors_ms, chunks = statistics.period_error_ms, len(statistics.chunk_ms)

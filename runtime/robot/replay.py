@@ -2,7 +2,8 @@
 
 Every recorded observation goes through the policy with the recorded noise, steps, previous chunk,
 delay and real-time chunking. The same bundle must agree within the tolerance of a self-check;
-another one is compared, not judged."""
+another one is compared, not judged.
+"""
 
 import io
 import json
@@ -124,7 +125,8 @@ def replay(folder: Path, policy: Policy) -> None:
     """Print how far the policy's answers are from the recorded ones.
 
     Raises SettingsError for the folder, InputError where it does not fit the bundle, and
-    CheckFailed where the recorded bundle itself answers something else."""
+    CheckFailed where the recorded bundle itself answers something else.
+    """
     recording = read_recording(folder)
     meta, same = recording.meta, recording.meta.bundle_digest == policy.bundle.digest
     if not recording.files:

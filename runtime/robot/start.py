@@ -51,11 +51,7 @@ def compare_cameras(watch: CameraWatch, run: CheckedRun) -> None:
 
 
 def warm_up(
-    policy: Policy,
-    images: Images,
-    state: NDArray[np.float64],
-    run: CheckedRun,
-    queue: ChunkQueue,
+    policy: Policy, images: Images, state: NDArray[np.float64], run: CheckedRun, queue: ChunkQueue
 ) -> NDArray[np.float32]:
     """-> a first chunk, [rows, dof]; its latency is in the queue's tracker. Of two: the first
     inference of a process is slower than all others. Raises SafetyStop for one that is not

@@ -1,7 +1,8 @@
 """The control loop with an arm, cameras, keys and a policy that misbehave on purpose.
 
 The clock is wound by hand, so that every tick of every test is the same on any machine; the policy
-computes in its own thread as always, and is answered for at the tick that its latency says."""
+computes in its own thread as always, and is answered for at the tick that its latency says.
+"""
 
 import itertools
 import threading

@@ -24,6 +24,7 @@ import numpy as np
 
 from ..core.errors import BenchError
 from ..core.process import module_command
+from ..quantize.observations.sample import Sample
 from ..runtime import Bundle, SmolVLAError
 from ..runtime.policy.preprocessing import Preprocessor
 from ..runtime.policy.sampling import schedule
@@ -157,6 +158,7 @@ def main() -> None:
     import torch
 
     from ..core.errors import ExportError
+    from ..export.checkpoint.cameras import bundle_cameras
     from ..export.checkpoint.checkpoint import load_checkpoint
 
     asked = Asked(**json.loads(sys.argv[1]))
@@ -166,10 +168,12 @@ def main() -> None:
 
     with ExitStack() as stack:
         try:
-            checkpoint = load_checkpoint(
-                asked.checkpoint, vlm=Path(asked.vlm) if asked.vlm else None
-            )
             bundle = Bundle.open(asked.bundle)
+            checkpoint = load_checkpoint(
+                asked.checkpoint,
+                vlm=Path(asked.vlm) if asked.vlm else None,
+                cameras=bundle_cameras(bundle),
+            )
             serve = _lerobot if asked.kind == "lerobot" else _views
             chunk, tokens, note = serve(asked, checkpoint, bundle, stack)
         except ImportError as e:
@@ -232,15 +236,10 @@ def _lerobot(asked: Asked, checkpoint: Any, bundle: Bundle, stack: ExitStack) ->
     import torch
     import transformers
 
-    from ..export.lerobot_check import load_policy, vision_positions
+    from ..export.lerobot_check import lerobot_batch, load_policy, vision_positions
 
     images, state, task, noise = observation(bundle)
-    names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
-    batch: dict[str, Any] = {
-        names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
-        for name, image in images.items()
-    }
-    batch |= {"observation.state": torch.from_numpy(state), "task": task}
+    batch = lerobot_batch(checkpoint, Sample(images, state, task))
     note = f", lerobot {lerobot.__version__}, transformers {transformers.__version__}; "
     note += "patched: two token ids in place of the VLM's processor"
     if asked.dtype == "float32" and transformers.__version__.startswith(("4.55", "4.56", "4.57")):

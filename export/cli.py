@@ -13,7 +13,8 @@ import typer
 from ..core import command
 from ..core.errors import ExportError
 from ..quantize.int8.gate import Gate, read_gate
-from ..runtime.bundle.manifest import Int8, Precision, Target
+from ..runtime.bundle.manifest import Int8Record, Precision, Target
+from ..runtime.engines.backend import require_vnni
 
 app = command.new_app()
 _NEEDS = (
@@ -46,6 +47,11 @@ def export(
     revision: str | None = typer.Option(None, help="Hub branch, tag or commit.  [default: main]"),
     vlm: Path | None = typer.Option(
         None, help="Folder with the VLM's config.json and tokenizer, where the checkpoint has none."
+    ),
+    cameras: str | None = typer.Option(
+        None,
+        help="The robot's names of the cameras that training had, e.g. front,wrist, where the "
+        "checkpoint does not say.",
     ),
     demo: bool = typer.Option(
         False, "--demo", help="Full-size random weights instead of CHECKPOINT: runs offline."
@@ -100,11 +106,14 @@ def export(
         raise ExportError(
             f"--calibration, --gate and --sensitivity belong to int8, --precision is {precision}"
         )
+    if made == "int8" and runs_on == "cpu":
+        require_vnni()
     judged_by = read_gate(gate) if gate else Gate()
     require_extra()
     command.terminate_like_interrupt()  # so that nothing half-written stays behind
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     say("loading torch")
+    from .checkpoint.cameras import named_cameras
     from .checkpoint.checkpoint import load_checkpoint
     from .checkpoint.demo import write_demo_checkpoint
     from .int8 import observations_for, plan_int8
@@ -117,7 +126,10 @@ def export(
         if demo:
             write_demo_checkpoint(Path(source := f"{temporary}/checkpoint"), say)
         say(f"reading {'the demo checkpoint' if demo else source}")
-        read = load_checkpoint(source, revision=revision, vlm=vlm)
+        trained = named_cameras("--cameras", cameras)
+        read = load_checkpoint(source, revision=revision, vlm=vlm, cameras=trained)
+        if read.left_out:
+            say(read.left_out)
         read = replace(read, name="demo", demo=True) if demo else read
         data = observations_for(read, calibration, frames, say) if calibration else None
         if data and sensitivity:
@@ -173,7 +185,7 @@ def require_extra() -> None:
         )
 
 
-def sensitivity_table(int8: Int8) -> str:
+def sensitivity_table(int8: Int8Record) -> str:
     """Each group of layers in INT8 alone, and whether it became INT8."""
     rows = [f"{'group alone in int8':<20}{'saves':>9}{'action p99':>12}{'cache L2':>10}"]
     for group, s in int8.sensitivity.items():

@@ -86,7 +86,7 @@ class Int8:
     smoothed: Views  # float32
     groups: dict[str, Layers]  # those of the plan, in the order they were taken
     costs: dict[str, list[Cost]]
-    manifest: contract.Int8  # but for what the gate finds
+    manifest: contract.Int8Record  # but for what the gate finds
     gate: Gate
     held_out: HeldOut
     joints: tuple[str, ...]
@@ -114,7 +114,7 @@ class Int8:
             self, groups=groups, manifest=replace(self.manifest, **_claims(groups, self.costs))
         )
 
-    def judged(self, policy: Policy, say: Callable[[str], None]) -> contract.Int8:
+    def judged(self, policy: Policy, say: Callable[[str], None]) -> contract.Int8Record:
         """The manifest with what the gate found of a bundle's own graphs. Raises GateError where it is not met."""
         say(f"judging {len(self.held_out.samples)} held-out observations by the gate")
         errors = self.held_out.judge(policy)
@@ -136,7 +136,7 @@ def observations_for(
     asked = Tokenizer(checkpoint.tokenizer, contract.Tokens(length, 0))
     data = read_calibration(
         source,
-        around.camera_names,
+        checkpoint.camera_names,
         checkpoint.config.state_dim,
         instructions(read_tokenizer(checkpoint.tokenizer), length),
         statistics=around.state.statistics,
@@ -198,7 +198,7 @@ def plan_int8(
         f"INT8: {', '.join(taken) or 'nothing'}"
         + "".join(f"; not {g}" for g in layers if g not in taken)
     )
-    record = contract.Int8(
+    record = contract.Int8Record(
         **_claims(taken, costs),
         sensitivity={
             g: contract.Sensitivity(1e3 * s, e.action, e.worst_cache)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import ExportError
+from ..quantize.observations.sample import Sample
 from ..runtime import Policy
 from .checkpoint.checkpoint import TOKENIZER, Checkpoint
 from .checkpoint.tokens import image_special_tokens, read_tokenizer
@@ -28,22 +29,25 @@ def lerobot_actions(
     """
     import torch
 
-    names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
     answers = []
     with tempfile.TemporaryDirectory() as scratch, vision_positions():
         policy, preprocess = load_policy(checkpoint, Path(scratch) / "vlm")
         for observation in observations:
-            batch: dict[str, Any] = {
-                names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
-                for name, image in observation.images.items()
-            }
-            batch |= {
-                "observation.state": torch.from_numpy(observation.state),
-                "task": observation.task,
-            }
+            batch = lerobot_batch(checkpoint, observation)
             noise = torch.from_numpy(observation.noise)
             answers.append(policy.predict_action_chunk(preprocess(batch), noise=noise).numpy())
     return answers
+
+
+def lerobot_batch(checkpoint: Checkpoint, sample: Sample) -> dict[str, Any]:
+    """One observation under LeRobot's keys; it leaves cameras that are not in it out of the prefix."""
+    import torch
+
+    images = {
+        camera.key: torch.from_numpy(sample.images[camera.name]).permute(2, 0, 1).float() / 255
+        for camera in checkpoint.cameras
+    }
+    return {**images, "observation.state": torch.from_numpy(sample.state), "task": sample.task}
 
 
 def measure(checkpoint: Checkpoint, policy: Policy, observations: Sequence[Observation]) -> float:

@@ -21,6 +21,7 @@ from ..quantize.ranges import policy_ranges, stages_to_pin
 from ..runtime import Bundle, Policy
 from ..runtime.bundle import manifest as contract
 from ..runtime.bundle.manifest import CAMERA_GRAPH, MANIFEST, manifest_json, parse_manifest
+from ..runtime.engines.backend import require_vnni
 from ..runtime.policy.audit import audit, contradictions
 from ..runtime.policy.selfcheck import FILE, run_selfcheck
 from . import graph, lerobot_check, parity
@@ -30,6 +31,7 @@ from .checkpoint.architecture import Architecture
 from .checkpoint.checkpoint import Checkpoint
 from .int8 import Int8, plan_int8
 from .reference import Observation, Reference, fixed_observations
+from .stored import stored_contradictions
 from .views.expert import Expert
 from .views.layers import FP16, FP32, stages
 from .views.prefix import Prefix
@@ -52,7 +54,11 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     if checkpoint.config.add_image_special_tokens:
         special = tokens.image_special_tokens(tokens.read_tokenizer(checkpoint.tokenizer))
     return Architecture(
-        checkpoint.config, checkpoint.vlm, checkpoint.processors.token_length, special
+        checkpoint.config,
+        checkpoint.vlm,
+        len(checkpoint.cameras),
+        checkpoint.processors.token_length,
+        special,
     )
 
 
@@ -84,6 +90,8 @@ def write_bundle(
     """
     check_output(output, force)
     int8 = precision == "int8"
+    if int8 and target == "cpu":
+        require_vnni()
     if (int8 or target == "cpu") and not hasattr(torch.onnx, "ops"):
         option = "--target cpu" if target == "cpu" else "--precision int8"
         raise ExportError(
@@ -149,7 +157,9 @@ def write_bundle(
             measured["lerobot"] = lerobot_check.measure(checkpoint, policy, observations)
             parity.require(measured, precision)
         say("auditing")
-        if wrong := contradictions(audit(policy.bundle), precision):
+        wrong = contradictions(audit(policy.bundle), precision)
+        wrong += stored_contradictions(policy.bundle)
+        if wrong:
             raise AuditError(
                 f"the graphs are not what they would be labelled: {'; '.join(wrong)}. No bundle was written"
             )
@@ -289,17 +299,14 @@ def _describe(
     return contract.Manifest(
         format=contract.FORMAT,
         version=contract.VERSION,
-        source=contract.Source(
+        source=contract.WeightsSource(
             checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo
         ),
         files={},
         prefix=prefix,
         expert=expert,
         cache_bytes=sum(t.bytes for t in prefix.outputs if t.name != "prefix_mask"),
-        cameras=tuple(
-            contract.Camera(name, key)
-            for name, key in zip(around.camera_names, config.cameras, strict=True)
-        ),
+        cameras=checkpoint.cameras,
         image_size=arch.vision.image_size,
         tokens=contract.Tokens(arch.token_length, pad),
         state=contract.Vector(config.state_dim, config.max_state_dim, around.state),

@@ -15,6 +15,8 @@ from support.faulty_arm import FaultyArm
 from support.paths import DATA
 from support.running import POSE, WILD
 
+# Tests run beside each other: a second thread of torch would only wait for the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 TORCH = find_spec("torch") is not None
 # Without torch (make test-fast), the rooms that import it are left out.
 NEED_TORCH = [
@@ -35,6 +37,15 @@ def pytest_report_header():
     if not TORCH:
         return "torch is not installed: tests of export, quantize and benchmarks are left out"
     return None
+
+
+def pytest_collection_modifyitems(items):
+    from smolvla_edge.core.board import has_vnni
+
+    if not has_vnni():
+        for item in items:
+            if item.get_closest_marker("needs_vnni"):
+                item.add_marker(pytest.mark.skip(reason="needs a CPU with VNNI"))
 
 
 def export_tiny(checkpoint: Path, output: Path, precision: str, target: str) -> None:

@@ -46,7 +46,12 @@ def write_demo_checkpoint(folder: Path, say: Callable[[str], None] = lambda _: N
         save_file(statistics, folder / f"policy_{name}_processor.safetensors")
     say("drawing 403 million random weights")
     config = PolicyConfig.from_json(json.loads((folder / "config.json").read_text()))
-    arch = Architecture(config, read_vlm_config(DEFAULT_VLM_CONFIG), config.tokenizer_max_length)
+    arch = Architecture(
+        config,
+        read_vlm_config(DEFAULT_VLM_CONFIG),
+        len(config.cameras),
+        config.tokenizer_max_length,
+    )
     save_file(_random_weights(arch), folder / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -1,4 +1,5 @@
-"""What every command line of this project does alike: exit statuses, `error:` lines, --version, --debug."""
+"""What every command line of this project does alike: exit statuses, `error:` lines, --version,
+--debug."""
 
 import importlib.metadata
 import os
@@ -28,7 +29,8 @@ def new_app() -> typer.Typer:
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Run `app` and exit: 0 done, 1 a check failed or a safety stop, 2 wrong input or usage, 130 interrupted.
+    """Run `app` and exit: 0 done, 1 a check failed or a safety stop, 2 wrong input or usage, 130
+    interrupted.
 
     --debug anywhere on the line shows tracebacks.
     """
@@ -76,8 +78,8 @@ def version_option() -> Any:
 def terminate_like_interrupt() -> None:
     """Every signal that ends or stops a program unwinds like Ctrl-C, so that each `finally` runs.
 
-    SIGINT too: a shell that starts a program in the background has it ignored. SIGTSTP (Ctrl-Z) and SIGQUIT would
-    leave an arm energised with nobody driving it.
+    SIGINT too: a shell that starts a program in the background has it ignored. SIGTSTP (Ctrl-Z) and
+    SIGQUIT would leave an arm energised with nobody driving it.
     """
 
     def interrupt(number: int, frame: object) -> NoReturn:
@@ -89,10 +91,11 @@ def terminate_like_interrupt() -> None:
 
 @contextmanager
 def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Within, the first signal only makes the function that is handed out true; the second interrupts at once.
+    """Within, the first signal only makes the function that is handed out true; the second
+    interrupts at once.
 
-    A shell that closes sends SIGHUP twice, and so does `timeout` with SIGTERM: only of Ctrl-C is a quick second one
-    somebody who insists.
+    A shell that closes sends SIGHUP twice, and so does `timeout` with SIGTERM: only of Ctrl-C is a
+    quick second one somebody who insists.
     """
     asked: tuple[int, float] | None = None
 

@@ -53,8 +53,8 @@ def run(
 ) -> None:
     """Drive an SO-101 arm, or the virtual one, with an exported SmolVLA.
 
-    Exit status: 0 done, 1 a check failed or a safety stop, 2 something in the input is wrong, 130 interrupted.
-    The stop of a real arm is its power switch, not this program.
+    Exit status: 0 done, 1 a check failed or a safety stop, 2 something in the input is wrong, 130
+    interrupted. The stop of a real arm is its power switch, not this program.
     """
     command.terminate_like_interrupt()
     stored = read_settings(config or Path("robot.toml"), required=config is not None)

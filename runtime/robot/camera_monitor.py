@@ -25,8 +25,8 @@ class CameraMonitor:
     def look(self, now: float, *, patient: bool) -> Images:
         """The newest picture of every camera; empty where one has a problem.
 
-        patient: wait for a camera as long as it takes, as during a stop, when somebody may repair it.
-        Raises SafetyStop where a camera had no usable picture for CAMERA_FAULT_S.
+        patient: wait for a camera as long as it takes, as during a stop, when somebody may repair
+        it. Raises SafetyStop where a camera had no usable picture for CAMERA_FAULT_S.
         """
         start = time.perf_counter()
         views = self._cameras.look()

@@ -74,8 +74,8 @@ class Continuation:
 class Seam:
     """Where one chunk replaces another, [dof] each.
 
-    gap: how far the two differ about one and the same action. step: from the last executed target to
-    the first one of the new chunk, as it will be executed.
+    gap: how far the two differ about one and the same action. step: from the last executed target
+    to the first one of the new chunk, as it will be executed.
     """
 
     gap: Array
@@ -102,7 +102,8 @@ class ChunkQueue:
 
     @property
     def keeps_up(self) -> bool:
-        """Whether a chunk requested with half of the last one left arrives before the queue is empty."""
+        """Whether a chunk requested with half of the last one left arrives before the queue is
+        empty."""
         return self.latency.p95_s < self.rows * self.period_s / 2
 
     @property
@@ -127,7 +128,8 @@ class ChunkQueue:
         return Continuation(self._executed, *self.chunking.previous(self))
 
     def done(self, *, followed: bool = True) -> None:
-        """The next action was sent. followed: False where the arm rejected it: it was not executed."""
+        """The next action was sent. followed: False where the arm rejected it: it was not
+        executed."""
         values = self._actions.popleft().values
         self._cursor += 1
         if followed:

@@ -1,4 +1,5 @@
-"""One run of an arm: check, open, warm up without motors, show the start, switch on, run, switch off.
+"""One run of an arm: check, open, warm up without motors, show the start, switch on, run, switch
+off.
 
 The room runtime/robot is where the policy meets the devices.
 """
@@ -26,7 +27,6 @@ from .loop import ControlLoop, LoopParts
 from .priority import raise_priority
 from .recording import open_log
 from .rehearsal import judge
-from .run_log import RunLog
 from .run_statistics import RunStatistics
 from .settings import Settings
 from .summary import StatusLine, summary
@@ -47,9 +47,9 @@ def drive(
     """Run until `seconds` are over, interrupted, or stopped; every motor is off afterwards.
 
     mode: dry-run leaves before the motors would be switched on; rehearse runs the loop with the
-    motors off and judges it. Neither writes a goal. far: start although the arm is outside the range
-    seen in training. write_eeprom: give the servos LeRobot's configuration first. words: options for
-    the complete command in an error. statistics: what to fill, for a benchmark.
+    motors off and judges it. Neither writes a goal. far: start although the arm is outside the
+    range seen in training. write_eeprom: give the servos LeRobot's configuration first. words:
+    options for the complete command in an error. statistics: what to fill, for a benchmark.
 
     -> what happened. Raises SettingsError before anything is opened, DeviceError for the hardware,
     SafetyStop later, CheckFailed for a rehearsal.
@@ -88,7 +88,21 @@ def drive(
             help_ = f" ({HELP})" if operator.present else ""
             print(f"switching the motors on{help_}", flush=True)
         arm.enable(far=far)
-        parts = _parts(arm, watch, inference, queue, operator, log, stack)
+        per_unit = degrees_per_unit(arm.calibration, arm.units)
+        per_unit[-1] = 0.0  # the gripper has no degrees
+        parts = LoopParts(
+            arm=arm,
+            cameras=watch,
+            inference=inference,
+            queue=queue,
+            operator=operator,
+            say=command.say,
+            interrupted=stack.enter_context(command.first_signal_asks(command.say)),
+            watch=StatusLine(log.tick, JOINT_NAMES),
+            answered=log.answered,
+            patience_s=max(30.0, 10 * queue.latency.p95_s),
+            degrees_per_unit=per_unit,
+        )
         seconds = REHEARSAL_S if mode == "rehearse" and chosen.seconds is None else chosen.seconds
         loop = ControlLoop(parts, fps=run.fps, seconds=seconds, statistics=statistics)
         failure = ""
@@ -119,32 +133,6 @@ def _load(run: CheckedRun) -> Policy:
     return policy
 
 
-def _parts(
-    arm: SO101,
-    watch: CameraWatch,
-    inference: InferenceThread,
-    queue: ChunkQueue,
-    operator: Operator,
-    log: RunLog,
-    stack: ExitStack,
-) -> LoopParts:
-    per_unit = degrees_per_unit(arm.calibration, arm.units)
-    per_unit[-1] = 0.0  # the gripper has no degrees
-    return LoopParts(
-        arm=arm,
-        cameras=watch,
-        inference=inference,
-        queue=queue,
-        operator=operator,
-        say=command.say,
-        interrupted=stack.enter_context(command.first_signal_asks(command.say)),
-        watch=StatusLine(log.tick, JOINT_NAMES),
-        answered=log.answered,
-        patience_s=max(30.0, 10 * queue.latency.p95_s),
-        degrees_per_unit=per_unit,
-    )
-
-
 def _run(loop: ControlLoop, arm: SO101) -> None:
     """Every way out switches the motors off: slowly, except after a second Ctrl-C or stop key."""
     soft = True
@@ -170,8 +158,8 @@ def _run(loop: ControlLoop, arm: SO101) -> None:
 
 @contextmanager
 def _guarded(arm: SO101, action: GuardianAction) -> Iterator[None]:
-    """Within, a second process switches the arm off if this one crashes or hangs. It ends only after
-    every motor is known to be off."""
+    """Within, a second process switches the arm off if this one crashes or hangs. It ends only
+    after every motor is known to be off."""
     guardian = Guardian(arm.bus.fileno(), arm.bus.path, action, arm.torque_limits)
     arm.beat = guardian.beat
     try:

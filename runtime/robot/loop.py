@@ -1,7 +1,7 @@
 """The control loop: observe, ask, act, at a fixed rate. It never waits for the policy.
 
-run_state.py has the states. What a target may do to the arm (range, speed, first move) is checked by
-the arm: the loop sends targets, learns what was really sent, and learns when the arm must stop.
+run_state.py has the states. What a target may do to the arm (range, speed, first move) is checked
+by the arm: the loop sends targets, learns what was really sent, and learns when the arm must stop.
 """
 
 import math
@@ -51,8 +51,8 @@ class Tick:
 class LoopParts:
     """What the loop works with.
 
-    say: prints a line and returns at once. interrupted: whether a first Ctrl-C has come. watch: gets
-    every tick. answered: gets every finite chunk. patience_s: how long a chunk may take.
+    say: prints a line and returns at once. interrupted: whether a first Ctrl-C has come. watch:
+    gets every tick. answered: gets every finite chunk. patience_s: how long a chunk may take.
     degrees_per_unit: [dof], 0 for a joint without degrees.
     """
 
@@ -101,8 +101,9 @@ class ControlLoop:
     def run(self) -> RunStatistics:
         """-> what happened, with the arm parked.
 
-        Raises SafetyStop when arm, cameras or policy fail for too long (parked where the arm works),
-        KeyboardInterrupt after a first Ctrl-C (parked too, but not during a stop: then nothing moves).
+        Raises SafetyStop when arm, cameras or policy fail for too long (parked where the arm
+        works), KeyboardInterrupt after a first Ctrl-C (parked too, but not during a stop: then
+        nothing moves).
         """
         statistics = self.statistics
         due = last = time.monotonic()
@@ -139,7 +140,8 @@ class ControlLoop:
         if any(state.missed):
             statistics.counts.unanswered += 1
         images = self._observe(now)
-        for key in parts.operator.keys():
+        pressed = parts.operator.keys()
+        for key in pressed:
             self._obey(key, now)
         self._check_stop()
         try:

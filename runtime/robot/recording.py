@@ -41,8 +41,8 @@ META, TICKS, CHUNKS = "run.json", "ticks.jsonl", "chunks"
 
 @dataclass(frozen=True)
 class RunMeta:
-    """What was run. bundle: its folder. bundle_digest: its identity (Bundle.digest). reason: why the
-    device was chosen, in words."""
+    """What was run. bundle: its folder. bundle_digest: its identity (Bundle.digest). reason: why
+    the device was chosen, in words."""
 
     bundle: str
     bundle_digest: str

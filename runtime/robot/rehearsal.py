@@ -25,7 +25,8 @@ def judge(
 ) -> None:
     """Print the checks, and write them to `rehearsal.json` in the current folder.
 
-    failure: why the loop ended early; empty where it did not. Raises CheckFailed where a check failed.
+    failure: why the loop ended early; empty where it did not. Raises CheckFailed where a check
+    failed.
     """
     counts, period_ms, chunking = statistics.counts, 1e3 / run.fps, run.settings.chunking
     ticks = max(counts.ticks, 1)

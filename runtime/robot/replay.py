@@ -1,8 +1,8 @@
 """Replay: does a policy answer now what was recorded (recording.py)?
 
 Every recorded observation goes through the policy with the recorded noise, steps, previous chunk,
-delay and real-time chunking. The same bundle must agree within the tolerance of a self-check; another
-one is compared, not judged.
+delay and real-time chunking. The same bundle must agree within the tolerance of a self-check;
+another one is compared, not judged.
 """
 
 import io
@@ -32,7 +32,8 @@ class Recording:
     files: tuple[Path, ...]  # one .npz per finished chunk, in the order they were asked for
 
     def chunk(self, file: Path) -> ActionChunk:
-        """As requested and answered; the timing is zero. Raises SettingsError for a damaged file."""
+        """As requested and answered; the timing is zero. Raises SettingsError for a damaged
+        file."""
         path, images = file, {}
         try:
             for camera in self.meta.cameras:
@@ -56,7 +57,8 @@ class Recording:
 
 
 def read_recording(folder: Path) -> Recording:
-    """Raises SettingsError for a folder that holds no recording, or none that this version reads."""
+    """Raises SettingsError for a folder that holds no recording, or none that this version
+    reads."""
     path = folder / META
     try:
         raw = json.loads(path.read_text())
@@ -80,8 +82,8 @@ def read_recording(folder: Path) -> Recording:
 def differences(
     recording: Recording, policy: Policy
 ) -> Iterator[tuple[Path, NDArray[np.float64], float]]:
-    """-> for each chunk its file, the largest difference of each joint in robot units [dof], and the
-    scale to judge it by: max(1, largest magnitude recorded), as in a self-check.
+    """-> for each chunk its file, the largest difference of each joint in robot units [dof], and
+    the scale to judge it by: max(1, largest magnitude recorded), as in a self-check.
 
     Raises InputError where the recording does not fit the policy's bundle.
     """
@@ -122,8 +124,8 @@ def differences(
 def replay(folder: Path, policy: Policy) -> None:
     """Print how far the policy's answers are from the recorded ones.
 
-    Raises SettingsError for the folder, InputError where it does not fit the bundle, and CheckFailed
-    where the recorded bundle itself answers something else.
+    Raises SettingsError for the folder, InputError where it does not fit the bundle, and
+    CheckFailed where the recorded bundle itself answers something else.
     """
     recording = read_recording(folder)
     meta, same = recording.meta, recording.meta.bundle_digest == policy.bundle.digest

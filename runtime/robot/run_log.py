@@ -1,9 +1,9 @@
 """The log of a run: one JSON line per tick, written in its own thread, with bounded size.
 
 Without --record a log goes to $XDG_STATE_HOME/smolvla-edge/runs (~/.local/state). All logs in that
-folder together stay under `log_mb`. So a log has parts of a tenth of it: before a part is opened, the
-oldest parts are deleted until it fits. In an endless run the newest hours are kept; the first time
-that this deletes a part of the run itself, a warning says so.
+folder together stay under `log_mb`. So a log has parts of a tenth of it: before a part is opened,
+the oldest parts are deleted until it fits. In an endless run the newest hours are kept; the first
+time that this deletes a part of the run itself, a warning says so.
 
 Who writes to a log returns at once and sees no error. A full disk ends the log, not the run.
 """

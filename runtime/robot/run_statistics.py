@@ -15,8 +15,8 @@ KEPT_WARNINGS = 50
 class Distribution:
     """Values as a histogram with logarithmic bins; minimum and maximum are exact.
 
-    Values from SMALLEST up are kept within 0.5 %, smaller ones count as SMALLEST. Where `values` is a
-    list, every value is appended to it too: for short runs only.
+    Values from SMALLEST up are kept within 0.5 %, smaller ones count as SMALLEST. Where `values` is
+    a list, every value is appended to it too: for short runs only.
     """
 
     def __init__(self, values: Iterable[float] = ()) -> None:

@@ -2,7 +2,8 @@
 
 The fields of Settings are the only description of them. The options of smolvla-run
 (commands/options.py), the reader and the writer of robot.toml, the printed command
-(settings_text.py) and the draft of smolvla-doctor are made from it. So a new setting is a new field.
+(settings_text.py) and the draft of smolvla-doctor are made from it. So a new setting is a new
+field.
 """
 
 import dataclasses
@@ -33,9 +34,9 @@ DEFAULT_FPS = 30.0
 class Description:
     """What is known of a setting beside its name, type and default.
 
-    help: of the option; empty: the setting is in robot.toml only. default_text: where the default is
-    not the value of the field. allowed: which values, and the same in words. needed: what a real arm
-    needs it for; example: the value to show then. metavar: of the option, and for a table
+    help: of the option; empty: the setting is in robot.toml only. default_text: where the default
+    is not the value of the field. allowed: which values, and the same in words. needed: what a real
+    arm needs it for; example: the value to show then. metavar: of the option, and for a table
     `NAME=VALUE`, of an option that is given once for each entry. option: another name for it.
     """
 
@@ -106,10 +107,7 @@ class Settings:
         allowed=(lambda v: 1 <= v <= 1000, "1 to 1000"),
     )
     seed: int | None = _setting(
-        None,
-        "Seed of the noise.",
-        default_text="random",
-        allowed=(lambda v: v >= 0, "0 or more"),
+        None, "Seed of the noise.", default_text="random", allowed=(lambda v: v >= 0, "0 or more")
     )
     chunking: Chunking = _setting(  # noqa: RUF009
         "sync",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +12,12 @@ from ...devices.arm.so101 import SO101
 from ...devices.arm.units import degrees_per_unit
 from ...devices.cameras.camera_watch import CameraWatch
 from ..policy.policy import Policy
+from .camera_monitor import Images
 from .checked_run import CheckedRun
 from .chunks import ChunkQueue
 from .preflight import preflight
 
 FIRST_PICTURES_S = 2.0
-
-Images = Mapping[str, NDArray[np.uint8]]
 
 
 def first_images(watch: CameraWatch) -> Images:
@@ -53,14 +51,11 @@ def compare_cameras(watch: CameraWatch, run: CheckedRun) -> None:
 
 
 def warm_up(
-    policy: Policy,
-    images: Images,
-    state: NDArray[np.float64],
-    run: CheckedRun,
-    queue: ChunkQueue,
+    policy: Policy, images: Images, state: NDArray[np.float64], run: CheckedRun, queue: ChunkQueue
 ) -> NDArray[np.float32]:
     """-> a first chunk, [rows, dof]; its latency is in the queue's tracker. Of two: the first
-    inference of a process is slower than all others. Raises SafetyStop for one that is not finite."""
+    inference of a process is slower than all others. Raises SafetyStop for one that is not
+    finite."""
     chunk = np.zeros((0, 0), np.float32)
     for attempt in range(2):
         start = time.monotonic()

@@ -36,7 +36,8 @@ class StatusLine:
 def summary(
     statistics: RunStatistics, period_s: float, motion: MotionCounts, anomalies: Mapping[str, int]
 ) -> str:
-    """Stages of a chunk and of a tick: median, 95th and 99th percentile and maximum; then counts."""
+    """Stages of a chunk and of a tick: median, 95th and 99th percentile and maximum; then
+    counts."""
     s, c, m = statistics, statistics.counts, motion
     stages = {
         "preprocess": s.preprocess_ms,
@@ -77,8 +78,8 @@ def summary(
     lines.append(
         f"{m.accepted} targets followed: {m.clipped} clipped to the calibrated range, {m.slewed} "
         f"slowed to the speed limit, {m.slowed} to the acceleration limit, {m.led} held close to "
-        f"the joint; {m.ramped} of them at the first-move speed; rejected: {m.malformed} malformed, "
-        f"{m.stale} too old, {m.jumped} jumps"
+        f"the joint; {m.ramped} of them at the first-move speed; rejected: {m.malformed} "
+        f"malformed, {m.stale} too old, {m.jumped} jumps"
     )
     if m.accepted and m.limited > CLAMP_WARNING * m.accepted:
         lines.append(

@@ -40,8 +40,8 @@ def execute(queue, count):
 
 
 def halfway(chunking, meanwhile=6, first=None):
-    """A queue that has executed half of line(0), asked, and then executed `meanwhile` more; -> (it, the ask, the last
-    action)."""
+    """A queue that has executed half of line(0), asked, and then executed `meanwhile` more; -> (it,
+    the ask, the last action)."""
     queue = queue_of(chunking)
     queue.join(line(0) if first is None else first, queue.continuation(), 0.0)
     execute(queue, 25)
@@ -67,7 +67,8 @@ def test_sync_executes_every_row_and_asks_when_none_is_left():
 @pytest.mark.parametrize("chunking", ["sync", "async", "rtc"])
 @pytest.mark.parametrize("periods", [1, 40, 1000])
 def test_from_standstill_a_chunk_starts_at_its_first_row_however_late_it_is(chunking, periods):
-    """F23: LeRobot has taken a slow first inference for executed steps and skipped 21 of 30 actions."""
+    """F23: LeRobot has taken a slow first inference for executed steps and skipped 21 of 30
+    actions."""
     queue = queue_of(chunking)
     queue.join(line(7), queue.continuation(), periods * PERIOD_S)
     assert len(queue) == 50
@@ -234,7 +235,8 @@ def test_after_a_stop_nothing_of_the_past_is_left(chunking):
 
 
 def run_queue(queue, latencies_s, *, work_s=0.005):
-    """One action a tick, asking and joining like the control loop; -> ticks without an action since the first."""
+    """One action a tick, asking and joining like the control loop; -> ticks without an action since
+    the first."""
     starved, now_s, under_way, acted = 0, 0.0, None, False
     latencies = iter(latencies_s)
     while True:
@@ -261,7 +263,8 @@ def run_queue(queue, latencies_s, *, work_s=0.005):
     ("share", "spike"), [(0.02, 0.51), (0.2, 0.51), (0.3, 0.59), (0.4, 0.58), (0.47, 0.51)]
 )
 def test_no_tick_starves_where_a_chunk_takes_under_half_of_what_it_lasts(chunking, share, spike):
-    """300 chunks around `share` of the 1.67 s that one lasts, every 40th a spike of more than half of it."""
+    """300 chunks around `share` of the 1.67 s that one lasts, every 40th a spike of more than half
+    of it."""
     lasts_s = 50 * PERIOD_S
     latencies = lasts_s * share * np.random.default_rng(1).uniform(0.8, 1.04, 300)
     latencies[39::40] = spike * lasts_s

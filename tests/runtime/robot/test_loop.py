@@ -1,7 +1,7 @@
 """The control loop with an arm, cameras, keys and a policy that misbehave on purpose.
 
-The clock is wound by hand, so that every tick of every test is the same on any machine; the policy computes in its
-own thread as always, and is answered for at the tick that its latency says.
+The clock is wound by hand, so that every tick of every test is the same on any machine; the policy
+computes in its own thread as always, and is answered for at the tick that its latency says.
 """
 
 import itertools
@@ -52,7 +52,8 @@ class Clock:
 
 
 class ScriptedPolicy:
-    """The n-th answer is a chunk of n, n + 0.01, ...; `answers` replaces the first ones. latencies_s: of each."""
+    """The n-th answer is a chunk of n, n + 0.01, ...; `answers` replaces the first ones.
+    latencies_s: of each."""
 
     timing = Timing(1.0, 2.0, 3.0)
 

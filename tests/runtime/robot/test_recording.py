@@ -34,7 +34,8 @@ def lines(path):
 
 
 def record(folder, policy, shaped=lambda noise: noise):
-    """Two chunks of `policy`, the second following the tail of the first; pictures of unequal size."""
+    """Two chunks of `policy`, the second following the tail of the first; pictures of unequal
+    size."""
     policy.rtc = META.rtc
     meta = dataclasses.replace(META, bundle_digest=policy.bundle.digest)
     recorder, rng, prev, delay = Recorder(folder, meta), np.random.default_rng(3), None, 0
@@ -433,7 +434,8 @@ def test_a_folder_that_is_removed_ends_the_recording_and_not_the_run(tmp_path, c
 
 
 def test_a_disk_that_is_too_slow_costs_lines_and_chunks_that_are_counted(tmp_path, capsys):
-    """A pipe that nobody empties stands in for the disk, where the first chunk's first file goes."""
+    """A pipe that nobody empties stands in for the disk, where the first chunk's first file
+    goes."""
     recorder = Recorder(tmp_path / "run", META)
     pipe = tmp_path / "run" / "chunks" / f".000000.front.png.{os.getpid()}.part"
     os.mkfifo(pipe)

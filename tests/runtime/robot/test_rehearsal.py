@@ -153,8 +153,8 @@ def test_the_summary_tells_timing_starvation_and_seams_apart():
     assert "300 ticks of 33.3 ms, 2 missed: 290 with an action, 10 held" in text
     assert "(7 of them after the first action)" in text
     assert (
-        "2 seams: chunks disagree by 6.0 deg median, 9.0 at most; the first step of the new one is 2.9 deg"
-        in text
+        "2 seams: chunks disagree by 6.0 deg median, 9.0 at most; "
+        "the first step of the new one is 2.9 deg" in text
     )
     assert "warning" not in text
 

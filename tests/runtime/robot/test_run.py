@@ -1,4 +1,5 @@
-"""smolvla-run end to end: the installed command, a real bundle, and the virtual arm behind a serial port."""
+"""smolvla-run end to end: the installed command, a real bundle, and the virtual arm behind a serial
+port."""
 
 import json
 import shlex
@@ -63,7 +64,7 @@ def test_a_run_on_a_port_ends_limp_and_within_every_limit(fresh, export_case, tm
     assert max(spans.values()) > 100  # it did move
     for joint in fresh.calibration.joints:
         assert all(joint.range_min <= raw <= joint.range_max for raw in by_servo[joint.id])
-        # 200 % of the range per second is the fastest limit of any joint, two periods the longest step
+        # Fastest limit of a joint: 200 % of its range a second; longest step: two periods.
         fastest = max(90 * 4095 / 360, 2.0 * (joint.range_max - joint.range_min)) * 2 / 30 + 1
         steps = [
             abs(b - a) for a, b in zip(by_servo[joint.id], by_servo[joint.id][1:], strict=False)

@@ -1,4 +1,5 @@
-"""What smolvla-run can do beside driving: look before it leaps, rehearse, record, replay; and how it joins chunks."""
+"""What smolvla-run can do beside driving: look before it leaps, rehearse, record, replay; and how
+it joins chunks."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""One description of the settings: options, robot.toml, the complete command and the draft agree."""
+"""One description of the settings: options, robot.toml, the complete command and the draft
+agree."""
 
 import dataclasses
 import shlex

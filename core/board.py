@@ -1,7 +1,8 @@
-"""What a machine says of itself in /proc, /sys, /etc and dpkg's list. Files are read; nothing else is touched.
+"""Facts that a machine tells in /proc, /sys, /etc and in dpkg's list. Files are only read.
 
-Sources: NVIDIA Jetson Linux Developer Guide r36 and r38 (module numbers; nvpmodel's files; throttle alerts; the
-soctherm_oc counters), the kernel's ABI documents on sysfs (cpufreq, devfreq, thermal), proc(5).
+Sources: NVIDIA Jetson Linux Developer Guide r36 and r38 (module numbers; nvpmodel's files; throttle
+alerts; the soctherm_oc counters), the kernel's ABI documents on sysfs (cpufreq, devfreq, thermal),
+proc(5).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Board:
-    """Empty strings, dicts and tuples, and None: the machine does not tell. Bytes are bytes, temperatures °C."""
+    """An empty value or None: the machine does not tell. Memory in bytes, temperatures in °C."""
 
     name: str
     module: str  # of a Jetson: what sits on the carrier board

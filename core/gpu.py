@@ -1,4 +1,4 @@
-"""What NVIDIA's libraries say of themselves and the GPU. They are loaded; no context is made, no memory taken."""
+"""Facts that NVIDIA's libraries tell. They are loaded, but no context is made on the GPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ class Gpu:
 
 
 def read_gpu(load: Callable[[str], Any] = ctypes.CDLL) -> Gpu:
-    """Never raises. Sources of the numbers: cuda.h (1000 major + 10 minor), NvInferVersion.h of TensorRT 10 on
-    (10000 major + 100 minor + patch)."""
+    """Read the driver and TensorRT. Never raises.
+
+    Sources of the numbers: cuda.h (1000 major + 10 minor), NvInferVersion.h of TensorRT 10 and
+    later (10000 major + 100 minor + patch).
+    """
     name = cuda = tensorrt = ""
     with suppress(OSError, AttributeError):
         driver, number, device = load("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()

@@ -1,7 +1,8 @@
 """LeRobot calibration files of an SO-101 follower.
 
-One JSON object, joint name -> id, drive_mode, homing_offset, range_min, range_max; all integers, positions in
-raw ticks after the homing offset. The servos hold offset and range themselves: the file is a copy to compare.
+One JSON object: joint name -> id, drive_mode, homing_offset, range_min, range_max. All values are
+integers. Positions are raw ticks after the homing offset. The servos hold offset and range
+themselves; the file is a copy to compare with.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ...core.errors import CalibrationError, listed
+from ...core.files import write_whole
 from ..bus.sts3215 import ENCODER_MAX, Register
 
 JOINT_NAMES = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -30,7 +32,7 @@ def joint_label(servo_id: int) -> str:
 
 @dataclass(frozen=True)
 class JointCalibration:
-    """One joint. `drive_mode` 1 turns the sign of the range units; positions and offset are raw ticks."""
+    """One joint. Positions and offset are raw ticks. drive_mode 1 inverts the range units."""
 
     id: int
     drive_mode: int
@@ -50,9 +52,9 @@ class JointCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """All six joints, in the order of JOINT_NAMES. `source` says where it came from, for messages.
+    """All six joints, in the order of JOINT_NAMES. source: where it comes from, for messages.
 
-    Checked on construction; CalibrationError lists every problem at once.
+    Checked on construction: CalibrationError lists all problems.
     """
 
     joints: tuple[JointCalibration, ...]
@@ -100,25 +102,20 @@ class Calibration:
         return {name: asdict(joint) for name, joint in zip(JOINT_NAMES, self.joints, strict=True)}
 
     def save(self, path: str | Path) -> None:
-        """Write LeRobot's own format (indent 4, five keys), complete or not at all; missing folders are made."""
+        """Write the file in LeRobot's format (indent 4, five keys). Make missing folders."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=4))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, json.dumps(self.to_dict(), indent=4).encode())
 
 
 def load_calibration(
     path_or_id: str | Path, environ: Mapping[str, str] = os.environ
 ) -> Calibration:
-    """A calibration by file, or by the robot id LeRobot saved it under.
+    """Read a calibration from a file, or by the robot id under which LeRobot saved it.
 
-    An id is looked up below LeRobot's calibration folder for each of ROBOT_NAMES; `environ` gives
-    HF_LEROBOT_CALIBRATION, HF_LEROBOT_HOME, HF_HOME and XDG_CACHE_HOME as LeRobot reads them.
-    Raises CalibrationError when none or several are found, or the file is not sane.
+    An id is looked up in LeRobot's calibration folder for each of ROBOT_NAMES. environ: holds
+    HF_LEROBOT_CALIBRATION, HF_LEROBOT_HOME, HF_HOME and XDG_CACHE_HOME, as LeRobot reads them.
+    CalibrationError if none or several are found, or if the file is not plausible.
     """
     text = str(path_or_id)
     given = Path(text).expanduser()
@@ -128,7 +125,10 @@ def load_calibration(
         )
     path = given if given.is_file() else _saved(text, environ)
     if path is None:
-        head = f"no calibration for id {text!r}. Make one (smolvla-calibrate --id {text}) or give a file. None at:"
+        head = (
+            f"no calibration for id {text!r}. Make one (smolvla-calibrate --id {text}) or give a "
+            "file. None at:"
+        )
         raise CalibrationError(listed(head, _places(text, environ)))
     try:
         data = json.loads(path.read_text())
@@ -138,7 +138,7 @@ def load_calibration(
 
 
 def calibration_path(robot_id: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the calibration of `robot_id` is, or, when there is none, where LeRobot 0.4.3 and later would save it."""
+    """The file of `robot_id`. Without one, the file that LeRobot 0.4.3 and later would write."""
     if not robot_id or Path(robot_id).name != robot_id or robot_id.endswith(".json"):
         raise CalibrationError(
             f"{robot_id!r} is no robot id: give a plain name, without folder or .json."

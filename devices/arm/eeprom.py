@@ -1,6 +1,7 @@
-"""The one place that writes to the servos' EPROM: only what differs, read back, and locked again.
+"""Writes to the servos' EPROM: only what differs, read back, and locked again.
 
-EPROM wears out. LeRobot writes its whole configuration again at every connect; here a second call writes nothing.
+EPROM wears out. LeRobot writes its whole configuration at every connect. Here, a second call writes
+nothing. No other module writes EPROM registers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from ..bus.bus import FeetechBus
 from ..bus.sts3215 import MODEL_NUMBER, PHASE_MULTI_TURN, Register, encode
 from .calibration import IDS, joint_label
 
-# Source: lerobot 0.4.4 `SO101Follower.configure`; the gripper must not burn out while it holds something.
+# Source: lerobot 0.4.4 `SO101Follower.configure`. The gripper's limits keep its motor from burning
+# while it holds something.
 _EVERY_SERVO = {
     Register.RETURN_DELAY_TIME: 0,
     Register.P_COEFFICIENT: 16,
@@ -42,9 +44,10 @@ class Change:
 
 
 def configuration(servo_id: int, values: Mapping[Register, int]) -> dict[Register, int]:
-    """What LeRobot keeps in the EPROM of this servo, calibration apart. `values`: what the servo holds now.
+    """The EPROM values that LeRobot sets on this servo, without the calibration.
 
-    Phase is kept but for bit 4 (LeRobot 0.6): with multi-turn feedback positions leave 0 to 4095.
+    values: what the servo holds now. Phase keeps its value except bit 4 (LeRobot 0.6): with
+    multi-turn feedback, positions leave 0 to 4095.
     """
     wanted = {**_EVERY_SERVO, Register.PHASE: values[Register.PHASE] & ~PHASE_MULTI_TURN}
     return wanted | _GRIPPER if servo_id == IDS[-1] else wanted
@@ -53,7 +56,10 @@ def configuration(servo_id: int, values: Mapping[Register, int]) -> dict[Registe
 def differences(
     found: Mapping[int, Mapping[Register, int]], wanted: Mapping[int, Mapping[Register, int]]
 ) -> list[Change]:
-    """What `write_differences` would write, {id: {register: value}} each, in order of id and address."""
+    """What `write_differences` would write, in order of id and address.
+
+    found, wanted: {id: {register: value}}.
+    """
     return [
         Change(servo_id, register, found[servo_id][register], value)
         for servo_id, registers in sorted(wanted.items())
@@ -65,10 +71,10 @@ def differences(
 def write_differences(
     bus: FeetechBus, wanted: Mapping[int, Mapping[Register, int]]
 ) -> list[Change]:
-    """Bring the EPROM registers of each servo to `wanted`, {id: {register: value}}; returns every write.
+    """Bring the EPROM registers of each servo to `wanted`, {id: {register: value}}.
 
-    Nothing is written when a servo is energised, is no STS3215, or cannot hold a value. A write that does not take
-    is an ArmError and ends it; every servo is locked again. Calling again goes on where it ended.
+    Returns every write. Nothing is written if a servo is energised, is no STS3215, or cannot hold a
+    value. ArmError if a write does not take; every servo is locked again. A second call continues.
     """
     found = {
         i: bus.read_block(i, Register.FIRMWARE_MAJOR_VERSION, Register.LOCK).values for i in wanted
@@ -102,11 +108,11 @@ def write_differences(
 
 
 def write_verified(bus: FeetechBus, servo_id: int, register: Register, value: int) -> None:
-    """Write, and read back whatever the servo acknowledged: ArmError when it holds something else."""
+    """Write, then read back. ArmError if the servo holds another value."""
     bus.write(servo_id, register, value)
     reads = bus.read(servo_id, register).value
     if reads != value:
         raise ArmError(
-            f"{joint_label(servo_id)} did not take {register}: {value} was written, it reads {reads}. "
-            "Power the arm off and on, then try again."
+            f"{joint_label(servo_id)} did not take {register}: {value} was written, it reads "
+            f"{reads}. Power the arm off and on, then try again."
         )

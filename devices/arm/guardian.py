@@ -1,14 +1,14 @@
-"""A second process that takes the arm to a safe state when its host dies or freezes.
+"""A second process that takes the arm to a safe state when the host process dies or freezes.
 
-A servo holds its last goal for ever, and no register of it is a watchdog. So the host sends this process one
-byte per control tick and gets each back:
+A servo holds its last goal for ever, and it has no watchdog register. So the host sends this
+process one byte per control tick, and the guardian sends each byte back:
 
-    pipe closes without a goodbye    ──▶  dead     ┐  a host that comes back is told at its next tick;
-    no byte for timeout_s            ──▶  frozen   ┘  the action; one line on stderr; exit status 3
-    goodbye                          ──▶  exit status 0
+    pipe closes without a goodbye    ->  the host is dead      take the action, print one line
+    no byte for timeout_s            ->  the host is frozen    on stderr, exit with status 3
+    goodbye                          ->  exit with status 0
 
-It inherits the host's open port and touches it only then. To open it by itself, it would wait for ever for the
-lock of a frozen host.
+A frozen host that continues is told at its next tick. The guardian inherits the host's open port
+and uses it only for the action. It cannot open the port itself: a frozen host keeps the lock.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ READY, BEAT, TAKEN, GOODBYE = b"ready\n", b".", b"t", b"q"
 ACTED = 3
 START_LIMIT_S = 10.0
 ECHO_LIMIT_S = 1.0
-# Longer than any action takes: killed halfway, it would leave servos on.
+# Longer than any action takes. Killed halfway, the guardian would leave servos on.
 DISMISS_LIMIT_S = 2.0
 ROUNDS = 3
 REPLY_MARGIN_S = 0.015
 
 
 class GuardianAction(Enum):
-    """What happens to the arm when the host is gone."""
+    """Action if the host process dies or freezes."""
 
     HOLD = "hold"  # nothing: the servos keep their last goal
     SOFT = "soft"  # the arm sinks, then off
@@ -51,11 +51,11 @@ class GuardianAction(Enum):
 
 
 class Guardian:
-    """Starts the process and returns once it watches; GuardianLost when it does not start.
+    """Starts the process and returns when it watches. GuardianLost if it does not start.
 
-    port_fd: the open port, kept open by the host until `dismiss`. path: its name, for messages. limits:
-    what Torque_Limit is to be afterwards, {id: 0.1 %}. The time counts from the first `beat`; from then on the
-    host beats more often than every `timeout_s`.
+    port_fd: the open port; the host keeps it open until `dismiss`. path: its name, for messages.
+    limits: the values of Torque_Limit after the action, {id: 0.1 %}. timeout_s: the longest time
+    between two beats; it counts from the first `beat`.
     """
 
     def __init__(
@@ -89,18 +89,22 @@ class Guardian:
             os.set_blocking(pipe.fileno(), False)
 
     def beat(self) -> None:
-        """Once per control tick; does not block. GuardianLost when nobody watches any more: stop the arm."""
+        """Send one heartbeat per control tick. Does not block.
+
+        GuardianLost when the guardian does not watch any more: stop the arm.
+        """
         now_s = time.monotonic()
         heard = b"" if self._from.closed else self._from.read(65536)
         if heard is not None:  # not that there is nothing yet
             if TAKEN in heard:
                 raise GuardianLost(
-                    f"this program stood still for more than {self._timeout_s} s, so the guardian has taken the arm "
-                    f"over (action: {self._action.value}). Start again."
+                    f"this program stood still for more than {self._timeout_s} s, so the guardian "
+                    f"has taken the arm over (action: {self._action.value}). Start again."
                 )
             if not heard:
                 raise GuardianLost(
-                    "the guardian process has ended; nobody would stop the arm in need. Start again."
+                    "the guardian process has ended, so nothing stops the arm if this program "
+                    "fails. Start again."
                 )
             self._unanswered_s = None
         if self._unanswered_s is None:
@@ -109,12 +113,12 @@ class Guardian:
             raise GuardianLost(
                 f"the guardian process has not answered for {ECHO_LIMIT_S} s. Start again."
             )
-        # What goes wrong here is told by the next read.
+        # The next read reports what fails here.
         with suppress(OSError):
             self._to.write(BEAT)
 
     def dismiss(self) -> None:
-        """Say goodbye; after it the port may be closed. May be called again, and when the guardian is gone."""
+        """End the guardian. Then the port may be closed. Can be called again."""
         with suppress(OSError, ValueError):
             self._to.write(GOODBYE)
         self._end(DISMISS_LIMIT_S)
@@ -130,8 +134,11 @@ class Guardian:
 
 
 def main() -> int:
-    """The process. Argument: JSON of the port (file descriptor, path), action, timeout in seconds, torque limits."""
-    # SIGTERM too: a service manager sends it to all, and the host still has to park.
+    """Entry point of the process.
+
+    Its argument: JSON of file descriptor and path of the port, action, timeout_s, torque limits.
+    """
+    # Ignore SIGTERM too: a service manager sends it to all, and the host still has to park.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     fd, path, action, timeout_s, limits = json.loads(sys.argv[1])
@@ -151,7 +158,7 @@ def main() -> int:
 
 
 def _watch(timeout_s: float) -> str:
-    """Why the host counts as gone; empty when it said goodbye."""
+    """Wait for the end of the host. Returns the reason; empty after a goodbye."""
     wait_s = None
     while select.select([0], [], [], wait_s)[0]:
         data = os.read(0, 4096)
@@ -166,7 +173,7 @@ def _watch(timeout_s: float) -> str:
 
 
 def _act(fd: int, path: str, action: GuardianAction, limits: dict[int, int]) -> str:
-    """Do it; returns what came of it."""
+    """Take the action. Returns its result in words."""
     if action is GuardianAction.HOLD:
         Port(path, fd).close()
         return "the arm holds its last goal, energised. Switch its power off by hand"
@@ -174,9 +181,9 @@ def _act(fd: int, path: str, action: GuardianAction, limits: dict[int, int]) -> 
         if action is GuardianAction.SOFT:
             with suppress(DeviceError):  # off in any case
                 known = bus.sync_read(IDS, Register.TORQUE_LIMIT)
-                told = {i: block.values[Register.TORQUE_LIMIT] for i, block in known.items()}
+                held = {i: block.values[Register.TORQUE_LIMIT] for i, block in known.items()}
                 power.sink(
-                    bus, dict.fromkeys(IDS, min(limits.values())) | told, limits, lambda: None
+                    bus, dict.fromkeys(IDS, min(limits.values())) | held, limits, lambda: None
                 )
         for _ in range(ROUNDS):
             result = power.switch_off(bus)

@@ -1,9 +1,10 @@
-"""An arm's homing offsets and ranges, found while a person moves the limp arm, and written to its servos.
+"""Find homing offsets and ranges while a person moves the limp arm, and write them.
 
-The encoder is a circle of 4096 ticks, and a servo reports its position around it: Present = encoder - Homing_Offset.
-Readings are followed around the circle, whatever offset the servo has now, so the seam from 4095 to 0 may lie in the
-travel. The new offset puts the middle of the travel at 2047, and so the seam as far outside as can be. A wrist that
-turns all the way has no middle: as with LeRobot, it is where the person put it, and its range is the full turn.
+The encoder is a circle of 4096 ticks: Present = encoder - Homing_Offset, modulo a turn. Readings
+are followed around the circle, so the seam from 4095 to 0 may lie inside the travel. The new offset
+puts the middle of the travel at 2047, so the seam is as far outside as possible. A wrist that turns
+all the way has no middle: as with LeRobot, the middle is where the person put it, and its range is
+the full turn.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from .eeprom import Change, write_differences
 
 MIDDLE = ENCODER_MAX // 2
 FULL_TURN_JOINT = "wrist_roll"
-# A longer way between two readings could as well have been a shorter one, the other way round.
+# A longer step could also be a shorter one in the other direction.
 LONGEST_STEP = TICKS_PER_TURN // 4
-# An arm that is let go sinks a little between two readings.
+# A limp arm sinks a little between two readings.
 AT_REST_TICKS = 50
 SETTLE_S = 0.1
 
 
 @dataclass
 class Travel:
-    """The way of one joint, in ticks without a seam; where it was first seen counts as the middle, 2047.
+    """The path of one joint, in ticks without a seam. Its first position counts as 2047.
 
     encoder: its last reading, 0 to 4095.
     """
@@ -48,7 +49,7 @@ class Travel:
     high: int = MIDDLE
 
     def follow(self, encoder: int) -> None:
-        """Take the next reading. CalibrationError when it is too far from the last to tell in which direction."""
+        """Take the next reading. CalibrationError if the step is too long to know its direction."""
         step = _around(encoder - self.encoder)
         if abs(step) > LONGEST_STEP:
             raise CalibrationError(
@@ -59,7 +60,9 @@ class Travel:
         self.low, self.high = min(self.low, self.position), max(self.high, self.position)
 
     def calibration(self, servo_id: int) -> JointCalibration:
-        """Offset and range from the travel so far. CalibrationError when it is too short, or a turn."""
+        """Offset and range from the travel so far. CalibrationError if the travel is too short or a
+        full turn.
+        """
         full_turn = JOINT_NAMES[servo_id - 1] == FULL_TURN_JOINT
         span = self.high - self.low
         if not full_turn and not MIN_SPAN <= span < ENCODER_MAX - 1:
@@ -68,7 +71,7 @@ class Travel:
             )
         middle = MIDDLE if full_turn else (self.low + self.high) // 2
         encoder = self.encoder + middle - self.position
-        # -2048, half a turn, does not fit into the register: one tick beside the middle is as good.
+        # -2048 does not fit into the register. One tick beside the middle does no harm.
         offset = max(-MAX_OFFSET, _around(encoder - MIDDLE))
         shift = (encoder - offset) % TICKS_PER_TURN - middle
         low, high = (0, ENCODER_MAX) if full_turn else (self.low + shift, self.high + shift)
@@ -76,7 +79,7 @@ class Travel:
 
 
 class Sweep:
-    """Follows all six joints from where they stand when it is made. Methods raise BusError for a silent servo."""
+    """Follows all six joints from their first position. BusError if a servo does not answer."""
 
     def __init__(self, bus: FeetechBus) -> None:
         self._bus = bus
@@ -84,7 +87,7 @@ class Sweep:
         self.travels = [Travel(encoder) for encoder in self._encoders()]
 
     def follow(self) -> None:
-        """Read all joints once. CalibrationError names one that got lost."""
+        """Read all joints once. CalibrationError names a joint that moved too fast."""
         for servo_id, travel, encoder in zip(IDS, self.travels, self._encoders(), strict=True):
             try:
                 travel.follow(encoder)
@@ -94,7 +97,7 @@ class Sweep:
                 ) from error
 
     def calibration(self, source: str) -> Calibration:
-        """The result. CalibrationError names every joint that was not moved, or moved too far."""
+        """The calibration. CalibrationError lists the joints that moved too little or too far."""
         joints, problems = [], []
         for servo_id, travel in zip(IDS, self.travels, strict=True):
             try:
@@ -120,9 +123,9 @@ class Sweep:
 def write_calibration(
     bus: FeetechBus, wanted: Mapping[int, Mapping[Register, int]]
 ) -> list[Change]:
-    """`write_differences`, and a check that the servos then report the positions that they should.
+    """`write_differences`, then a check that the servos report the expected positions.
 
-    The arm must lie still. ArmError lists each servo that reports another position.
+    The arm must not move. ArmError lists each servo that reports another position.
     """
     before = {
         i: bus.read_block(i, Register.HOMING_OFFSET, Register.PRESENT_POSITION).values
@@ -141,8 +144,11 @@ def write_calibration(
                 f"{joint_label(servo_id)} reports position {present}, expected {expected}"
             )
     if problems:
-        head = "the calibration was written, but the positions do not follow from it. Was the arm moved meanwhile?"
-        raise ArmError(listed(f"{head} Switch its power off and on, then try again:", problems))
+        head = (
+            "the calibration was written, but the positions do not match it. Did the arm move? "
+            "Switch its power off and on, then try again:"
+        )
+        raise ArmError(listed(head, problems))
     return changes
 
 

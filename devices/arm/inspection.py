@@ -1,4 +1,4 @@
-"""What is found on an arm before anything is written to it."""
+"""Checks of an arm before anything is written to it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..bus.sts3215 import MODEL_NUMBER, PHASE_MULTI_TURN, Register, error_names
 from .calibration import IDS, Calibration, joint_label
 from .eeprom import configuration, differences
 
-# A joint may rest a little beyond its calibrated range: backlash, and stops that give.
+# A joint can rest a little outside its calibrated range: backlash, and soft stops.
 OUT_OF_RANGE_TICKS = 50
 ERROR_ADVICE = "Check supply, load and temperature, then power the arm off and on"
-# With these, the servo protects itself, or is still found after a power cycle; LeRobot leaves them to the factory.
+# Protection limits and baud rate. LeRobot leaves them at their factory values.
 _FACTORY = (
     Register.BAUD_RATE,
     Register.MAX_TEMPERATURE_LIMIT,
@@ -40,9 +40,10 @@ class Findings:
 
 
 def inspect(bus: FeetechBus, calibration: Calibration | None) -> Findings:
-    """Ask all six servos and compare them with the calibration. Only reads; BusLost when the port is gone.
+    """Read all six servos and compare them with the calibration. BusLost when the port is gone.
 
-    calibration None: an arm whose EPROM is yet to be written. What that changes is not judged, but it must be limp.
+    calibration None: the EPROM is about to be written. Its values are not judged, but the arm must
+    be limp.
     """
     problems: list[str] = []
     values: dict[int, Mapping[Register, int]] = {}
@@ -135,7 +136,8 @@ def _servo_problems(
         problems.append("multi-turn feedback is on (Phase bit 4). Clear it with --write-eeprom")
     problems += [
         f"{register} is {values[register]} in the servo, {expected} in {calibration.source}. "
-        "Give the calibration of this arm, calibrate again, or write it with smolvla-calibrate --restore"
+        "Give the calibration of this arm, calibrate again, or write this one with "
+        "smolvla-calibrate --restore"
         for register, expected in joint.registers.items()
         if values[register] != expected
     ]

@@ -1,7 +1,7 @@
-"""Every number of the [limits] section of robot.toml: what a goal may do, and what the servos may report.
+"""The [limits] section of robot.toml: bounds of goals, and of what the servos may report.
 
-The defaults are starting values for an unloaded SO-101, not measured ones. Where a servo's own registers are
-stricter (temperature, voltage, current), those count.
+The defaults are starting values for an unloaded SO-101; they are not measured. If a servo's own
+register is stricter (temperature, voltage, current), the register counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .calibration import JOINT_NAMES, Calibration
 
 JOINTS = len(JOINT_NAMES)
 TICKS_PER_DEG = ENCODER_MAX / 360
-# The servo's own top speed without load (3400 step/s); a higher limit would limit nothing.
+# The servo's own top speed without load (3400 step/s). A higher limit has no effect.
 TOP_SPEED_DEG_S = NO_LOAD_TICKS_PER_S / TICKS_PER_DEG
 
 
@@ -29,8 +29,10 @@ def _within(low: float, high: float, default: float, not_above: str = "") -> Any
 
 @dataclass(frozen=True)
 class Limits:
-    """Checked on construction: ArmError lists all problems. Degrees are for the five body joints, % of its range
-    for the gripper."""
+    """Checked on construction: ArmError lists all problems.
+
+    Degrees are for the five body joints. Percent of its range is for the gripper.
+    """
 
     speed_deg_s: float = _within(1, TOP_SPEED_DEG_S, 90.0)
     gripper_speed_pct_s: float = _within(1, 500, 200.0)
@@ -41,11 +43,11 @@ class Limits:
         1, 30, 5.0
     )  # the first move is over when every joint is this close
     jump_deg: float = _within(1, 360, 60.0)  # between one target and the next
-    # Of a goal before the joint: bounds the torque. Below 5, the few degrees that gravity pulls a joint off its goal
-    # would count as a joint that cannot follow.
+    # How far a goal may lead the joint, which bounds the torque. Below 5 degrees, a joint that
+    # gravity pulls off its goal would count as blocked.
     lead_deg: float = _within(5, 45, 15.0)
     gripper_lead_pct: float = _within(1, 100, 25.0)
-    # Kept from both ends of the calibrated range. Twice it must leave some of the smallest range (100 ticks).
+    # Distance from both ends of the calibrated range. The smallest range has 100 ticks.
     margin_ticks: int = _within(0, 45, 10)
     action_max_age_s: float = _within(0.05, 1, 0.25)  # after the time an action was meant for
     torque_pct: float = _within(5, 100, 100.0)

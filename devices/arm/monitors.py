@@ -1,7 +1,8 @@
-"""Telemetry to warnings and stops. No clock, no port: every reading carries its time.
+"""From telemetry to warnings and stops. No clock and no port: every reading has its time.
 
-A stop is latched by whoever asked; here it is only found, once. Thresholds: `Limits`, and what is stricter in each
-servo's own registers. The durations stay under its own trip times (2 s of overload, 2 s of overcurrent).
+The caller latches a stop; here each one is reported once. Thresholds come from `Limits`, or from
+the servo's registers if those are stricter. All durations are shorter than the servo's own trip
+times (2 s of overload, 2 s of overcurrent).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .limits import JOINTS, TICKS_PER_DEG, Limits
 from .telemetry import MA_PER_STEP, UNBELIEVED_READINGS, JointState
 
 GRIPPER = JOINTS - 1
-# Encoder, overheat, overcurrent, overload: the servo is about to let go, or cannot be trusted.
+# Encoder, overheat, overcurrent, overload: the servo is about to switch off, or it cannot be
+# trusted.
 STOPPING_BITS = 0x02 | 0x04 | 0x08 | 0x20
 LATE_READINGS, LOST_READINGS, LOST_S = 2, 5, 0.2
 VOLTAGE_MARGIN_V, VOLTAGE_STOP_S, VOLTAGE_DROP_S = 0.5, 0.5, 0.2
@@ -27,14 +29,17 @@ STALL_DEG, STALL_TICKS_S, STALL_S = 5.0, 30, 1.0
 LOAD_WARN_S, LOAD_STOP_S = 1.0, 1.5
 TRIP_SHARE = 0.75  # of the load, or of the time, at which the servo itself gives up
 FOLLOWING_WARN_S, FOLLOWING_STOP_S = 0.5, 1.0
-# A goal never leads by more than Limits.lead_deg, so a joint that cannot follow stays this close below it.
+# A goal leads by Limits.lead_deg at most. A joint that cannot follow stays this close below it.
 LEAD_SLACK_DEG = 1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is new, each told once: warnings, and stops, why the arm must hold. unload: joints (0 to 5) to let go of.
-    ease: joints to press less."""
+    """New findings; each is reported once.
+
+    warnings. stops: why the arm must hold. unload: joints (0 to 5) whose goal becomes their
+    position. ease: joints that must press less.
+    """
 
     warnings: list[str]
     stops: list[str]
@@ -43,7 +48,7 @@ class Verdict:
 
 
 class Monitors:
-    """Watches one arm whose servos hold `registers`, {id: {register: value}}, as read at bring-up."""
+    """Watches one arm. registers: {id: {register: value}}, as read before the start."""
 
     def __init__(self, limits: Limits, registers: Mapping[int, Mapping[Register, int]]) -> None:
         self._limits, self._registers = limits, registers
@@ -53,13 +58,15 @@ class Monitors:
         self._behind_deg = min(limits.following_stop_deg, limits.lead_deg - LEAD_SLACK_DEG)
 
     def reset(self) -> None:
-        """After a stop: every duration starts anew, everything may be told again."""
+        """After a stop: restart every duration, and report everything again."""
         self._since.clear()
         self._told.clear()
         self._volts.clear()
 
     def check(self, state: JointState, goal_raw: ArrayLike | None) -> Verdict:
-        """goal_raw: the goals the joints should follow, [6] raw ticks; None while the arm is limp."""
+        """Check one reading. goal_raw: the goals to follow, [6] raw ticks; None while the arm is
+        limp.
+        """
         self._volts = [(t, s) for t, s in self._volts if state.time_s - t <= VOLTAGE_DROP_S] + [
             (state.time_s, state)
         ]
@@ -78,7 +85,7 @@ class Monitors:
     def _joint(
         self, joint: int, state: JointState, error_deg: float, verdict: Verdict
     ) -> list[tuple[str, bool, str]]:
-        """(signal, whether it is a stop, text) of everything found on one joint, and what is to be let go of."""
+        """All findings of one joint: (signal, is a stop, text). Adds to verdict.unload and .ease."""
         limits, registers = self._limits, self._registers[IDS[joint]]
         found: list[tuple[str, bool, str]] = []
 
@@ -159,10 +166,10 @@ class Monitors:
         ):  # it may hold something: then it never arrives, and LeRobot lets it trip at 25 % load
             if stalls or overloaded:
                 verdict.ease.append(joint)
-                told = (
+                text = (
                     f"holds something firmly ({milliamps:.0f} mA, load {load:.0f} %): pressing less"
                 )
-                found.append(("firm", False, told))
+                found.append(("firm", False, text))
             return found
         if stalls:
             found.append(("stall", True, f"blocked: {milliamps:.0f} mA and no motion. Free it"))

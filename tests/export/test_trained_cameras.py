@@ -268,6 +268,8 @@ def test_the_command_asks_with_status_2_and_takes_the_answer(three_cameras, tmp_
 
 def test_a_bundle_of_other_cameras_is_another_policys(export_case):
     bundle = Bundle.open(export_case("tiny", "fp32"))
-    checkpoint = load(ReferenceOptions(str(DATA / "tiny/checkpoint"), cameras=Named("x", ("wrist",))))
+    checkpoint = load(
+        ReferenceOptions(str(DATA / "tiny/checkpoint"), cameras=Named("x", ("wrist",)))
+    )
     with pytest.raises(BenchError, match="other cameras"):
         require_source(bundle, checkpoint)

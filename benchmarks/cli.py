@@ -9,10 +9,9 @@ from typing import cast, get_args
 
 import typer
 
-from ..core import command
+from ..core import command, extras
 from ..core.errors import BenchError
 from ..core.files import write_whole
-from ..export.cli import require_extra
 from ..quantize.int8.gate import Gate, read_gate
 from ..runtime import CheckFailed
 from ..runtime.budget.roofline import find_board
@@ -106,7 +105,7 @@ def accuracy(
 ) -> None:
     """Whether it is still the same policy: errors beside a servo tick, the seeds' spread, and mistakes on purpose."""
     _require(output)
-    require_extra()
+    extras.require_modules(extras.EXPORT + extras.DATASET, "export")
     from . import accuracy as acc
     from .latency import Reference
 
@@ -151,7 +150,7 @@ def frontier(
 ) -> None:
     """What to give up to be faster: latency against error for steps, precision and cameras."""
     _require(output, seconds=seconds, budget_ms=budget_ms or 0.0)
-    require_extra()
+    extras.require_modules(extras.EXPORT + extras.DATASET, "export")
     from . import accuracy as acc
     from . import frontier as front
     from .latency import Effort, Reference

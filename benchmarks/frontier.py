@@ -22,12 +22,14 @@ import numpy as np
 
 from ..core.errors import BenchError, GateError, ParityError, ResultError
 from ..core.files import sha256_of
+from ..core.progress import Progress
 from ..core.strict import encode
 from ..export.checkpoint.checkpoint import Checkpoint
-from ..export.int8 import HeldOut, ask_policy, hold_out
-from ..export.writer import reference_of, write_bundle
+from ..export.held_out import HeldOut, hold_out, prefill_policy
+from ..export.reference import reference_of
+from ..export.writer import write_bundle
 from ..quantize.int8 import gate as gates
-from ..quantize.int8.gate import Answers, Gate
+from ..quantize.int8.gate import Gate, Outputs
 from ..quantize.observations.calibration import CalibrationSet
 from ..quantize.observations.sample import Sample
 from ..runtime import BackendError, BundleError, Policy
@@ -299,7 +301,15 @@ def _export(
     ]
     given = replace(data, calibration=parts[0], held_out=parts[1]) if precision == "int8" else None
     try:
-        write_bundle(fewer, folder, precision, target=target, calibration=given, gate=gate, say=say)
+        write_bundle(
+            fewer,
+            folder,
+            precision,
+            target=target,
+            calibration=given,
+            gate=gate,
+            progress=Progress(say),
+        )
     except (BackendError, GateError, ParityError) as e:
         say(f"left out: {e}")
         folder.with_suffix(".txt").write_text(str(e))
@@ -326,13 +336,13 @@ def _judged(
     asked = _asked(policy, held_out)
     whole = len(held_out.samples[0].images) == len(policy.manifest.cameras)
 
-    def ask(sample: Sample) -> gates.Asked:
-        cache, _ = ask_policy(policy, sample)
+    def ask(sample: Sample) -> gates.Prefilled:
+        cache, _ = prefill_policy(policy, sample)
         return cache if whole else {}, lambda x: policy.robot_units(policy.denoise(x, n))
 
-    got = gates.answers(map(ask, asked), held_out.noises)
+    got = gates.outputs_of(map(ask, asked), held_out.noises)
     expected = (
-        held_out.expected if whole else Answers([{} for _ in asked], held_out.expected.chunks)
+        held_out.expected if whole else Outputs([{} for _ in asked], held_out.expected.chunks)
     )
     errors = replace(held_out, expected=expected).compare(got)
     if not np.isfinite(errors.action):

@@ -15,13 +15,14 @@ from typing import Literal
 import numpy as np
 
 from ..core.errors import BenchError
+from ..export.reference_process import ReferenceRequest, observation
 from ..runtime import Bundle, Policy
 from ..runtime.budget.budget import TARGET_MS, budget
 from ..runtime.budget.roofline import Board
 from ..runtime.bundle.manifest import Manifest
 from ..runtime.policy.selfcheck import require, run_selfcheck, summary
 from . import machine
-from .reference_process import Asked, ReferenceProcess, observation
+from .reference_process import ReferenceProcess
 from .result import Latency, Limit, Machine, Rates, Ratio, Runner, Spread, Verdict, spread
 from .start import cold_start
 
@@ -49,7 +50,7 @@ class Reference:
     lerobot: str | None = None
     compiled: bool = False
 
-    def processes(self, bundle: Bundle, device: str) -> tuple[str, list[Asked], str]:
+    def processes(self, bundle: Bundle, device: str) -> tuple[str, list[ReferenceRequest], str]:
         """-> Python, what to start with it, and what that is, in words."""
         python = self.lerobot or (sys.executable if find_spec("lerobot") else None)
         kind: Literal["lerobot", "views"] = "lerobot"
@@ -58,7 +59,9 @@ class Reference:
             kind, dtypes = "views", ["float32", "float16"] if device == "cuda" else ["float32"]
             words = "this project's torch views: LeRobot is not installed here, and --lerobot names no Python with it"
         asked = [
-            Asked(kind, self.checkpoint, self.vlm, str(bundle.folder), dtype, device, compiled)
+            ReferenceRequest(
+                kind, self.checkpoint, self.vlm, str(bundle.folder), dtype, device, compiled
+            )
             for compiled in ((False, True) if self.compiled else (False,))
             for dtype in dtypes
         ]
@@ -172,7 +175,7 @@ def measure(
     here = head()["machine"]
     runners = []
     for name, process in theirs.items():
-        t, asked = times[name], process.asked
+        t, asked = times[name], process.request
         runners.append(
             Runner(name, asked.kind, asked.dtype, process.note, t, t.p50 / count, noise(t))
         )
@@ -318,14 +321,14 @@ def _ratio(runner: str, against: str, times: Mapping[str, Spread]) -> Ratio:
 
 
 def _require_same(process: ReferenceProcess, m: Manifest, reference: Reference) -> None:
-    if process.unlike:
+    if process.differences:
         raise BenchError(
             f"the bundle was exported from another checkpoint ({m.source.checkpoint}) than --reference "
-            f"{reference.checkpoint}: other {', '.join(process.unlike)}. Name its own checkpoint"
+            f"{reference.checkpoint}: other {', '.join(process.differences)}. Name its own checkpoint"
         )
     if process.tokens != m.tokens.length:
         raise BenchError(
-            f"{process.asked.name} takes {process.tokens} tokens, the bundle {m.tokens.length}: not the same work"
+            f"{process.request.name} takes {process.tokens} tokens, the bundle {m.tokens.length}: not the same work"
         )
 
 

@@ -16,11 +16,11 @@ from ..core.errors import ExportError
 from ..runtime import Policy
 from .checkpoint.checkpoint import TOKENIZER, Checkpoint
 from .checkpoint.tokens import image_special_tokens, read_tokenizer
-from .reference import Observation
+from .reference import ParityObservation
 
 
 def lerobot_actions(
-    checkpoint: Checkpoint, observations: Sequence[Observation]
+    checkpoint: Checkpoint, observations: Sequence[ParityObservation]
 ) -> list[NDArray[np.float32]]:
     """LeRobot's own answer in float32: normalised actions [1, chunk, dof] for each observation.
 
@@ -46,7 +46,9 @@ def lerobot_actions(
     return answers
 
 
-def measure(checkpoint: Checkpoint, policy: Policy, observations: Sequence[Observation]) -> float:
+def measure(
+    checkpoint: Checkpoint, policy: Policy, observations: Sequence[ParityObservation]
+) -> float:
     """Max abs difference on normalised actions between the bundle and LeRobot over all observations."""
     worst = 0.0
     for observation, expected in zip(

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from ..core.errors import ParityError
 from ..runtime import Policy
 from ..runtime.policy.selfcheck import TOLERANCE, error
-from .reference import Observation, Stages
+from .reference import ParityObservation, Stages
 
 _QUANTIZED = ("cache", "velocity", "actions", "chunk")
 _SAMPLES = 64  # cache entries per tensor and instruction in the self-check
 
 
 def measure(
-    policy: Policy, observations: Sequence[Observation], expected: Sequence[Stages]
+    policy: Policy, observations: Sequence[ParityObservation], expected: Sequence[Stages]
 ) -> tuple[dict[str, float], list[Stages]]:
     """-> worst error of each stage over all observations; and `expected` with what the policy answers in its place,
     which is what an INT8 bundle must answer elsewhere too.
@@ -74,7 +74,7 @@ def require(measured: dict[str, float], precision: str) -> None:
 
 
 def write_selfcheck(
-    path: Path, observations: Sequence[Observation], expected: Sequence[Stages]
+    path: Path, observations: Sequence[ParityObservation], expected: Sequence[Stages]
 ) -> None:
     """Store what runtime/selfcheck.py replays."""
     first = observations[0]

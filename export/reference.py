@@ -6,7 +6,7 @@ velocity, actions, chunk.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,17 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..quantize.observations.sample import Sample, draw_image, draw_state
+from ..runtime.bundle.manifest import Target
 from ..runtime.bundle.normalization import NEEDS, Normalization
 from .checkpoint.architecture import Architecture
-from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint, architecture_of
 from .checkpoint.tokens import instructions, read_tokenizer
 from .graph import cache_names
 from .views.expert import Expert
+from .views.layers import FP32
 from .views.prefix import Prefix
+from .views.weights import build_views
 
 
 @dataclass(frozen=True)
-class Observation(Sample):
+class ParityObservation(Sample):
     """One fixed input of the parity check."""
 
     noise: NDArray[np.float32]  # [1, chunk, max_action_dim]
@@ -47,7 +50,7 @@ class Stages:
 
 def fixed_observations(
     checkpoint: Checkpoint, arch: Architecture, seed: int = 0
-) -> list[Observation]:
+) -> list[ParityObservation]:
     """The same images, state and noise with a short, a padded and a full-length instruction."""
     rng = np.random.default_rng(seed)
     names = checkpoint.processors.camera_names
@@ -56,11 +59,12 @@ def fixed_observations(
     noise = rng.standard_normal(arch.noise_shape, dtype=np.float32)
     tokenizer = read_tokenizer(checkpoint.tokenizer)
     return [
-        Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)
+        ParityObservation(images, state, t, noise)
+        for t in instructions(tokenizer, arch.token_length)
     ]
 
 
-class Reference:
+class TorchReference:
     """The float32 views and the checkpoint's processors, run in torch."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: Prefix, expert: Expert) -> None:
@@ -72,7 +76,7 @@ class Reference:
         )
         self._tokenizer = read_tokenizer(checkpoint.tokenizer)
 
-    def run(self, observation: Observation) -> Stages:
+    def run(self, observation: ParityObservation) -> Stages:
         images, state = self._images(observation.images), self._state(observation.state)
         ids, mask, cache = self.prefill(observation)
         velocity, x = self.denoise(observation.noise, mask, cache)
@@ -159,6 +163,13 @@ class Reference:
         period = config.min_period * (config.max_period / config.min_period) ** fraction
         angle = 1.0 / period * 2 * torch.pi * time.double()[:, None]
         return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def reference_of(checkpoint: Checkpoint, target: Target) -> TorchReference:
+    """The float32 views as they are exported for `target`; in torch both targets compute the same."""
+    recipe = replace(FP32, ort=target == "cpu")
+    views = build_views(architecture_of(checkpoint), checkpoint.tensors, recipe)
+    return TorchReference(checkpoint, *views)
 
 
 def _low_and_span(n: Normalization) -> tuple[Tensor, Tensor]:

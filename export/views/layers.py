@@ -43,8 +43,8 @@ def masked(dtype: torch.dtype) -> float:
     return max(-1e9, torch.finfo(dtype).min / 4)
 
 
-def both(prefix: nn.Module, expert: nn.Module) -> nn.ModuleDict:
-    """The two views as one module, so that a path names a module of either."""
+def join_views(prefix: nn.Module, expert: nn.Module) -> nn.ModuleDict:
+    """The two views as one module, whose paths begin with `prefix.` or `expert.`."""
     return nn.ModuleDict({"prefix": prefix, "expert": expert})
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.errors import CheckpointError
 from ..checkpoint.architecture import Architecture
 from .expert import Expert
-from .layers import Recipe, both, pin
+from .layers import Recipe, join_views, pin
 from .prefix import Prefix
 
 VLM = "model.vlm_with_expert.vlm.model."
@@ -73,7 +73,7 @@ def build_views(
     Raises CheckpointError that lists every missing key, wrong shape, non-finite tensor and unknown key.
     """
     prefix, expert = Prefix(arch, recipe), Expert(arch, recipe)
-    views = both(prefix, expert).requires_grad_(False).eval()
+    views = join_views(prefix, expert).requires_grad_(False).eval()
     pin(views, pinned)
     problems: dict[str, str] = {}  # by LeRobot key
     expected = set()

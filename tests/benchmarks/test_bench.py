@@ -26,11 +26,12 @@ from smolvla_edge.benchmarks.latency import (
     noise,
     verdict,
 )
-from smolvla_edge.benchmarks.reference_process import Asked, ReferenceProcess, _views, observation
+from smolvla_edge.benchmarks.reference_process import ReferenceProcess
 from smolvla_edge.benchmarks.result import Cell, Rates, read, spread
 from smolvla_edge.benchmarks.start import cold_start
 from smolvla_edge.core.errors import BenchError, ObservationsError, ResultError
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
+from smolvla_edge.export.reference_process import ReferenceRequest, observation, serve_views
 from smolvla_edge.quantize.int8.gate import Gate
 from smolvla_edge.runtime import Bundle, CheckFailed, Policy
 from smolvla_edge.runtime.bundle.manifest import Work
@@ -102,8 +103,8 @@ def test_latency_times_bundles_and_their_checkpoint_in_turns(export_case, bench,
 
 def test_the_torch_views_compute_what_the_bundle_does(export_case):
     bundle = Bundle.open(export_case("tiny", "fp32"))
-    asked = Asked("views", CHECKPOINT, None, str(bundle.folder), "float32", "cpu", False)
-    chunk, tokens, _ = _views(asked, load_checkpoint(CHECKPOINT), bundle, ExitStack())
+    asked = ReferenceRequest("views", CHECKPOINT, None, str(bundle.folder), "float32", "cpu", False)
+    chunk, tokens, _ = serve_views(asked, load_checkpoint(CHECKPOINT), bundle, ExitStack())
     assert tokens == bundle.manifest.tokens.length
     assert error(chunk(), Policy.load(bundle, "cpu").predict_chunk(*observation(bundle))) < 1e-5
 
@@ -141,7 +142,12 @@ def test_lerobot_is_asked_for_dtype_device_and_compilation(export_case, tmp_path
     )
     Path(python).chmod(0o755)
     process = ReferenceProcess(python, asked[3])
-    assert (process.unlike, process.tokens, process.note, process.run()) == ([], 48, "4.4", 1.5)
+    assert (process.differences, process.tokens, process.note, process.run()) == (
+        [],
+        48,
+        "4.4",
+        1.5,
+    )
     process.close()
     Path(python).write_text(
         Path(python).read_text().replace("smolvla-bench 1.5", "smolvla-bench []")
@@ -169,7 +175,7 @@ def test_lerobot_is_asked_for_dtype_device_and_compilation(export_case, tmp_path
 def test_a_python_that_is_none_or_has_no_lerobot_is_reported(tmp_path, monkeypatch, script, said):
     monkeypatch.setattr(reference_process, "START_LIMIT_S", 0.3 if "sleep" in script else 60)
     python = tmp_path / "python"
-    asked = Asked("lerobot", CHECKPOINT, None, "", "float32", "cpu", False)
+    asked = ReferenceRequest("lerobot", CHECKPOINT, None, "", "float32", "cpu", False)
     with pytest.raises(BenchError, match="cannot be started"):
         ReferenceProcess(str(python), asked)
     python.write_text(

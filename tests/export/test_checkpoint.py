@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smolvla_edge.core.errors import CheckpointError, ExportError
-from smolvla_edge.export.checkpoint.checkpoint import WEIGHTS, load_checkpoint
+from smolvla_edge.export.checkpoint.checkpoint import WEIGHTS, architecture_of, load_checkpoint
 from smolvla_edge.export.checkpoint.tokens import read_tokenizer
 from smolvla_edge.export.views.layers import FP16, FP32
 from smolvla_edge.export.views.weights import build_views
-from smolvla_edge.export.writer import architecture_of, write_bundle
+from smolvla_edge.export.writer import write_bundle
 from smolvla_edge.runtime.bundle.normalization import Normalization
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -332,7 +332,10 @@ def test_an_existing_output_is_refused_and_untouched(tiny_checkpoint, tmp_path):
     (output / "thesis.tex").write_text("years of work")
     checkpoint = load_checkpoint(str(tiny_checkpoint))
     (output / "manifest.json").write_text('{"name": "my web app"}')
-    for force, message in ((False, "exists"), (True, "holds what no bundle holds .*thesis.tex")):
+    for force, message in (
+        (False, "exists"),
+        (True, "holds files that are not of a bundle .*thesis.tex"),
+    ):
         with pytest.raises(ExportError, match=message):
             write_bundle(checkpoint, output, "fp32", force=force)
     assert sorted(p.name for p in output.iterdir()) == ["manifest.json", "thesis.tex"]

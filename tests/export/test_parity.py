@@ -8,8 +8,7 @@ import pytest
 from smolvla_edge.core.errors import ParityError
 from smolvla_edge.export import parity
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
-from smolvla_edge.export.reference import fixed_observations
-from smolvla_edge.export.writer import reference_of
+from smolvla_edge.export.reference import fixed_observations, reference_of
 from smolvla_edge.runtime import Policy
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, error, run_selfcheck, summary
 from support.paths import DATA

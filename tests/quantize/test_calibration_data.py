@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smolvla_edge.core.errors import ObservationsError
-from smolvla_edge.quantize.observations import calibration
+from smolvla_edge.core.progress import Progress
 from smolvla_edge.quantize.observations.calibration import choose_frames, read_calibration
 from smolvla_edge.runtime import SettingsError
 from smolvla_edge.runtime.robot.recording import Recorder
@@ -52,9 +52,7 @@ def made(tmp_path_factory):
 
 
 def read(source, cameras=("wrist", "front"), state_dim=6, **options):
-    return read_calibration(
-        str(source), cameras, state_dim, TASKS, **{"say": lambda _: None} | options
-    )
+    return read_calibration(str(source), cameras, state_dim, TASKS, **options)
 
 
 def require_right(drawn, episodes=EPISODES):
@@ -183,16 +181,28 @@ def test_no_task_is_held_out_alone_where_others_have_episodes_to_spare():
     assert all(0 in choose_frames(episodes, 8, 2, seed)[0] for seed in range(9))
 
 
-def test_progress_is_told_now_and_then_and_the_outcome_once(made, monkeypatch):
+class Counted(Progress):
+    """Keeps what is counted."""
+
+    def __init__(self, say):
+        super().__init__(say)
+        self.counts = []
+
+    def count(self, done, total):
+        self.counts.append((done, total))
+
+
+def test_what_is_read_is_counted_and_the_outcome_is_told_once(made):
     said = []
-    read(made["v2.1"], frames=9, held_out=3, say=said.append)
-    assert said == ["9 observations to calibrate with, 3 to judge by, from 4 episodes with 2 tasks"]
-    monkeypatch.setattr(calibration, "PROGRESS_S", 0.0)
-    read(made["v2.1"], frames=9, held_out=3, say=said.append)
-    done = [
-        int(line.removeprefix("read ").removesuffix(" of 12 observations")) for line in said[1:-1]
+    progress = Counted(said.append)
+    read(made["v2.1"], frames=9, held_out=3, progress=progress)
+    assert said == [
+        f"reading {made['v2.1']}",
+        "9 observations to calibrate with, 3 to judge by, from 4 episodes with 2 tasks",
     ]
-    assert done == sorted(set(done)) and len(done) == 4 and done[-1] == 12
+    done = [done for done, _ in progress.counts]
+    assert done == sorted(set(done)) and len(done) == 4
+    assert progress.counts[-1] == (12, 12)
 
 
 # Recordings and drawings
@@ -242,7 +252,9 @@ def test_a_recording_that_does_not_fit_or_is_damaged_is_refused(tmp_path):
 def test_synthetic_observations_differ_in_everything_and_come_with_a_warning():
     said = []
     statistics = {"mean": [100, 0, 0, 0, 0, 0], "std": [1, 1, 1, 1, 1, 0]}
-    drawn = read("synthetic", frames=6, held_out=2, statistics=statistics, say=said.append)
+    drawn = read(
+        "synthetic", frames=6, held_out=2, statistics=statistics, progress=Progress(said.append)
+    )
     assert said[0].startswith("warning: synthetic calibration")
     assert (drawn.record.kind, drawn.record.frames, drawn.record.episodes) == ("synthetic", 8, 0)
     assert (len(drawn.calibration), len(drawn.held_out)) == (6, 2)

@@ -13,12 +13,13 @@ import torch
 from onnx import TensorProto, helper
 
 from smolvla_edge.core.errors import RangeError
-from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
+from smolvla_edge.core.progress import Progress
+from smolvla_edge.export.checkpoint.checkpoint import architecture_of, load_checkpoint
 from smolvla_edge.export.graph import export_graph, prefix_example
-from smolvla_edge.export.reference import Reference, fixed_observations
+from smolvla_edge.export.reference import TorchReference, fixed_observations
 from smolvla_edge.export.views.layers import FP16, FP32, Recipe
 from smolvla_edge.export.views.weights import build_views
-from smolvla_edge.export.writer import architecture_of, write_bundle
+from smolvla_edge.export.writer import write_bundle
 from smolvla_edge.quantize.ranges import FLOAT16_MAX, HEADROOM, float16_ranges, require_headroom
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE
 from support.paths import DATA
@@ -40,7 +41,7 @@ def spiked():
 
     def run(recipe):
         views = build_views(arch, tensors, recipe)
-        return Reference(checkpoint, *views).run(observation), views[0]
+        return TorchReference(checkpoint, *views).run(observation), views[0]
 
     return run, arch
 
@@ -114,7 +115,7 @@ def test_a_stage_too_large_for_float16_is_kept_in_float32_and_reported(
     checkpoint = amplified(load_checkpoint(str(DATA / "tiny_outliers" / "checkpoint")), 1, 2**12)
     said = []
     manifest = write_bundle(
-        checkpoint, tmp_path / "bundle", "fp16", target=target, say=said.append
+        checkpoint, tmp_path / "bundle", "fp16", target=target, progress=Progress(said.append)
     ).manifest
     assert manifest.pinned == ("prefix.layers.1.mlp",)
     assert manifest.float16_largest < FLOAT16_MAX / HEADROOM

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from smolvla_edge.core.errors import ExportError, GateError, ObservationsError
-from smolvla_edge.export import int8, writer
+from smolvla_edge.core.progress import SILENT, Progress
+from smolvla_edge.export import held_out, int8, writer
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
-from smolvla_edge.export.reference import fixed_observations
-from smolvla_edge.export.sites import sites
-from smolvla_edge.export.views.layers import both
+from smolvla_edge.export.reference import fixed_observations, reference_of
+from smolvla_edge.export.sites import quantizable
 from smolvla_edge.quantize.int8 import smoothing
 from smolvla_edge.quantize.int8.gate import Errors, Gate
 from smolvla_edge.quantize.int8.linear import Dynamic, Quantized, Static
@@ -104,10 +104,11 @@ def test_smoothing_leaves_a_silent_channel_alone_and_is_never_wild():
 def smoothed():
     """Views of the case with massive activations before and after smoothing, and their INT8 layers."""
     checkpoint = load_checkpoint(str(DATA / "tiny_outliers" / "checkpoint"))
-    data = int8.observations_for(checkpoint, "synthetic", 4, str)
-    after = writer.reference_of(checkpoint, "portable")
-    layers, costs = int8._quantized(after, data.calibration, "cpu", str)
-    return writer.reference_of(checkpoint, "portable"), after, layers, costs
+    data = int8.observations_for(checkpoint, "synthetic", 4, SILENT)
+    after = reference_of(checkpoint, "portable")
+    model = quantizable(after.prefix, after.expert)
+    layers, costs = int8.quantize_groups(model, after, data.calibration, "cpu", SILENT)
+    return reference_of(checkpoint, "portable"), after, layers, costs
 
 
 def test_smoothing_changes_nothing_in_float(smoothed):
@@ -120,10 +121,10 @@ def test_smoothing_changes_nothing_in_float(smoothed):
 
 
 def test_every_site_is_a_linear_of_its_view_and_none_is_named_twice(smoothed):
-    views = smoothed[0].prefix, smoothed[0].expert
-    names = [name for site in sites(*views) for name in site.linears]
+    model = quantizable(smoothed[0].prefix, smoothed[0].expert)
+    names = [name for site in model.sites for name in site.linears]
     assert len(set(names)) == len(names)
-    floats = {n for n, m in both(*views).named_modules() if type(m).__name__ == "Linear"} - set(
+    floats = {n for n, m in model.module.named_modules() if type(m).__name__ == "Linear"} - set(
         names
     )
     assert {n.split(".")[1] for n in floats} == {
@@ -136,7 +137,7 @@ def prefix_error(smoothed, layers):
     before, after, _, _ = smoothed
     o = fixed_observations(before.checkpoint, before.arch)[1]
     _, mask, exact = before.prefill(o)
-    with int8._swapped(both(after.prefix, after.expert), layers):
+    with quantizable(after.prefix, after.expert).replaced(layers):
         _, _, got = after.prefill(o)
     pairs = [(got[name][:, :, mask[0]], exact[name][:, :, mask[0]]) for name in exact]
     return max(float((g - e).norm() / e.norm()) for g, e in pairs)
@@ -149,10 +150,10 @@ def test_a_massive_channel_is_multiplied_in_float(smoothed, monkeypatch):
     assert prefix_error(smoothed, {path: layer}) < 0.01
     monkeypatch.setattr(smoothing, "OUTLIER", float("inf"))
     checkpoint = smoothed[0].checkpoint
-    data = int8.observations_for(checkpoint, "synthetic", 4, str)
-    naive, _ = int8._quantized(
-        writer.reference_of(checkpoint, "portable"), data.calibration, "cpu", str
-    )
+    data = int8.observations_for(checkpoint, "synthetic", 4, SILENT)
+    views = reference_of(checkpoint, "portable")
+    model = quantizable(views.prefix, views.expert)
+    naive, _ = int8.quantize_groups(model, views, data.calibration, "cpu", SILENT)
     assert naive["vision early"][path].outliers is None
     assert prefix_error(smoothed, {path: naive["vision early"][path]}) > 0.03
 
@@ -243,7 +244,7 @@ def test_the_exporter_refuses_what_the_audit_contradicts(tiny, monkeypatch, tmp_
 
 
 def test_a_gate_that_no_group_meets_is_an_error(tiny, tmp_path):
-    data = int8.observations_for(tiny, "synthetic", 2, str)
+    data = int8.observations_for(tiny, "synthetic", 2, SILENT)
     with pytest.raises(GateError, match="no group of layers can be INT8 within the gate"):
         writer.write_bundle(
             tiny, tmp_path / "bundle", "int8", target="cpu", calibration=data, gate=Gate(1e-4)
@@ -253,9 +254,9 @@ def test_a_gate_that_no_group_meets_is_an_error(tiny, tmp_path):
 
 def test_a_graph_over_the_gate_is_no_bundle(tiny, monkeypatch, tmp_path):
     """The plan is made by simulation; what the graphs answer has the last word."""
-    data = int8.observations_for(tiny, "synthetic", 2, str)
+    data = int8.observations_for(tiny, "synthetic", 2, SILENT)
     monkeypatch.setattr(int8, "choose", lambda groups, *_: groups[:1])
-    monkeypatch.setattr(int8.HeldOut, "judge", lambda *_: OVER)
+    monkeypatch.setattr(held_out.HeldOut, "judge", lambda *_: OVER)
     with pytest.raises(
         GateError, match=r"joint 0 0\.200 \(at most 0\.100\).*No bundle was written"
     ):
@@ -264,13 +265,15 @@ def test_a_graph_over_the_gate_is_no_bundle(tiny, monkeypatch, tmp_path):
 
 
 def test_a_graph_over_the_gate_loses_the_group_that_was_taken_last(tiny, monkeypatch, tmp_path):
-    data = int8.observations_for(tiny, "synthetic", 2, str)
-    judge, judged, said = int8.HeldOut.judge, [], []
+    data = int8.observations_for(tiny, "synthetic", 2, SILENT)
+    judge, judged, said = held_out.HeldOut.judge, [], []
     monkeypatch.setattr(int8, "choose", lambda groups, *_: ["expert MLP", "vision late"])
     monkeypatch.setattr(
-        int8.HeldOut, "judge", lambda *a: judged.append(1) or (judge(*a) if judged[1:] else OVER)
+        held_out.HeldOut,
+        "judge",
+        lambda *a: judged.append(1) or (judge(*a) if judged[1:] else OVER),
     )
-    given = {"calibration": data, "gate": Gate(action_p99=0.19), "say": said.append}
+    given = {"calibration": data, "gate": Gate(action_p99=0.19), "progress": Progress(said.append)}
     made = writer.write_bundle(tiny, tmp_path / "bundle", "int8", target="cpu", **given)
     assert any("leaving vision late in float" in line for line in said)
     assert made.manifest.int8.groups == ("expert MLP",)
@@ -285,7 +288,7 @@ def test_a_single_frame_to_calibrate_with_is_too_few(tiny, monkeypatch):
     with pytest.raises(
         ObservationsError, match="leaves 1 frame to calibrate with, expected at least 2"
     ):
-        int8.observations_for(tiny, "synthetic", 2, str)
+        int8.observations_for(tiny, "synthetic", 2, SILENT)
 
 
 @pytest.mark.parametrize(
@@ -303,18 +306,17 @@ def test_an_instruction_the_policy_would_refuse_is_refused_at_once(
         statistics={},
         frames=4,
         held_out=2,
-        say=str,
     )
     monkeypatch.setattr(int8, "read_calibration", lambda *_, **__: whole)
     with pytest.raises(ObservationsError, match=f"my_data: the task is .*{message}"):
-        int8.observations_for(tiny, "my_data", 4, str)
+        int8.observations_for(tiny, "my_data", 4, SILENT)
 
 
 def test_every_gripper_is_judged(tiny):
-    assert int8.grippers_of(tiny) == [5]  # an SO-101's last
+    assert held_out.grippers_of(tiny) == [5]  # an SO-101's last
     names = ("left_gripper", "a", "b", "c", "right_gripper", "d")
-    assert int8.grippers_of(replace(tiny, joints=names)) == [0, 4]
-    assert int8.grippers_of(replace(tiny, joints=("a", "b", "c", "d", "e", "f"))) == []
+    assert held_out.grippers_of(replace(tiny, joints=names)) == [0, 4]
+    assert held_out.grippers_of(replace(tiny, joints=("a", "b", "c", "d", "e", "f"))) == []
 
 
 def test_a_cpu_whose_products_overflow_is_refused(export_case, monkeypatch):

@@ -15,6 +15,8 @@ from support.faulty_arm import FaultyArm
 from support.paths import DATA
 from support.running import POSE, WILD
 
+# Tests run beside each other: a second thread of torch would only wait for the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 TORCH = find_spec("torch") is not None
 # Without torch (make test-fast), the rooms that import it are left out.
 NEED_TORCH = [

@@ -14,5 +14,6 @@ def require_modules(names: Iterable[str], extra: str) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise SmolVLAError(
-            f"this needs {', '.join(missing)}: install the package with its [{extra}] extra (README)"
+            f"this needs {', '.join(missing)}: "
+            f"install the package with its [{extra}] extra (README)"
         )

@@ -1,4 +1,4 @@
-"""Observations that calibration has not seen, and what float32 answers to them: INT8 is judged so."""
+"""What INT8 is judged by: observations that calibration has not seen, and float32's outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

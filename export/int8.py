@@ -1,8 +1,8 @@
 """Checkpoint and observations -> views whose Linears are INT8 as far as the gate allows.
 
 The float32 views are smoothed (quantize/int8/smoothing.py), each group of layers is measured alone,
-and the best groups are taken together (quantize/int8/plan.py). All of this runs in torch, in modules
-that round as the backend does. Afterwards `Int8Plan.judged` judges the exported graphs themselves.
+and the best groups are taken together (quantize/int8/plan.py). All of this runs in torch, in
+modules that round as the backend does. Afterwards `Int8Plan.judged` judges the exported graphs.
 """
 
 from collections.abc import Collection, Iterable

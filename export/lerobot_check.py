@@ -49,7 +49,7 @@ def lerobot_actions(
 def measure(
     checkpoint: Checkpoint, policy: Policy, observations: Sequence[ParityObservation]
 ) -> float:
-    """Max abs difference on normalised actions between the bundle and LeRobot over all observations."""
+    """Max abs difference on normalised actions between the bundle and LeRobot."""
     worst = 0.0
     for observation, expected in zip(
         observations, lerobot_actions(checkpoint, observations), strict=True
@@ -63,7 +63,10 @@ def measure(
 
 
 def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
-    """LeRobot's policy in float32 and its preprocessor; `vlm` is a scratch folder for what it loads by name."""
+    """LeRobot's policy in float32 and its preprocessor.
+
+    vlm: a scratch folder, for the files that LeRobot loads by name.
+    """
     try:
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import make_pre_post_processors
@@ -73,7 +76,8 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
             vlm
         )  # as this exporter found it, so that LeRobot needs no network either
         for name in (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"):
-            if (source := checkpoint.tokenizer.with_name(name)).is_file():
+            source = checkpoint.tokenizer.with_name(name)
+            if source.is_file():
                 shutil.copyfile(source, vlm / name)
         config = PreTrainedConfig.from_pretrained(checkpoint.folder)
         config.device, config.load_vlm_weights = "cpu", False  # the checkpoint holds every weight
@@ -97,7 +101,7 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
 
 
 def _processor_stub(checkpoint: Checkpoint) -> AbstractContextManager[object]:
-    """Of the VLM's processor LeRobot uses two token ids; loading it whole needs torchvision and more files."""
+    """LeRobot uses two token ids of the VLM's processor. The whole one needs torchvision."""
     from transformers import AutoProcessor
 
     fake, whole = 0, 0  # LeRobot makes tensors of them all the same
@@ -110,8 +114,11 @@ def _processor_stub(checkpoint: Checkpoint) -> AbstractContextManager[object]:
 
 
 def vision_positions() -> AbstractContextManager[object]:
-    """Position ids 0..N-1, as trained: transformers 4.55 to 4.57 shift them by one row and column in float32
-    (huggingface/transformers#41190)."""
+    """Position ids 0..N-1, as in training.
+
+    transformers 4.55 to 4.57 shift them by one row and column in float32
+    (huggingface/transformers#41190).
+    """
     from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
     def forward(self: Any, pixel_values: Any, patch_attention_mask: Any = None) -> Any:

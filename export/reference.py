@@ -1,8 +1,8 @@
 """The checkpoint's own answer: preprocessing and the float32 views in torch, stage by stage.
 
-It shares no code with the runtime but the names of statistics, so that a mistake there shows; a mistake in the views
-themselves does not: that is what the goldens and --check-lerobot are for. Stages: images, tokens, state, cache,
-velocity, actions, chunk.
+It shares no code with the runtime except the names of statistics, so it shows a mistake there. It
+does not show a mistake in the views themselves: the goldens and --check-lerobot do. Stages: images,
+tokens, state, cache, velocity, actions, chunk.
 """
 
 from collections.abc import Mapping
@@ -68,12 +68,8 @@ class TorchReference:
     """The float32 views and the checkpoint's processors, run in torch."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: Prefix, expert: Expert) -> None:
-        self.checkpoint, self.arch, self.prefix, self.expert = (
-            checkpoint,
-            prefix.arch,
-            prefix,
-            expert,
-        )
+        self.checkpoint, self.arch = checkpoint, prefix.arch
+        self.prefix, self.expert = prefix, expert
         self._tokenizer = read_tokenizer(checkpoint.tokenizer)
 
     def run(self, observation: ParityObservation) -> Stages:
@@ -120,11 +116,12 @@ class TorchReference:
         return np.stack(velocities), x.numpy()
 
     def robot_units(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Normalised actions [1, chunk, max_action_dim] -> [chunk, dof] (LeRobot's UnnormalizerProcessorStep)."""
-        x, n = (
-            torch.from_numpy(actions[0, :, : self.checkpoint.config.action_dim]),
-            self.checkpoint.processors.action,
-        )
+        """Normalised actions [1, chunk, max_action_dim] -> [chunk, dof].
+
+        As LeRobot's UnnormalizerProcessorStep.
+        """
+        n = self.checkpoint.processors.action
+        x = torch.from_numpy(actions[0, :, : self.checkpoint.config.action_dim])
         if n.active and n.mode == "MEAN_STD":
             x = x * torch.tensor(n.statistics["std"]) + torch.tensor(n.statistics["mean"])
         elif n.active:
@@ -166,7 +163,7 @@ class TorchReference:
 
 
 def reference_of(checkpoint: Checkpoint, target: Target) -> TorchReference:
-    """The float32 views as they are exported for `target`; in torch both targets compute the same."""
+    """The float32 views as they are exported for `target`. In torch all targets are equal."""
     recipe = replace(FP32, ort=target == "cpu")
     views = build_views(architecture_of(checkpoint), checkpoint.tensors, recipe)
     return TorchReference(checkpoint, *views)

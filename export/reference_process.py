@@ -3,9 +3,9 @@
     PYTHON -m smolvla_edge.export.reference_process REQUEST
 
 REQUEST is `ReferenceRequest` as JSON. The first answer says what runs. Then each line on stdin asks
-for one chunk, and the answer is its wall seconds, preprocessing included. The observation is that of
-the bundle's self-check, with the instruction that fills the bundle's token length, so that both sides
-have the same number of tokens. torch is imported by `main`: the client imports this module too.
+for one chunk, and the answer is its wall seconds, preprocessing included. The observation is that
+of the bundle's self-check, with the instruction that fills the bundle's token length, so that both
+sides have the same number of tokens. `main` imports torch: the client imports this module too.
 """
 
 import json

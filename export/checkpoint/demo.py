@@ -1,6 +1,6 @@
-"""A full-size checkpoint of the published architecture with random weights, so that everything runs offline.
+"""A full-size checkpoint of the published architecture with random weights: it needs no network.
 
-The weights are the same on every machine. A policy made of them moves the arm about, and knows nothing.
+The weights are the same on every machine. A policy made of them makes random movements.
 """
 
 import json
@@ -26,7 +26,7 @@ from .policy_config import DEFAULT_VLM, PolicyConfig
 
 # All of it but tokenizer, statistics and weights; its VLM is the published one.
 _FOLDER = DEFAULT_VLM_CONFIG.parents[1]
-# Six joints in degrees, gripper in percent: a pose in front of the arm and how far training data strays from it.
+# Five joints in degrees, the gripper in percent: a pose in front of the arm, and its spread.
 _MEAN, _STD = [0.0, -40.0, 55.0, 60.0, 0.0, 20.0], [25.0, 20.0, 20.0, 15.0, 30.0, 12.0]
 # Of random weights that are not scaled by their fan-in.
 _SCALES = {"bias": 0.02, "embed_tokens": 0.03, "position_embedding": 0.2}
@@ -101,6 +101,6 @@ def _write_tokenizer(folder: Path, progress: Progress) -> None:
         text, vocab_size=400, min_frequency=1, show_progress=False, special_tokens=special
     )
     tokenizer.save(str(folder / TOKENIZER))
-    # The class is for LeRobot, whose AutoTokenizer would look for one by the VLM's config, and find none.
+    # The class is for LeRobot, whose AutoTokenizer finds none by the VLM's config.
     options = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(options))

@@ -44,7 +44,7 @@ StatisticsBySite = dict[Site, SiteStatistics]
 
 
 def measure_moments(model: Quantizable, run: Callable[[], None]) -> StatisticsBySite:
-    """Largest magnitudes and second moments of each site's activation while `run` runs the model."""
+    """Largest magnitudes and second moments of each site's activation in `run`."""
     statistics = {site: SiteStatistics() for site in model.sites}
 
     def see(site: Site, x: Tensor) -> None:
@@ -96,7 +96,7 @@ def measure_errors(
 
 
 def _evenly(x: Tensor) -> Tensor:
-    """Factors [..., 1] that make no token longer than the median one: one massive token is not all."""
+    """Factors [..., 1] that make no token longer than the median one."""
     length: Tensor = x.norm(dim=-1, keepdim=True)
     return torch.clamp(length.median() / length.clamp(min=1e-12), max=1)
 

@@ -1,4 +1,4 @@
-"""The observations that INT8 is calibrated with, and others to judge it by, from one of four sources.
+"""The observations that calibrate INT8, and those that judge it, from one of four sources.
 
     FOLDER        a LeRobot dataset (dataset.py), or what smolvla-run --record left
     user/name     a LeRobot dataset on the Hub
@@ -35,7 +35,7 @@ Frames = dict[int, list[int]]  # number of an episode -> some of its frames, asc
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What was drawn; record: of both parts together, and of nothing else (no episodes where synthetic)."""
+    """What was drawn. record: of both parts together; synthetic samples have no episodes."""
 
     record: Calibration
     calibration: tuple[Sample, ...]
@@ -112,7 +112,7 @@ def kind_of(source: str) -> Kind:
 def choose_frames(
     episodes: Episodes, frames: int, held_out: int, seed: int
 ) -> tuple[Frames, Frames]:
-    """-> the frames to calibrate with, and the held-out ones. At least two frames in all are expected."""
+    """-> the frames to calibrate with, and the held-out ones, of at least two frames in all."""
     numbers = [number for number, (length, _) in episodes.items() if length]
     shuffled = [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
     order = _in_turns(_by_tasks(shuffled, episodes))

@@ -74,7 +74,8 @@ def test_a_torch_without_symbolic_operators_is_refused_for_the_cpu(tmp_path, mon
 
 
 def test_sensitivity_measures_every_group_whatever_the_gate_says_and_writes_nothing(tmp_path):
-    (gate := tmp_path / "gate.toml").write_text("action_p99 = 1e-4")
+    gate = tmp_path / "gate.toml"
+    gate.write_text("action_p99 = 1e-4\nseeds = 2\n")
     options = [
         "--precision",
         "int8",

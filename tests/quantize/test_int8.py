@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from smolvla_edge.core.errors import ExportError, GateError, ObservationsError
-from smolvla_edge.core.progress import SILENT, Progress
-from smolvla_edge.export import held_out, int8, writer
+from smolvla_edge.core.progress import SILENT
+from smolvla_edge.export import int8, writer
+from smolvla_edge.export.candidates import Candidate, build, judge
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
+from smolvla_edge.export.held_out import grippers_of
 from smolvla_edge.export.reference import fixed_observations, reference_of
 from smolvla_edge.export.sites import quantizable
+from smolvla_edge.export.writer import write_bundle
 from smolvla_edge.quantize.int8 import smoothing
 from smolvla_edge.quantize.int8.gate import Errors, Gate
 from smolvla_edge.quantize.int8.linear import Dynamic, Quantized, Static
@@ -27,6 +30,7 @@ from smolvla_edge.runtime.policy.audit import audit, contradictions, stored_weig
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, run_selfcheck
 from support.paths import DATA
 
+GRAPHS = ("prefix.onnx", "expert.onnx")
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -166,9 +170,6 @@ def test_costs_count_every_token_once(smoothed):
     assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.config.chunk_size, 10)}
 
 
-OVER = Errors((0.2,) * 6, (1.0,) * 6, 0, {"key.0": 0.01})
-
-
 def errors(action, cache):
     return Errors((action,), (1.0,), 0, {"key.0": cache})
 
@@ -239,47 +240,45 @@ def test_the_exporter_refuses_what_the_audit_contradicts(tiny, monkeypatch, tmp_
         writer, "contradictions", lambda *_: ["labelled fp32, but computed otherwise"]
     )
     with pytest.raises(ExportError, match="labelled fp32, but computed otherwise"):
-        writer.write_bundle(tiny, tmp_path / "bundle", "fp32")
+        write_bundle(tiny, tmp_path / "bundle", "fp32")
     assert not (tmp_path / "bundle").exists()
 
 
 def test_a_gate_that_no_group_meets_is_an_error(tiny, tmp_path):
     data = int8.observations_for(tiny, "synthetic", 2, SILENT)
+    gate = Gate(action_p99=1e-4, seeds=2)
+    given = {"target": "portable", "calibration": data, "gate": gate}
     with pytest.raises(GateError, match="no group of layers can be INT8 within the gate"):
-        writer.write_bundle(
-            tiny, tmp_path / "bundle", "int8", target="cpu", calibration=data, gate=Gate(1e-4)
-        )
+        write_bundle(tiny, tmp_path / "bundle", "int8", **given)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_over_the_gate_is_no_bundle(tiny, monkeypatch, tmp_path):
-    """The plan is made by simulation; what the graphs answer has the last word."""
+def test_graphs_over_the_gate_lose_the_group_that_was_taken_last(tiny, tmp_path):
+    """The plan is made by simulation. What the graphs compute decides."""
     data = int8.observations_for(tiny, "synthetic", 2, SILENT)
-    monkeypatch.setattr(int8, "choose", lambda groups, *_: groups[:1])
-    monkeypatch.setattr(held_out.HeldOut, "judge", lambda *_: OVER)
-    with pytest.raises(
-        GateError, match=r"joint 0 0\.200 \(at most 0\.100\).*No bundle was written"
-    ):
-        writer.write_bundle(tiny, tmp_path / "bundle", "int8", target="cpu", calibration=data)
-    assert list(tmp_path.iterdir()) == []
+    gate = Gate(action_p99=10.0, cache=10.0, gripper_flips=10_000, seeds=2)
+    plan = int8.plan_int8(reference_of(tiny, "portable"), data, "portable", gate, SILENT)
+    first, last, *_ = plan.groups
+    while len(plan.groups) > 2:
+        plan = plan.without_last()
+    observations = fixed_observations(tiny, plan.smoothed[0].arch)
+    shutil.copyfile(tiny.tokenizer, tmp_path / "tokenizer.json")
+    two = Candidate(tiny, "int8", "portable", plan)
+    built = build(two, tmp_path, SILENT)
+    stored = [stored_weights(tmp_path / name).get("int8", 0) for name in GRAPHS]
+    assert sum(stored) == plan.manifest.weights
 
+    accepted = judge(two, built, observations, SILENT)
+    assert accepted.retry is None
+    assert accepted.int8.found["cache"] > 0
 
-def test_a_graph_over_the_gate_loses_the_group_that_was_taken_last(tiny, monkeypatch, tmp_path):
-    data = int8.observations_for(tiny, "synthetic", 2, SILENT)
-    judge, judged, said = held_out.HeldOut.judge, [], []
-    monkeypatch.setattr(int8, "choose", lambda groups, *_: ["expert MLP", "vision late"])
-    monkeypatch.setattr(
-        held_out.HeldOut,
-        "judge",
-        lambda *a: judged.append(1) or (judge(*a) if judged[1:] else OVER),
-    )
-    given = {"calibration": data, "gate": Gate(action_p99=0.19), "progress": Progress(said.append)}
-    made = writer.write_bundle(tiny, tmp_path / "bundle", "int8", target="cpu", **given)
-    assert any("leaving vision late in float" in line for line in said)
-    assert made.manifest.int8.groups == ("expert MLP",)
-    stored = stored_weights(made.path("prefix.onnx")), stored_weights(made.path("expert.onnx"))
-    assert "int8" not in stored[0]
-    assert stored[1]["int8"] == made.manifest.int8.weights
+    strict = replace(two, int8=replace(plan, gate=Gate(action_p99=0.0, cache=0.0, seeds=2)))
+    refused = judge(strict, built, observations, SILENT)
+    assert refused.reason.endswith(f"leaving {last} in float")
+    assert refused.retry.int8.manifest.groups == (first,)
+    assert 0 < refused.retry.int8.manifest.weights < plan.manifest.weights
+    with pytest.raises(GateError, match=r"joint 0 .* \(at most 0\.000\).*No bundle was written"):
+        judge(refused.retry, built, observations, SILENT)
 
 
 def test_a_single_frame_to_calibrate_with_is_too_few(tiny, monkeypatch):
@@ -313,10 +312,10 @@ def test_an_instruction_the_policy_would_refuse_is_refused_at_once(
 
 
 def test_every_gripper_is_judged(tiny):
-    assert held_out.grippers_of(tiny) == [5]  # an SO-101's last
+    assert grippers_of(tiny) == [5]  # an SO-101's last
     names = ("left_gripper", "a", "b", "c", "right_gripper", "d")
-    assert held_out.grippers_of(replace(tiny, joints=names)) == [0, 4]
-    assert held_out.grippers_of(replace(tiny, joints=("a", "b", "c", "d", "e", "f"))) == []
+    assert grippers_of(replace(tiny, joints=names)) == [0, 4]
+    assert grippers_of(replace(tiny, joints=("a", "b", "c", "d", "e", "f"))) == []
 
 
 def test_a_cpu_whose_products_overflow_is_refused(export_case, monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..core.progress import SILENT, Progress
 from ..quantize.int8 import gate as gates
 from ..quantize.int8.gate import Array, Errors, Outputs, Prefilled
 from ..quantize.observations.sample import Sample
@@ -26,17 +27,22 @@ class HeldOut:
     def compare(self, got: Outputs) -> Errors:
         return gates.compare(self.expected, got, self.grippers, self.middle)
 
-    def judge(self, policy: Policy) -> Errors:
+    def judge(self, policy: Policy, progress: Progress = SILENT) -> Errors:
         """How far a bundle's own graphs are from float32."""
         prefilled = (prefill_policy(policy, sample) for sample in self.samples)
-        return self.compare(gates.outputs_of(prefilled, self.noises))
+        return self.compare(gates.outputs_of(prefilled, self.noises, progress))
 
 
-def hold_out(reference: TorchReference, samples: tuple[Sample, ...], seeds: int) -> HeldOut:
+def hold_out(
+    reference: TorchReference,
+    samples: tuple[Sample, ...],
+    seeds: int,
+    progress: Progress = SILENT,
+) -> HeldOut:
     """Run float32 on `samples`, each with `seeds` noises."""
     rng, shape = np.random.default_rng(2), reference.arch.noise_shape
     noises = [[rng.standard_normal(shape, dtype=np.float32) for _ in range(seeds)] for _ in samples]
-    expected = reference_outputs(reference, samples, noises)
+    expected = reference_outputs(reference, samples, noises, progress)
     middle = reference.robot_units(np.zeros(shape, np.float32))[0]
     return HeldOut(samples, noises, expected, grippers_of(reference.checkpoint), middle)
 
@@ -51,7 +57,10 @@ def prefill_policy(policy: Policy, sample: Sample) -> Prefilled:
 
 
 def reference_outputs(
-    reference: TorchReference, samples: Sequence[Sample], noises: Sequence[Sequence[Array]]
+    reference: TorchReference,
+    samples: Sequence[Sample],
+    noises: Sequence[Sequence[Array]],
+    progress: Progress = SILENT,
 ) -> Outputs:
     """What the torch views answer: noises for each sample, as in `HeldOut`."""
 
@@ -60,7 +69,7 @@ def reference_outputs(
         valid = {name: t[:, :, mask[0]].numpy() for name, t in cache.items()}
         return valid, lambda noise: reference.robot_units(reference.denoise(noise, mask, cache)[1])
 
-    return gates.outputs_of(map(prefill, samples), noises)
+    return gates.outputs_of(map(prefill, samples), noises, progress)
 
 
 def grippers_of(checkpoint: Checkpoint) -> list[int]:

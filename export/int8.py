@@ -89,7 +89,7 @@ class Int8Plan:
         Raises GateError where the gate is not met.
         """
         progress.stage(f"judging {len(self.held_out.samples)} held-out observations by the gate")
-        errors = self.held_out.judge(policy)
+        errors = self.held_out.judge(policy, progress)
         progress.note("\n" + errors.table(self.joints))
         gates.require(errors, self.gate, self.joints)
         found = {"action_p99": errors.action, "cache": errors.worst_cache}
@@ -143,7 +143,7 @@ def plan_int8(
     progress.stage(
         f"running float32 on {len(data.held_out)} held-out observations, {gate.seeds} seeds each"
     )
-    held_out = hold_out(reference, data.held_out, gate.seeds)
+    held_out = hold_out(reference, data.held_out, gate.seeds, progress)
     tried = min(_TRIAL_SAMPLES, len(data.calibration) - 1)
     # Other observations than those that calibrate and those that judge.
     trial = hold_out(reference, data.calibration[:tried], _SPREAD_SEEDS)
@@ -218,7 +218,7 @@ def quantize_groups(
         progress.stage("choosing the smoothing")
         measure_errors(model, statistics, partial(run, samples[:1]), static=static)
         progress.stage("rounding the weights to INT8")
-        made = smooth(model, statistics, Static if static else Dynamic)
+        made = smooth(model, statistics, Static if static else Dynamic, progress)
     for site, found in statistics.items():
         for path in site.linears:
             runs = 1 if path.startswith("prefix.") else smoothed.checkpoint.config.num_steps

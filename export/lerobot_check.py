@@ -10,9 +10,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..core.errors import ExportError
+from ..quantize.observations.sample import Sample
 from ..runtime import Policy
 from .checkpoint.checkpoint import TOKENIZER, Checkpoint
 from .checkpoint.tokens import image_special_tokens, read_tokenizer
@@ -26,24 +28,24 @@ def lerobot_actions(
 
     Raises ExportError where LeRobot cannot load the checkpoint.
     """
-    import torch
-
-    names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
     answers = []
     with tempfile.TemporaryDirectory() as scratch, vision_positions():
         policy, preprocess = load_policy(checkpoint, Path(scratch) / "vlm")
         for observation in observations:
-            batch: dict[str, Any] = {
-                names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
-                for name, image in observation.images.items()
-            }
-            batch |= {
-                "observation.state": torch.from_numpy(observation.state),
-                "task": observation.task,
-            }
+            batch = lerobot_batch(checkpoint, observation)
             noise = torch.from_numpy(observation.noise)
             answers.append(policy.predict_action_chunk(preprocess(batch), noise=noise).numpy())
     return answers
+
+
+def lerobot_batch(checkpoint: Checkpoint, sample: Sample) -> dict[str, Any]:
+    """An observation as LeRobot's preprocessor takes it."""
+    names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
+    images = {
+        names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        for name, image in sample.images.items()
+    }
+    return {**images, "observation.state": torch.from_numpy(sample.state), "task": sample.task}
 
 
 def measure(

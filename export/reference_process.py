@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..quantize.observations.sample import Sample
 from ..runtime import Bundle, SmolVLAError
 from ..runtime.policy.preprocessing import Preprocessor
 from ..runtime.policy.sampling import schedule
@@ -139,15 +140,10 @@ def serve_lerobot(
     import torch
     import transformers
 
-    from .lerobot_check import load_policy, vision_positions
+    from .lerobot_check import lerobot_batch, load_policy, vision_positions
 
     images, state, task, noise = observation(bundle)
-    names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
-    batch: dict[str, Any] = {
-        names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
-        for name, image in images.items()
-    }
-    batch |= {"observation.state": torch.from_numpy(state), "task": task}
+    batch = lerobot_batch(checkpoint, Sample(images, state, task))
     note = f", lerobot {lerobot.__version__}, transformers {transformers.__version__}; "
     note += "patched: two token ids in place of the VLM's processor"
     if request.dtype == "float32" and transformers.__version__.startswith(("4.55", "4.56", "4.57")):

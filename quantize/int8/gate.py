@@ -20,6 +20,7 @@ else:
     import tomli as tomllib
 
 from ...core.errors import GateError, QuantizeError
+from ...core.progress import SILENT, Progress
 from ...core.strict import decode
 
 TICK_DEG = 360 / 4096  # one step of an STS3215's encoder
@@ -76,12 +77,17 @@ class Outputs:
 Prefilled = tuple[Cache, Callable[[Array], Array]]
 
 
-def outputs_of(prefilled: Iterable[Prefilled], noises: Sequence[Sequence[Array]]) -> Outputs:
+def outputs_of(
+    prefilled: Iterable[Prefilled],
+    noises: Sequence[Sequence[Array]],
+    progress: Progress = SILENT,
+) -> Outputs:
     """prefilled: of each observation, one after the other; noises: of each, one for each seed."""
     caches, chunks = [], []
     for (cache, denoise), seeds in zip(prefilled, noises, strict=True):
         caches.append(cache)
         chunks.append([denoise(noise) for noise in seeds])
+        progress.count(len(chunks), len(noises))
     return Outputs(caches, np.array(chunks, np.float32))
 
 

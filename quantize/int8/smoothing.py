@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...core.progress import SILENT, Progress
 from .linear import Int8Linear, Quantized, fake_dynamic, fake_static
 from .rounding import compensated, nearest
 from .sites import Quantizable, Site
@@ -115,7 +116,10 @@ def scales(largest: Tensor, weight: Tensor, alpha: float | None) -> Tensor:
 
 
 def smooth(
-    model: Quantizable, statistics: StatisticsBySite, make: Callable[[Quantized], Int8Linear]
+    model: Quantizable,
+    statistics: StatisticsBySite,
+    make: Callable[[Quantized], Int8Linear],
+    progress: Progress = SILENT,
 ) -> dict[str, Int8Linear]:
     """Fold the best scales into `model`, which computes the same as before.
 
@@ -137,8 +141,9 @@ def smooth(
             found.second = found.second / scale / scale[:, None]
             chosen[site] = torch.ones_like(scale), inside
     layers: dict[str, Int8Linear] = {}
-    for site, (scale, inside) in chosen.items():
+    for done, (site, (scale, inside)) in enumerate(chosen.items(), 1):
         layers |= _quantize(model, site, statistics[site], scale, inside, make)
+        progress.count(done, len(chosen))
     return layers
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from smolvla_edge.core import extras
 from smolvla_edge.export.cli import app
 from smolvla_edge.runtime import Bundle
 from support.paths import DATA
@@ -54,6 +55,26 @@ def test_what_cannot_be_exported_is_refused_at_once(options, message, tmp_path):
     done = CliRunner().invoke(app, [CHECKPOINT, "--output", str(tmp_path / "bundle"), *options])
     assert message in str(done.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_asks_only_for_the_modules_that_it_uses(tmp_path, monkeypatch):
+    found = extras.find_spec
+    monkeypatch.setattr(
+        extras, "find_spec", lambda name: None if name in ("av", "pyarrow") else found(name)
+    )
+    (tmp_path / "bundle").mkdir()
+    for options, message in (
+        (["--precision", "fp16"], "bundle exists"),
+        (["--precision", "int8", "--calibration", "synthetic"], "bundle exists"),
+        (["--precision", "int8", "--calibration", "me/set"], "this needs av, pyarrow: install"),
+    ):
+        line = [CHECKPOINT, "--output", str(tmp_path / "bundle"), *options]
+        assert message in str(CliRunner().invoke(app, line).exception)
+    code = (
+        "import sys, smolvla_edge.export.writer\n"
+        "sys.exit(' '.join({'av', 'pyarrow'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stderr == b""
 
 
 def test_the_target_and_the_precision_are_in_the_manifest_and_in_what_is_printed(tmp_path):

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from smolvla_edge.core.errors import ObservationsError
 from smolvla_edge.core.progress import Progress
 from smolvla_edge.quantize.observations.calibration import choose_frames, read_calibration
 from smolvla_edge.runtime import SettingsError
-from smolvla_edge.runtime.robot.recording import Recorder
 from support.datasets import (
     CAMERAS,
     EPISODES,
@@ -31,7 +29,7 @@ from support.datasets import (
     write_video,
 )
 from support.hub import COMMIT
-from support.recordings import META, some_chunk
+from support.recordings import record, some_chunk
 
 VERSIONS = ("v2.1", "v3.0")
 TASKS = ["Pick.", "Place."]
@@ -206,14 +204,6 @@ def test_what_is_read_is_counted_and_the_outcome_is_told_once(made):
 
 
 # Recordings and drawings
-
-
-def record(folder, chunks=10):
-    recorder = Recorder(folder, replace(META, task="Push."))
-    for i in range(chunks):
-        recorder.answered(some_chunk(seed=i))
-    recorder.close()
-    return folder
 
 
 def test_a_recording_is_one_episode_of_what_the_policy_saw(tmp_path):

@@ -29,6 +29,7 @@ from smolvla_edge.runtime.engines import backend
 from smolvla_edge.runtime.policy.audit import audit, contradictions, stored_weights
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, run_selfcheck
 from support.paths import DATA
+from support.recordings import record
 
 GRAPHS = ("prefix.onnx", "expert.onnx")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -281,34 +282,22 @@ def test_graphs_over_the_gate_lose_the_group_that_was_taken_last(tiny, tmp_path)
         judge(refused.retry, built, observations, SILENT)
 
 
-def test_a_single_frame_to_calibrate_with_is_too_few(tiny, monkeypatch):
-    whole = int8.read_calibration
-    monkeypatch.setattr(int8, "read_calibration", lambda *a, **k: whole(*a, **k | {"frames": 1}))
+def test_a_single_frame_to_calibrate_with_is_too_few(tiny, tmp_path):
+    folder = record(tmp_path / "run", chunks=2)
     with pytest.raises(
         ObservationsError, match="leaves 1 frame to calibrate with, expected at least 2"
     ):
-        int8.observations_for(tiny, "synthetic", 2, SILENT)
+        int8.observations_for(tiny, str(folder), 2, SILENT)
 
 
 @pytest.mark.parametrize(
     ("task", "message"),
     [("word " * 99, "tokens long, this bundle takes 48"), ("\n", "expected an")],
 )
-def test_an_instruction_the_policy_would_refuse_is_refused_at_once(
-    tiny, monkeypatch, task, message
-):
-    whole = int8.read_calibration(
-        "synthetic",
-        tiny.processors.camera_names,
-        6,
-        [task],
-        statistics={},
-        frames=4,
-        held_out=2,
-    )
-    monkeypatch.setattr(int8, "read_calibration", lambda *_, **__: whole)
-    with pytest.raises(ObservationsError, match=f"my_data: the task is .*{message}"):
-        int8.observations_for(tiny, "my_data", 4, SILENT)
+def test_an_instruction_the_policy_would_refuse_is_refused_at_once(tiny, tmp_path, task, message):
+    folder = record(tmp_path / "run", task=task, chunks=4)
+    with pytest.raises(ObservationsError, match=f"{folder}: the task is .*{message}"):
+        int8.observations_for(tiny, str(folder), 4, SILENT)
 
 
 def test_every_gripper_is_judged(tiny):

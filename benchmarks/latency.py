@@ -293,13 +293,15 @@ def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tu
     floats = (
         gflops["float32"] if m.precision == "fp32" else gflops.get("float16", gflops["float32"])
     )
+    # A portable bundle multiplies integers on TensorRT only, whose rate is not measured.
+    integers = gflops.get("int8", floats) if m.target == "cpu" else floats
     steps = m.sampling.num_steps
     found = []
     for stage, graph, runs in (("prefix", m.prefix, 1), ("denoise", m.expert, steps)):
         int8 = runs * sum(work.gemm.get("int8", 0) for work in graph.stages.values())
         size = runs * (sum(work.weight_bytes for work in graph.stages.values()) + m.cache_bytes)
         flops = runs * graph.flops
-        compute_ms = 1e-6 * ((flops - int8) / floats + int8 / gflops.get("int8", floats))
+        compute_ms = 1e-6 * ((flops - int8) / floats + int8 / integers)
         memory_ms = 1e-6 * size / max(rates.copy_gbs)
         share = max(compute_ms, memory_ms) / stages[stage].p50
         # mypy takes `stage` for any str

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..core.board import read_board
+from ..core.board import cpu_flags, read_board
 from .result import Machine, Rates, Readings
 
 ROWS, INNER, COLUMNS = (
@@ -49,7 +49,7 @@ def watched() -> Callable[[], dict[str, Any]]:
             for key in ("cpu family", "model", "stepping")
             if key in cpu
         ]
-        has = f"{cpu.get('flags', '')} {cpu.get('Features', '')}".split()
+        has = cpu_flags()
         parts = [
             cpu.get("model name", platform.machine()),
             *numbers,

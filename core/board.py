@@ -116,6 +116,19 @@ def read_board(root: Path = Path("/")) -> Board:
     )
 
 
+def cpu_flags(root: Path = Path("/")) -> frozenset[str]:
+    """Instruction sets of the CPU, as Linux names them; empty where it does not tell."""
+    return frozenset(_found(r"^(?:flags|Features)\s*:\s*(.+)", root / "proc/cpuinfo").split())
+
+
+def has_vnni(root: Path = Path("/")) -> bool:
+    """Whether this CPU adds 8-bit products in 32 bits. An x86 CPU without VNNI adds pairs of them in 16 bits, which
+    overflows. Other architectures do not."""
+    return platform.machine() != "x86_64" or not cpu_flags(root).isdisjoint(
+        ("avx512_vnni", "avx_vnni")
+    )
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(errors="replace").strip("\0\n ")

@@ -16,6 +16,7 @@ from ..quantize.int8.gate import Gate, read_gate
 from ..quantize.observations.calibration import kind_of
 from ..runtime.bundle.bundle import Bundle
 from ..runtime.bundle.manifest import Int8, Precision, Target
+from ..runtime.engines.backend import require_vnni
 from .output import require_output
 
 app = command.new_app()
@@ -90,6 +91,8 @@ def export(
         raise ExportError(
             f"--calibration, --gate and --sensitivity belong to int8, --precision is {precision}"
         )
+    if precision == "int8" and target == "cpu":
+        require_vnni()
     checked_gate = read_gate(gate) if gate else Gate()
     needs_dataset = calibration is not None and kind_of(calibration) == "dataset"
     extras.require_modules(extras.EXPORT + (extras.DATASET if needs_dataset else ()), "export")

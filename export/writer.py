@@ -16,6 +16,7 @@ from ..quantize.observations.calibration import CalibrationSet
 from ..runtime import Bundle
 from ..runtime.bundle import manifest as contract
 from ..runtime.bundle.manifest import MANIFEST, manifest_json, parse_manifest
+from ..runtime.engines.backend import require_vnni
 from ..runtime.policy.audit import audit, contradictions
 from ..runtime.policy.selfcheck import FILE, run_selfcheck
 from . import lerobot_check, parity
@@ -136,8 +137,10 @@ def _refuse(
     check_lerobot: bool,
     calibration: CalibrationSet | None,
 ) -> None:
-    """Raises ExportError for what cannot be exported, whatever the checkpoint is."""
+    """Raises ExportError or BackendError for what cannot be exported, whatever the checkpoint is."""
     int8 = precision == "int8"
+    if int8 and target == "cpu":
+        require_vnni()
     if (int8 or target == "cpu") and not hasattr(torch.onnx, "ops"):
         option = "--target cpu" if target == "cpu" else "--precision int8"
         raise ExportError(

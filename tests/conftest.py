@@ -39,6 +39,15 @@ def pytest_report_header():
     return None
 
 
+def pytest_collection_modifyitems(items):
+    from smolvla_edge.core.board import has_vnni
+
+    if not has_vnni():
+        for item in items:
+            if item.get_closest_marker("needs_vnni"):
+                item.add_marker(pytest.mark.skip(reason="needs a CPU with VNNI"))
+
+
 def export_tiny(checkpoint: Path, output: Path, precision: str, target: str) -> None:
     from smolvla_edge.core.progress import SILENT
     from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint

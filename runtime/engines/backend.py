@@ -11,13 +11,12 @@ A device is a list of backends; the first that loads and passes its self-check i
 import ctypes
 import importlib.metadata
 import importlib.util
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import onnxruntime
 
+from ...core.board import has_vnni
 from ...core.errors import BackendError
 from ..bundle.bundle import Bundle
 from .graphs import Graphs
@@ -97,13 +96,24 @@ def choose_for(bundle: Bundle, device: str = "auto", backend: str | None = None)
         )
     if choice.backends[0] != "ort-cpu":
         return choice
-    if bundle.manifest.precision == "int8" and _saturates():
-        raise BackendError(
-            f"bundle {bundle.folder} is INT8, and this CPU has no VNNI: it adds 8-bit products in 16 bits, which "
-            "overflow. Export it again with --precision fp32"
-        )
-    hint = "" if cpu_only else ". On a CPU a bundle with --target cpu is faster"
+    int8, hint = bundle.manifest.precision == "int8", ""
+    if cpu_only and int8:
+        require_vnni()
+    elif int8:
+        hint = ". On a CPU the INT8 of a portable bundle is exact, but not fast: products are float"
+    elif not cpu_only:
+        hint = ". On a CPU a bundle with --target cpu is faster"
     return Choice(choice.backends, choice.reason + hint)
+
+
+def require_vnni() -> None:
+    """Raises BackendError where INT8 for the target cpu would compute wrong products."""
+    if not has_vnni():
+        raise BackendError(
+            "INT8 with the target cpu needs a CPU with VNNI. This CPU has no VNNI, so its 8-bit products overflow. "
+            "For a GPU, export with --precision int8 --target portable. For this CPU, export with --precision fp32. "
+            "Or export and run INT8 for the target cpu on a CPU with VNNI"
+        )
 
 
 def open_graphs(bundle: Bundle, backend: Backend, *, realtime: bool = False) -> Graphs:
@@ -172,14 +182,3 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _saturates() -> bool:
-    """Whether this CPU adds pairs of unsigned times signed 8-bit products in 16 bits, where they do not fit: x86
-    without VNNI."""
-    flags = (
-        Path("/proc/cpuinfo").read_text().split()
-        if platform.machine() == "x86_64"
-        else ["avx_vnni"]
-    )
-    return not {"avx512_vnni", "avx_vnni"} & set(flags)

@@ -28,6 +28,9 @@ from .graphs import Feeds, Step
 from .resizing import require_resized, resampling
 
 _CPU, _CUDA, _TENSORRT = (PROVIDER[name] for name in ("ort-cpu", "ort-cuda", "ort-tensorrt"))
+# Q/DQ stay as they are, and products between them are float. ONNX Runtime would fuse them to integer products, which
+# overflow on an x86 CPU without VNNI. Set on every CPU, so that all give the same answer.
+EXACT_INT8 = ("session.disable_quant_qdq", "1")
 _Calls = queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]
 
 
@@ -207,6 +210,8 @@ class OrtGraphs:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         else:  # two sessions take turns: the idle one must not spin against the busy one
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        if provider == _CPU and bundle.manifest.target == "portable":
+            options.add_session_config_entry(*EXACT_INT8)
         # Without TF32, which rounds the operands of float32 products to 10 bits.
         own = {_CUDA: {"use_tf32": "0", "enable_cuda_graph": "1" if captured else "0"}}
         if provider == _TENSORRT:

@@ -128,7 +128,7 @@ def audit(bundle: Bundle, device: str = "cpu") -> Audit:
             more, ms = last_runs(name, json.loads(profile.read_text()), runs[name])
             rows += more
             chunk_ms += ms
-    # A portable INT8 bundle is for TensorRT: what ONNX Runtime makes of its Q/DQ on a CPU is no claim of it.
+    # A portable INT8 bundle claims integer products on TensorRT only: here they are float (`EXACT_INT8`).
     counts = m.target == "cpu" and sessions.provider == CPU
     return Audit(
         provider=sessions.provider,
@@ -297,6 +297,10 @@ def _lines(found: Audit, label: str) -> list[str]:
     if found.untold:
         lines.append(
             f"note      TensorRT runs {found.untold} subgraphs as its own: not told by ONNX Runtime"
+        )
+    elif found.claimed[0] and not found.claimed[1]:
+        lines.append(
+            "note      Q/DQ round to 8 bits here, but the products are float: only TensorRT multiplies integers"
         )
     if elsewhere := found.elsewhere():
         names = ", ".join(f"{name} {count}" for name, count in elsewhere.items())

@@ -242,11 +242,12 @@ def test_the_limit_is_what_products_or_memory_alone_would_take(export_case):
     assert prefix.share == pytest.approx(max(prefix.compute_ms, prefix.memory_ms) / 100)
     half = Work({"int8": 10_000_000, "float32": 8_000_000}, 2_000_000, {})
     expert = replace(m.expert, stages={"expert": half})
-    denoise = limits(
-        replace(m, expert=expert), rates, {"prefix": spread([1.0]), "denoise": spread([1.0])}
-    )[1]
+    taken = {"prefix": spread([1.0]), "denoise": spread([1.0])}
+    denoise = limits(replace(m, expert=expert, target="cpu"), rates, taken)[1]
     assert (denoise.flops, denoise.int8_flops) == (200_000_000, 100_000_000)
     assert denoise.compute_ms == pytest.approx(10 * (1 + 0.25))
+    portable = limits(replace(m, expert=expert), rates, taken)[1]  # its products are float here
+    assert portable.compute_ms == pytest.approx(10 * (1 + 1))
 
 
 def test_the_machine_card_names_vector_units_the_gpu_and_the_power_drawn(tmp_path, monkeypatch):

@@ -1,16 +1,20 @@
 """INT8: the layers as their operators compute them, smoothing, rounding, the plan, and bundles made of it."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 
+from smolvla_edge.core.board import has_vnni
 from smolvla_edge.core.errors import ExportError, GateError, ObservationsError
-from smolvla_edge.core.progress import SILENT
+from smolvla_edge.core.progress import SILENT, Progress
 from smolvla_edge.export import int8, writer
 from smolvla_edge.export.candidates import Candidate, build, judge
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
@@ -26,6 +30,7 @@ from smolvla_edge.quantize.int8.rounding import compensated, nearest
 from smolvla_edge.runtime import BackendError, Bundle, Policy
 from smolvla_edge.runtime.bundle.manifest import manifest_json
 from smolvla_edge.runtime.engines import backend
+from smolvla_edge.runtime.engines.ort import EXACT_INT8
 from smolvla_edge.runtime.policy.audit import audit, contradictions, stored_weights
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, run_selfcheck
 from support.paths import DATA
@@ -55,18 +60,29 @@ def tiny():
     return load_checkpoint(str(DATA / "tiny" / "checkpoint"))
 
 
+# Exact products of DynamicQuantizeMatMul on an x86 CPU without VNNI; no effect on other CPUs.
+EXACT_DYNAMIC = ("session.x64quantprecision", "1")
+
+
 def in_onnxruntime(module, x, tmp_path):
+    """-> what ONNX Runtime computes of the exported module, and the operators that it ran."""
     path = tmp_path / "layer.onnx"
     torch.onnx.export(module, (x,), str(path), dynamo=True, opset_version=20, verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns that an optimised graph is for this machine only
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    for entry in (EXACT_INT8, EXACT_DYNAMIC):
+        options.add_session_config_entry(*entry)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], operators
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 @pytest.mark.parametrize("kind", [Dynamic, Static])
 def test_a_layer_computes_in_torch_what_its_operators_compute(kind, parts, tmp_path):
     module, x = kind(parts).eval(), random(1, 7, 24)
-    got, expected = in_onnxruntime(module, x, tmp_path), module(x).numpy()
+    (got, _), expected = in_onnxruntime(module, x, tmp_path), module(x).numpy()
     step = float(parts.scale.max()) * 8 / 255  # a rounding that falls the other way
     assert np.abs(got - expected).max() < 2 * step
     assert np.abs(got - expected).mean() < 1e-5
@@ -75,6 +91,15 @@ def test_a_layer_computes_in_torch_what_its_operators_compute(kind, parts, tmp_p
     assert (
         1e-3 < np.abs(expected - plain.numpy()).max() < 0.5
     )  # it does round, and by no more than it should
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_a_static_layer_is_exact_on_every_cpu(parts, tmp_path):
+    """Without a bias ONNX Runtime would fuse Q/DQ and product to one of integers."""
+    module, x = Static(replace(parts, bias=None, outliers=None, outlier_weight=None)), random(7, 24)
+    got, operators = in_onnxruntime(module.eval(), x, tmp_path)
+    assert sorted(operators) == ["DequantizeLinear", "MatMul", "Mul", "QuantizeLinear"]
+    assert np.abs(got - module(x).numpy()).max() < 1e-5
 
 
 def test_compensated_rounding_keeps_products_that_nearest_loses():
@@ -199,7 +224,19 @@ def test_what_streams_its_weights_saves_bytes_and_what_computes_saves_operations
     )
 
 
-@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_a_portable_bundle_is_exact_on_every_cpu(export_case, monkeypatch):
+    folder, session, set_to = export_case("tiny", "int8"), onnxruntime.InferenceSession, []
+
+    def spy(path, options, **kwargs):
+        set_to.append(options.get_session_config_entry(EXACT_INT8[0]))
+        return session(path, options, **kwargs)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    Policy.load(folder, "cpu")
+    assert set_to == ["1", "1"]  # prefix and expert
+
+
+@pytest.mark.parametrize("target", [pytest.param("cpu", marks=pytest.mark.needs_vnni), "portable"])
 def test_a_bundle_is_int8_as_its_manifest_says(export_case, target):
     opened = Bundle.open(export_case("tiny", "int8", target))
     record = opened.manifest.int8
@@ -218,19 +255,43 @@ def test_a_bundle_is_int8_as_its_manifest_says(export_case, target):
     if target == "cpu":
         ran = sum(row.multiply_adds for row in found.rows if row.precision == "int8")
         assert ran == record.multiply_adds > 0.6 * found.multiply_adds
+    else:  # rounded by Q/DQ, multiplied in float
+        assert found.shares() == {"CPUExecutionProvider": {"float32": 1.0}}
+        names = ("QuantizeLinear", "DequantizeLinear")
+        rows = [row for row in found.rows if row.operator in names]
+        assert {(row.graph, row.operator) for row in rows} == set(
+            product(("prefix", "expert"), names)
+        )
     assert max(run_selfcheck(Policy.load(opened, "cpu")).values()) < TOLERANCE["int8"] / 10
 
 
-def test_a_relabelled_float32_graph_is_refused(export_case, tmp_path):
-    copy = tmp_path / "bundle"
-    shutil.copytree(export_case("tiny", "fp32", "cpu"), copy)
-    claims = json.loads((export_case("tiny", "int8", "cpu") / "manifest.json").read_text())
-    manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").chmod(0o644)
-    (copy / "manifest.json").write_text(
-        json.dumps(manifest | {"precision": "int8", "int8": claims["int8"]})
-    )
-    found = audit(Bundle.open(copy))
+@pytest.fixture
+def relabelled(export_case, tmp_path):
+    """(precision, target) -> a float bundle whose manifest claims what an INT8 one does."""
+
+    def relabel(precision, target):
+        copy = tmp_path / "bundle"
+        shutil.copytree(export_case("tiny", precision, target), copy)
+        claims = json.loads((export_case("tiny", "int8") / "manifest.json").read_text())
+        manifest = json.loads((copy / "manifest.json").read_text())
+        (copy / "manifest.json").chmod(0o644)
+        (copy / "manifest.json").write_text(
+            json.dumps(manifest | {"precision": "int8", "int8": claims["int8"]})
+        )
+        return copy
+
+    return relabel
+
+
+def test_a_relabelled_float16_graph_is_refused(relabelled):
+    found = audit(Bundle.open(relabelled("fp16", "portable")))
+    (text,) = contradictions(found, "int8")
+    assert re.search(r"stored are float16 9\d\.\d %, float32 \d\.\d % of the weights$", text)
+
+
+@pytest.mark.needs_vnni
+def test_a_relabelled_float32_graph_is_refused(relabelled):
+    found = audit(Bundle.open(relabelled("fp32", "cpu")))
     text = " ".join(contradictions(found, "int8"))
     assert "stored are float32 100.0 %" in text
     assert "computed on CPUExecutionProvider were float32 100.0 %" in text
@@ -307,30 +368,45 @@ def test_every_gripper_is_judged(tiny):
     assert grippers_of(replace(tiny, joints=("a", "b", "c", "d", "e", "f"))) == []
 
 
-def test_a_cpu_whose_products_overflow_is_refused(export_case, monkeypatch):
-    monkeypatch.setattr(backend, "_saturates", lambda: True)
-    with pytest.raises(BackendError, match="this CPU has no VNNI"):
-        Policy.load(export_case("tiny", "int8", "cpu"), "cpu")
+def test_a_cpu_whose_products_overflow_is_refused(export_case, relabelled, monkeypatch):
+    monkeypatch.setattr(backend, "has_vnni", lambda: False)
+    with pytest.raises(BackendError, match="This CPU has no VNNI"):
+        Policy.load(relabelled("fp32", "cpu"), "cpu")
     Policy.load(export_case("tiny", "fp32", "cpu"), "cpu")
+    portable = Policy.load(export_case("tiny", "int8"), "cpu")
+    assert "exact, but not fast" in portable.graphs.reason
+
+
+def test_int8_for_a_cpu_whose_products_overflow_is_refused_before_calibration(
+    tiny, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(backend, "has_vnni", lambda: False)
+    said = []
+    with pytest.raises(BackendError, match="For a GPU, export with --precision int8 --target port"):
+        write_bundle(
+            tiny, tmp_path / "bundle", "int8", target="cpu", progress=Progress(said.append)
+        )
+    assert said == []
 
 
 @pytest.mark.parametrize(
-    ("machine", "flags", "saturates"),
+    ("machine", "flags", "expected"),
     [
-        ("x86_64", "fma avx2", True),
-        ("x86_64", "avx2 avx_vnni", False),
-        ("x86_64", "avx512f avx512_vnni", False),
-        ("aarch64", "asimd", False),
+        ("x86_64", "flags\t\t: fma avx2", False),
+        ("x86_64", "flags\t\t: avx2 avx_vnni", True),
+        ("x86_64", "flags\t\t: avx512f avx512_vnni", True),
+        ("aarch64", "Features\t: asimd", True),
     ],
 )
-def test_what_overflows_is_an_x86_without_vnni(monkeypatch, machine, flags, saturates):
+def test_what_overflows_is_an_x86_without_vnni(monkeypatch, tmp_path, machine, flags, expected):
     monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr("pathlib.Path.read_text", lambda self: f"flags : {flags}")
-    assert backend._saturates() is saturates
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    assert has_vnni(tmp_path) is expected
 
 
 def test_a_bundle_without_its_int8_record_is_refused(export_case, tmp_path):
-    opened = Bundle.open(export_case("tiny", "int8", "cpu"))
+    opened = Bundle.open(export_case("tiny", "int8"))
     raw = json.loads(manifest_json(opened.manifest)) | {"int8": None}
     (tmp_path / "manifest.json").write_text(json.dumps(raw))
     with pytest.raises(Exception, match="precision is int8, but int8 is missing"):

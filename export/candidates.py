@@ -1,4 +1,4 @@
-"""The graphs that an export tries, one candidate after the other, until one passes its judgement.
+"""The graphs that an export tries, one candidate after the other, until one is good enough.
 
 fp32 has one candidate. The next one of fp16 keeps more stages in float32. The next one of INT8
 keeps one more group of layers in float.
@@ -6,6 +6,7 @@ keeps one more group of layers in float.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -18,14 +19,25 @@ from ..runtime.bundle import manifest as contract
 from ..runtime.bundle.manifest import CAMERA_GRAPH
 from . import graph
 from .camera_graph import write_camera_graph
+from .checkpoint import tokens
 from .checkpoint.checkpoint import Checkpoint, architecture_of
-from .description import describe
 from .int8 import Int8Plan
 from .reference import ParityObservation
 from .views.expert import Expert
 from .views.layers import FP16, FP32, Recipe, stages
 from .views.prefix import Prefix
 from .views.weights import build_views
+
+# The versions of these are in the manifest.
+_PACKAGES = [
+    "smolvla-edge",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "transformers",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,48 @@ class Candidate:
         if self.int8 is not None:
             return self.int8.recipe
         return replace(FP16 if self.precision == "fp16" else FP32, ort=self.target == "cpu")
+
+    def manifest(self, folder: Path) -> contract.Manifest:
+        """The manifest of the graphs in `folder`; files, parity and the judgement are empty."""
+        checkpoint, arch = self.checkpoint, architecture_of(self.checkpoint)
+        config, processors = checkpoint.config, checkpoint.processors
+        prefix = graph.describe_graph(folder / "prefix.onnx")
+        expert = graph.describe_graph(folder / "expert.onnx")
+        pad = tokens.pad_id(
+            checkpoint.tokenizer,
+            tokens.read_tokenizer(checkpoint.tokenizer),
+            getattr(checkpoint.vlm.text_config, "pad_token_id", None),
+        )
+        return contract.Manifest(
+            format=contract.FORMAT,
+            version=contract.VERSION,
+            source=contract.Source(
+                checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo
+            ),
+            files={},
+            prefix=prefix,
+            expert=expert,
+            cache_bytes=sum(t.bytes for t in prefix.outputs if t.name != "prefix_mask"),
+            cameras=tuple(
+                contract.Camera(name, key)
+                for name, key in zip(processors.camera_names, config.cameras, strict=True)
+            ),
+            image_size=arch.vision.image_size,
+            tokens=contract.Tokens(arch.token_length, pad),
+            state=contract.Vector(config.state_dim, config.max_state_dim, processors.state),
+            action=contract.Vector(config.action_dim, config.max_action_dim, processors.action),
+            joints=checkpoint.joints,
+            sampling=config.sampling,
+            units=None,  # no LeRobot file records them
+            fps=checkpoint.fps,
+            precision=self.precision,
+            target=self.target,
+            parity={},
+            pinned=tuple(sorted(self.pinned)),
+            int8=None if self.int8 is None else self.int8.manifest,
+            float16_largest=None,
+            built_with={d.name: d.version for d in distributions() if d.name in _PACKAGES},
+        )
 
 
 @dataclass(frozen=True)
@@ -82,16 +136,10 @@ def build(candidate: Candidate, folder: Path, progress: Progress) -> Built:
     graph.export_graph(expert, example, folder / "expert.onnx", candidate.target)
     if candidate.target == "portable":
         write_camera_graph(folder / CAMERA_GRAPH, arch.vision.image_size)
-    manifest = describe(
-        candidate.checkpoint,
-        folder,
-        candidate.precision,
-        candidate.target,
-        pinned=candidate.pinned,
-        int8=None if candidate.int8 is None else candidate.int8.manifest,
-    )
     free = {"prefix": stages(prefix), "expert": stages(expert)}
-    return Built(Policy.load(Bundle(folder, manifest, digest=""), device="cpu"), free)
+    return Built(
+        Policy.load(Bundle(folder, candidate.manifest(folder), digest=""), device="cpu"), free
+    )
 
 
 def judge(

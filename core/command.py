@@ -2,19 +2,19 @@
 
 import importlib.metadata
 import os
-import queue
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import typer
 
 from .errors import SmolVLAError
+from .worker import Worker
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
 TWIN_SIGNAL_S = 0.5
@@ -114,41 +114,23 @@ def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]
             signal.signal(number, handler)
 
 
-class _Speaker(threading.Thread):
-    """Prints lines for somebody who must not wait: a stalled or closed terminal costs lines, nothing else."""
-
-    def __init__(self) -> None:
-        super().__init__(name="speaker", daemon=True)
-        self.lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            line = self.lines.get()
-            if isinstance(line, threading.Event):
-                line.set()
-                continue
-            with suppress(OSError, ValueError):
-                print(line, flush=True)
-
-
-_speaker: _Speaker | None = None
+_printer: Worker | None = None
 
 
 def say(line: str) -> None:
-    """Print while motors are on: returns at once, whatever becomes of the terminal. Also from a signal handler."""
-    global _speaker
-    _speaker = _speaker or _Speaker()
-    if _speaker.lines.qsize() < UNSAID_LINES:
-        _speaker.lines.put(line)
+    """Print while motors are on: returns at once, also when the terminal stalls or is closed.
+
+    May be called from a signal handler. Lines are dropped while too many wait.
+    """
+    global _printer
+    _printer = _printer or Worker("printer", UNSAID_LINES)
+    _printer.submit(partial(print, line, flush=True))
 
 
 def said() -> None:
-    """Wait a moment for what was said to be printed, before anything is printed directly."""
-    if _speaker is not None:
-        done = threading.Event()
-        _speaker.lines.put(done)
-        done.wait(SAID_LIMIT_S)
+    """Wait a moment until every line of `say` is printed, before anything is printed directly."""
+    if _printer is not None:
+        _printer.wait(SAID_LIMIT_S)
 
 
 def _print_version(value: bool | None) -> None:

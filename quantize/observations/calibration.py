@@ -179,7 +179,7 @@ def _open_recording(folder: Path, cameras: Sequence[str]) -> tuple[Episodes, Rea
         )
 
     def read(_: int, indices: Sequence[int]) -> list[Sample]:
-        seen = [recording.chunk(recording.files[i]).observation for i in indices]
+        seen = [recording.chunk(recording.files[i]).request for i in indices]
         return [
             Sample({c: o.images[c] for c in cameras}, np.asarray(o.state, np.float32), meta.task)
             for o in seen

@@ -210,7 +210,7 @@ def test_a_recording_is_one_episode_of_what_the_policy_saw(tmp_path):
     drawn = read(record(tmp_path / "run"), frames=8, held_out=2)
     assert (drawn.record.kind, drawn.record.frames, drawn.record.episodes) == ("recording", 10, 1)
     for i, sample in enumerate((*drawn.calibration, *drawn.held_out)):
-        seen = some_chunk(seed=i).observation
+        seen = some_chunk(seed=i).request
         assert all(np.array_equal(sample.images[c], seen.images[c]) for c in ("front", "wrist"))
         assert (
             np.array_equal(sample.state, seen.state.astype(np.float32))

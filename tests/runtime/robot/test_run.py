@@ -43,21 +43,12 @@ def test_the_virtual_arm_needs_no_settings_and_really_moves(export_case, tmp_pat
     assert all(len(t["goal"]) == 6 and len(t["temperature"]) == 6 for t in ticks)
 
 
-def test_a_policy_with_other_joints_runs_on_the_virtual_arm(export_case, tmp_path):
-    done = run(
-        [
-            COMMAND,
-            "--bundle",
-            export_case("tiny_variant", "fp32"),
-            "--port",
-            "sim",
-            "--seconds",
-            "1",
-        ],
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "the policy has 14 joints, the virtual arm shows the first 6" in done.stdout
+def test_a_policy_with_other_joints_is_refused_on_the_virtual_arm_too(export_case, tmp_path):
+    folder = export_case("tiny_variant", "fp32")
+    done = run([COMMAND, "--bundle", folder, "--port", "sim", "--seconds", "1"], tmp_path)
+    assert done.returncode == 2
+    assert "its action has 14 values, the arm has 6 joints" in done.stderr
+    assert "starting the virtual arm" not in done.stdout
 
 
 def test_a_run_on_a_port_ends_limp_and_within_every_limit(fresh, export_case, tmp_path):

@@ -45,7 +45,7 @@ def seconds_until_limp(arm, limit_s=10.0):
 
 def children(pid):
     listed = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True
     ).stdout
     return {int(line.split()[0]): line for line in listed.splitlines()}
 

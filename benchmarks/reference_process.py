@@ -21,9 +21,10 @@ START_LIMIT_S = 900.0  # compiled, the first chunk takes minutes, but that is as
 
 
 class ReferenceProcess:
-    """The other end: starts the process, waits until it is ready, runs one chunk at a time. Raises BenchError.
+    """Starts the process, waits until it is ready, and runs one chunk at a time.
 
-    differences: what of the checkpoint is not the bundle's; tokens: of the instruction; note: what runs.
+    differences: what of the checkpoint is not the bundle's; tokens: of the instruction; note: what
+    runs. Raises BenchError.
     """
 
     def __init__(self, python: str, request: ReferenceRequest) -> None:
@@ -32,16 +33,14 @@ class ReferenceProcess:
             reference_process.__name__, json.dumps(asdict(request)), python=python
         )
         try:
-            self._process = (
-                subprocess.Popen(  # a session of its own: Ctrl-C is for this process, which ends it
-                    line,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    errors="replace",
-                    env=_all_cores(os.environ),
-                    start_new_session=True,
-                )
+            self._process = subprocess.Popen(
+                line,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=_all_cores(os.environ),
+                start_new_session=True,  # Ctrl-C is for this process, which ends the other
             )
         except OSError as e:
             raise BenchError(
@@ -52,10 +51,9 @@ class ReferenceProcess:
         try:
             found: Any = self._answer()
             if not isinstance(found, list) or len(found) != 3:
+                is_message = isinstance(found, str)
                 raise BenchError(
-                    found
-                    if isinstance(found, str)
-                    else f"{python} answers {found!r}: it is no Python"
+                    found if is_message else f"{python} answers {found!r}: it is no Python"
                 )
             self.differences: list[str] = found[0]
             self.tokens: int = found[1]
@@ -78,9 +76,11 @@ class ReferenceProcess:
         with suppress(BrokenPipeError):  # it has ended: `_answer` says so
             self._process.stdin.write("chunk\n")
             self._process.stdin.flush()
-        if not isinstance(seconds := self._answer(), float):
+        seconds = self._answer()
+        if not isinstance(seconds, float):
             raise BenchError(
-                f"the process of {self.request.name} answers a chunk with {seconds!r}, expected seconds"
+                f"the process of {self.request.name} answers a chunk with {seconds!r}, "
+                "expected seconds"
             )
         return seconds
 
@@ -100,9 +100,9 @@ class ReferenceProcess:
                 )
         self._process.communicate()
         raise BenchError(
-            f"the process of {self.request.name} ended with status {self._process.returncode}, or was not ready after "
-            f"{START_LIMIT_S:.0f} s. --lerobot names a Python with this package, its [export] extra, and lerobot "
-            "0.4.4 (make lerobot-env)"
+            f"the process of {self.request.name} ended with status {self._process.returncode}, or "
+            f"was not ready after {START_LIMIT_S:.0f} s. --lerobot names a Python with this "
+            "package, its [export] extra, and lerobot 0.4.4 (make lerobot-env)"
         )
 
 

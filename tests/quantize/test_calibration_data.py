@@ -1,4 +1,4 @@
-"""Observations to calibrate with: from datasets that these tests write, from recordings, and drawn ones."""
+"""Observations to calibrate with: from datasets, from recordings, and synthetic ones."""
 
 import json
 import os

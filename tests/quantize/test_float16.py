@@ -1,7 +1,7 @@
-"""float16 that survives trained activations: judged by ranges and by an evaluator that computes in float16.
+"""float16 with trained activations, judged by ranges and by an evaluator that computes in float16.
 
-ONNX Runtime computes float16 in float32 on a CPU, so it cannot be the judge here; torch's half arithmetic rounds
-every intermediate to float16.
+ONNX Runtime computes float16 in float32 on a CPU, so it cannot be the judge here. torch's half
+arithmetic rounds every intermediate to float16.
 """
 
 from dataclasses import replace
@@ -30,8 +30,10 @@ MLP = "model.vlm_with_expert.vlm.model.text_model.layers.{}.mlp."
 
 @pytest.fixture(scope="module")
 def spiked():
-    """tiny_outliers with its language spike moved from layer 3 to layer 1: of the last layer nothing but keys and
-    values is read, so only an earlier spike is ever normalised again."""
+    """tiny_outliers with its language spike in layer 1 instead of layer 3.
+
+    Only keys and values of the last layer are read, so only an earlier spike is normalised again.
+    """
     checkpoint = load_checkpoint(str(DATA / "tiny_outliers" / "checkpoint"))
     tensors = dict(checkpoint.tensors)
     for name in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
@@ -97,7 +99,7 @@ def test_typed_float16_passes_the_range_pass_on_the_same_spike(spiked, tmp_path)
 
 
 def amplified(checkpoint, layer, factor):
-    """The same policy with a larger product inside one gated MLP of the VLM, to be taken back by what follows."""
+    """The same policy with a larger product inside one gated MLP, which the next weight reverses."""
     tensors = dict(checkpoint.tensors)
     tensors[MLP.format(layer) + "up_proj.weight"] = (
         tensors[MLP.format(layer) + "up_proj.weight"].float() * factor

@@ -1,4 +1,4 @@
-"""INT8: the layers as their operators compute them, smoothing, rounding, the plan, and bundles made of it."""
+"""INT8: the layers as their operators compute them, smoothing, rounding, the plan, and bundles."""
 
 import json
 import re
@@ -132,7 +132,7 @@ def test_smoothing_leaves_a_silent_channel_alone_and_is_never_wild():
 
 @pytest.fixture(scope="module")
 def smoothed():
-    """Views of the case with massive activations before and after smoothing, and their INT8 layers."""
+    """Views with massive activations before and after smoothing, and their INT8 layers."""
     checkpoint = load_checkpoint(str(DATA / "tiny_outliers" / "checkpoint"))
     data = int8.observations_for(checkpoint, "synthetic", 4, SILENT)
     after = reference_of(checkpoint, "portable")

@@ -13,6 +13,7 @@ import numpy as np
 from ..core.errors import BenchError
 from ..core.progress import Progress
 from ..export import parity
+from ..export.checkpoint.cameras import bundle_cameras
 from ..export.checkpoint.checkpoint import Checkpoint, load_checkpoint
 from ..export.held_out import HeldOut, hold_out, prefill_policy
 from ..export.int8 import observations_for
@@ -68,7 +69,7 @@ def measure(
     """Raises BenchError if the reference is another policy, CheckFailed for NaN in an action."""
     head, opened = machine.watched(), Bundle.open(bundle)
     say(f"reading {given.checkpoint}")
-    checkpoint = load(given)
+    checkpoint = load(replace(given, cameras=bundle_cameras(opened)))
     require_source(opened, checkpoint)
     data, gate = judge.draw(checkpoint, say), judge.gate
     reference = reference_of(checkpoint, opened.manifest.target)
@@ -119,7 +120,8 @@ def failure(result: Accuracy) -> str | None:
 
 def load(given: ReferenceOptions) -> Checkpoint:
     """Raises CheckpointError."""
-    return load_checkpoint(given.checkpoint, vlm=Path(given.vlm) if given.vlm else None)
+    vlm = Path(given.vlm) if given.vlm else None
+    return load_checkpoint(given.checkpoint, vlm=vlm, cameras=given.cameras)
 
 
 def require_source(bundle: Bundle, checkpoint: Checkpoint) -> None:

@@ -120,6 +120,9 @@ def frontier(
     cameras: str | None = typer.Option(
         None, help="Numbers of cameras, e.g. 1,2: the policy's first ones.  [default: all]"
     ),
+    trained_cameras: str | None = typer.Option(
+        None, help="The cameras that training had, as --cameras of smolvla-export."
+    ),
     calibration: str = typer.Option("synthetic", help=_OBSERVATIONS),
     budget_ms: float | None = typer.Option(
         None, min=0.0, help="Recommend the setting with the least error within this time."
@@ -140,6 +143,7 @@ def frontier(
     """What to give up for speed: latency against error for steps, precision and cameras."""
     _require(output, seconds=seconds, budget_ms=budget_ms or 0.0)
     extras.require_modules(extras.EXPORT + extras.DATASET, "export")
+    from ..export.checkpoint.cameras import named_cameras
     from . import accuracy as acc
     from . import frontier as front
     from .latency import Effort, ReferenceOptions
@@ -155,7 +159,9 @@ def frontier(
         _numbers("cameras", cameras) if cameras else (),
     )
     judge = acc.Judge(calibration, frames, read_gate(gate) if gate else Gate())
-    effort, given = Effort(warmup, turns, seconds), ReferenceOptions(reference, vlm)
+    effort = Effort(warmup, turns, seconds)
+    trained = named_cameras("--trained-cameras", trained_cameras)
+    given = ReferenceOptions(reference, vlm, cameras=trained)
     _finish(output, front.measure(given, grid, judge, device, budget_ms, effort, work, _say()))
 
 

@@ -77,7 +77,7 @@ def measure(
     target: Target = "cpu" if choose(device).backends[0] == "ort-cpu" else "portable"
     say(f"reading {given.checkpoint}")
     checkpoint = load(given)
-    grid = grid.check(len(checkpoint.config.cameras))
+    grid = grid.check(len(checkpoint.cameras))
     data = judge.draw(checkpoint, say)
     search = _Search(checkpoint, data, gate, target, device, effort, work, say)
     with _claimed(work, search.identity(head()["machine"])):
@@ -112,7 +112,7 @@ class _Search:
     def identity(self, here: Machine) -> dict[str, Any]:
         """What all points of a work folder have in common."""
         c = self.checkpoint
-        policy = c.config, c.processors, c.vlm.to_dict(), sha256_of(c.tokenizer)
+        policy = c.config, c.processors, c.cameras, c.vlm.to_dict(), sha256_of(c.tokenizer)
         return {
             "weights": c.weights_sha256,
             "policy": repr(policy),
@@ -176,15 +176,9 @@ class _Search:
         if folder.is_dir():
             return True
         self.say(f"exporting {name}")
-        first, dropped = c.processors.camera_names[:cameras], c.config.cameras[cameras:]
-        features = {n: f for n, f in c.config.input_features.items() if n not in dropped}
-        fewer = replace(
-            c,
-            config=replace(c.config, input_features=features),
-            processors=replace(c.processors, camera_names=first),
-        )
+        fewer = replace(c, cameras=c.cameras[:cameras])
         parts = [
-            tuple(_with_cameras(sample, first) for sample in part)
+            tuple(_with_cameras(sample, fewer.camera_names) for sample in part)
             for part in (self.data.calibration, self.data.held_out)
         ]
         data = replace(self.data, calibration=parts[0], held_out=parts[1])

@@ -15,10 +15,11 @@ from typing import Literal
 import numpy as np
 
 from ..core.errors import BenchError
+from ..export.checkpoint.cameras import Named
 from ..export.reference_process import ReferenceRequest, observation
 from ..runtime import Bundle, Policy
 from ..runtime.budget.budget import TARGET_MS, budget
-from ..runtime.budget.roofline import Board
+from ..runtime.budget.roofline import BoardPeaks
 from ..runtime.bundle.manifest import Manifest
 from ..runtime.policy.selfcheck import require, run_selfcheck, summary
 from . import machine
@@ -59,6 +60,7 @@ class ReferenceOptions:
     vlm: str | None = None
     lerobot: str | None = None
     compiled: bool = False
+    cameras: Named | None = None  # those of training, where the checkpoint does not say
 
     def processes(self, bundle: Bundle, device: str) -> tuple[str, list[ReferenceRequest], str]:
         """-> Python, the processes to start with it, and one sentence on them."""
@@ -139,7 +141,7 @@ def measure(
     bundles: Sequence[str],
     reference: ReferenceOptions | None,
     device: str,
-    boards: Sequence[Board],
+    boards: Sequence[BoardPeaks],
     effort: Effort,
     say: Callable[[str], None],
 ) -> Latency:
@@ -275,7 +277,7 @@ def verdict(t: Spread, here: Machine) -> TargetVerdict:
     return TargetVerdict("measured", where, TARGET_MS, met, text)
 
 
-def projected(m: Manifest, board: Board) -> TargetVerdict:
+def projected(m: Manifest, board: BoardPeaks) -> TargetVerdict:
     """From the roofline alone."""
     found = budget(m, board)
     ms, met = found.stages["chunk"], found.verdicts["projected"]

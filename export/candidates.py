@@ -77,17 +77,14 @@ class Candidate:
         return contract.Manifest(
             format=contract.FORMAT,
             version=contract.VERSION,
-            source=contract.Source(
+            source=contract.WeightsSource(
                 checkpoint.name, checkpoint.revision, checkpoint.weights_sha256, checkpoint.demo
             ),
             files={},
             prefix=prefix,
             expert=expert,
             cache_bytes=sum(t.bytes for t in prefix.outputs if t.name != "prefix_mask"),
-            cameras=tuple(
-                contract.Camera(name, key)
-                for name, key in zip(processors.camera_names, config.cameras, strict=True)
-            ),
+            cameras=checkpoint.cameras,
             image_size=arch.vision.image_size,
             tokens=contract.Tokens(arch.token_length, pad),
             state=contract.Vector(config.state_dim, config.max_state_dim, processors.state),
@@ -121,7 +118,7 @@ class Judgement:
     retry: Candidate | None
     reason: str = ""
     float16_largest: float | None = None
-    int8: contract.Int8 | None = None
+    int8: contract.Int8Record | None = None
 
 
 def build(candidate: Candidate, folder: Path, progress: Progress) -> Built:

@@ -15,7 +15,7 @@ from ..core.progress import Progress, print_table
 from ..quantize.int8.gate import Gate, read_gate
 from ..quantize.observations.calibration import kind_of
 from ..runtime.bundle.bundle import Bundle
-from ..runtime.bundle.manifest import Int8, Precision, Target
+from ..runtime.bundle.manifest import Int8Record, Precision, Target
 from ..runtime.engines.backend import require_vnni
 from .output import require_output
 
@@ -42,6 +42,11 @@ def export(
     revision: str | None = typer.Option(None, help="Hub branch, tag or commit.  [default: main]"),
     vlm: Path | None = typer.Option(
         None, help="Folder with the VLM's config.json and tokenizer, if the checkpoint has none."
+    ),
+    cameras: str | None = typer.Option(
+        None,
+        help="The robot's names of the cameras that training had, e.g. front,wrist, where the "
+        "checkpoint does not say.",
     ),
     demo: bool = typer.Option(
         False, "--demo", help="Full-size random weights instead of CHECKPOINT: runs offline."
@@ -104,6 +109,7 @@ def export(
 
     with Progress() as progress, tempfile.TemporaryDirectory(prefix="smolvla-demo-") as temporary:
         progress.stage("loading torch")
+        from .checkpoint.cameras import named_cameras
         from .checkpoint.checkpoint import load_checkpoint
         from .checkpoint.demo import write_demo_checkpoint
         from .int8 import observations_for, plan_int8
@@ -118,7 +124,10 @@ def export(
         progress.stage(
             f"reading {'the demo checkpoint' if demo else source}", own_bar=not is_folder
         )
-        loaded = load_checkpoint(source, revision=revision, vlm=vlm)
+        trained = named_cameras("--cameras", cameras)
+        loaded = load_checkpoint(source, revision=revision, vlm=vlm, cameras=trained)
+        if loaded.left_out:
+            progress.note(loaded.left_out)
         if demo:
             loaded = replace(loaded, name="demo", demo=True)
         data = observations_for(loaded, calibration, frames, progress) if calibration else None
@@ -180,7 +189,7 @@ def print_summary(bundle: Bundle) -> None:
     print_table((), rows)
 
 
-def print_sensitivity(int8: Int8) -> None:
+def print_sensitivity(int8: Int8Record) -> None:
     """Each group of layers in INT8 alone, and whether the plan takes it."""
     rows = [
         (

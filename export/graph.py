@@ -54,9 +54,7 @@ def cache_names(arch: Architecture) -> list[str]:
 
 def prefix_example(arch: Architecture) -> Example:
     inputs = {
-        "images": torch.zeros(
-            len(arch.config.cameras), 3, arch.vision.image_size, arch.vision.image_size
-        ),
+        "images": torch.zeros(arch.cameras, 3, arch.vision.image_size, arch.vision.image_size),
         "tokens": torch.zeros(1, arch.token_length, dtype=torch.int32),
         "token_mask": torch.ones(1, arch.token_length, dtype=torch.bool),
         "state": torch.zeros(1, arch.config.max_state_dim),

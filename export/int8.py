@@ -55,7 +55,7 @@ class Int8Plan:
     smoothed: Views  # float32
     groups: dict[str, Layers]  # those of the plan, in the order they were taken
     costs: dict[str, list[Cost]]
-    manifest: contract.Int8  # but for what the gate finds
+    manifest: contract.Int8Record  # but for what the gate finds
     gate: Gate
     held_out: HeldOut
     joints: tuple[str, ...]
@@ -83,7 +83,7 @@ class Int8Plan:
         manifest = replace(self.manifest, **_claims(groups, self.costs))
         return replace(self, groups=groups, manifest=manifest)
 
-    def judged(self, policy: Policy, progress: Progress) -> contract.Int8:
+    def judged(self, policy: Policy, progress: Progress) -> contract.Int8Record:
         """The manifest with what the gate found of a bundle's own graphs.
 
         Raises GateError where the gate is not met.
@@ -109,7 +109,7 @@ def observations_for(
     length = processors.token_length
     data = read_calibration(
         source,
-        processors.camera_names,
+        checkpoint.camera_names,
         checkpoint.config.state_dim,
         instructions(read_tokenizer(checkpoint.tokenizer), length),
         statistics=processors.state.statistics,
@@ -174,7 +174,7 @@ def plan_int8(
     progress.note(
         f"INT8: {', '.join(groups) or 'nothing'}; float: {', '.join(float_groups) or 'nothing'}"
     )
-    record = contract.Int8(
+    record = contract.Int8Record(
         **_claims(groups, costs),
         sensitivity={
             group: contract.Sensitivity(1e3 * seconds, errors.action, errors.worst_cache)

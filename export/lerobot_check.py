@@ -39,11 +39,13 @@ def lerobot_actions(
 
 
 def lerobot_batch(checkpoint: Checkpoint, sample: Sample) -> dict[str, Any]:
-    """An observation as LeRobot's preprocessor takes it."""
-    names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
+    """One observation under LeRobot's keys.
+
+    LeRobot leaves cameras that are not in it out of the prefix.
+    """
     images = {
-        names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
-        for name, image in sample.images.items()
+        camera.key: torch.from_numpy(sample.images[camera.name]).permute(2, 0, 1).float() / 255
+        for camera in checkpoint.cameras
     }
     return {**images, "observation.state": torch.from_numpy(sample.state), "task": sample.task}
 

@@ -53,7 +53,7 @@ def fixed_observations(
 ) -> list[ParityObservation]:
     """The same images, state and noise with a short, a padded and a full-length instruction."""
     rng = np.random.default_rng(seed)
-    names = checkpoint.processors.camera_names
+    names = checkpoint.camera_names
     images = {name: draw_image(rng, 240 + 24 * i, 320) for i, name in enumerate(names)}
     state = draw_state(rng, checkpoint.config.state_dim, checkpoint.processors.state.statistics)
     noise = rng.standard_normal(arch.noise_shape, dtype=np.float32)
@@ -132,7 +132,7 @@ class TorchReference:
     def _images(self, images: Mapping[str, NDArray[np.uint8]]) -> Tensor:
         """LeRobot's prepare_images: bilinear, padded left and top with 0, then to [-1, 1]."""
         size, out = self.arch.vision.image_size, []
-        for name in self.checkpoint.processors.camera_names:
+        for name in self.checkpoint.camera_names:
             pixels = torch.from_numpy(images[name]).permute(2, 0, 1)[None].float() / 255
             height, width = pixels.shape[2:]
             ratio = max(width / size, height / size)

@@ -62,6 +62,7 @@ def main() -> None:
     """Serve chunks until stdin ends."""
     import torch
 
+    from .checkpoint.cameras import bundle_cameras
     from .checkpoint.checkpoint import load_checkpoint
 
     request = ReferenceRequest(**json.loads(sys.argv[1]))
@@ -71,10 +72,12 @@ def main() -> None:
 
     with ExitStack() as stack:
         try:
-            checkpoint = load_checkpoint(
-                request.checkpoint, vlm=Path(request.vlm) if request.vlm else None
-            )
             bundle = Bundle.open(request.bundle)
+            checkpoint = load_checkpoint(
+                request.checkpoint,
+                vlm=Path(request.vlm) if request.vlm else None,
+                cameras=bundle_cameras(bundle),
+            )
             serve = serve_lerobot if request.kind == "lerobot" else serve_views
             chunk, tokens, note = serve(request, checkpoint, bundle, stack)
         except ImportError as e:

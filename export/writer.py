@@ -25,6 +25,7 @@ from .checkpoint.checkpoint import Checkpoint
 from .int8 import plan_int8
 from .output import staging
 from .reference import fixed_observations, reference_of
+from .stored import stored_contradictions
 
 
 def write_bundle(
@@ -106,6 +107,7 @@ def write_bundle(
             parity.require(measured, precision)
         progress.stage("auditing the precision that the graphs run in")
         wrong = contradictions(audit(policy.bundle), precision)
+        wrong += stored_contradictions(policy.bundle)
         if wrong:
             raise AuditError(
                 f"the graphs do not run as {precision}: {'; '.join(wrong)}. No bundle was written"

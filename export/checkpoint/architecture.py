@@ -36,6 +36,7 @@ class Architecture:
 
     config: PolicyConfig
     vlm: Any  # transformers' SmolVLMConfig
+    cameras: int
     token_length: int
     image_special_tokens: tuple[
         int, ...
@@ -113,6 +114,5 @@ class Architecture:
     @property
     def prefix_tokens(self) -> int:
         """Rows of the prefix: images, special tokens, language, state."""
-        cameras = len(self.config.cameras)
-        special = len(self.image_special_tokens) * (cameras + self.config.empty_cameras)
-        return cameras * self.image_tokens + special + self.token_length + 1
+        special = len(self.image_special_tokens) * (self.cameras + self.config.empty_cameras)
+        return self.cameras * self.image_tokens + special + self.token_length + 1

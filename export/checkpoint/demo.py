@@ -46,7 +46,8 @@ def write_demo_checkpoint(folder: Path, progress: Progress = SILENT) -> None:
         save_file(statistics, folder / f"policy_{name}_processor.safetensors")
     progress.stage("drawing 403 million random weights")
     config = PolicyConfig.from_json(json.loads((folder / "config.json").read_text()))
-    arch = Architecture(config, read_vlm_config(DEFAULT_VLM_CONFIG), config.tokenizer_max_length)
+    vlm = read_vlm_config(DEFAULT_VLM_CONFIG)
+    arch = Architecture(config, vlm, len(config.cameras), config.tokenizer_max_length)
     save_file(_random_weights(arch, progress), folder / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -134,8 +134,8 @@ class Prefix(nn.Module):
             return embeds.reshape(1, -1, embeds.shape[-1])
         special = self.embed(torch.tensor(arch.image_special_tokens, dtype=torch.int32))[None]
         parts: list[Tensor] = []
-        for slot in range(len(arch.config.cameras) + arch.config.empty_cameras):
-            image = [embeds[slot : slot + 1]] if slot < len(arch.config.cameras) else []
+        for slot in range(arch.cameras + arch.config.empty_cameras):
+            image = [embeds[slot : slot + 1]] if slot < arch.cameras else []
             parts += [special[:, :2], *image, special[:, 2:]]
         return torch.cat(parts, dim=1)
 

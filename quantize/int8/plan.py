@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...runtime.budget.roofline import Board, find_board
+from ...runtime.budget.roofline import BoardPeaks, find_board
 from ...runtime.bundle.manifest import Target
 from .gate import Errors, Gate
 
 # What a target usually runs on, for the order of the groups only, and the bytes of a float weight.
-MACHINES: dict[Target, tuple[Board, int]] = {
-    "cpu": (Board("two cores with VNNI", 0.45, 1.3, 20, "measured (docs/log.md)"), 4),
+MACHINES: dict[Target, tuple[BoardPeaks, int]] = {
+    "cpu": (BoardPeaks("two cores with VNNI", 0.45, 1.3, 20, "measured (docs/log.md)"), 4),
     "portable": (find_board("Orin Nano 8GB Super"), 2),
 }
 

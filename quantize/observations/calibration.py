@@ -21,7 +21,7 @@ import numpy as np
 
 from ...core.errors import ObservationsError
 from ...core.progress import SILENT, Progress
-from ...runtime.bundle.manifest import Calibration
+from ...runtime.bundle.manifest import CalibrationData
 from ...runtime.robot.recording import META
 from ...runtime.robot.replay import read_recording
 from .sample import Sample, draw_samples
@@ -37,7 +37,7 @@ Frames = dict[int, list[int]]  # number of an episode -> some of its frames, asc
 class CalibrationSet:
     """What was drawn. record: of both parts together; synthetic samples have no episodes."""
 
-    record: Calibration
+    record: CalibrationData
     calibration: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
     held_out_episodes: int
@@ -98,7 +98,7 @@ def read_calibration(
         f"from {count} episodes with {tasks} tasks"
     )
     return CalibrationSet(
-        Calibration(source, kind, digest, size, len(samples), count), *parts, len(numbers[1])
+        CalibrationData(source, kind, digest, size, len(samples), count), *parts, len(numbers[1])
     )
 
 

@@ -28,7 +28,7 @@ from ..budget.budget import measure, report
 from ..budget.roofline import find_board
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
-from ..engines.backend import BACKENDS, choose, choose_for, lacks
+from ..engines.backend import BACKENDS, choose, choose_for, missing_for
 from ..engines.engine_cache import engine_records
 from ..policy.policy import Policy
 from ..robot import settings
@@ -230,7 +230,7 @@ def _software(bundle: Bundle | None, chosen: Settings, board: Board, gpu: Gpu) -
         "python", "ok", f"{packages}; providers {', '.join(onnxruntime.get_available_providers())}"
     )
     for backend in BACKENDS["jetson"]:
-        missing = lacks(backend)
+        missing = missing_for(backend)
         text = f"{backend} needs {missing}" if missing else f"{backend} would be tried"
         yield Finding("backend", "warning" if missing and gpu.name else "ok", text)
     asked = chosen.device, chosen.backend

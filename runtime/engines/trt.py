@@ -228,12 +228,28 @@ class TrtGraphs:
         return self._stream.download(self._buffers[name], tensor.shape, np.dtype(tensor.dtype))
 
 
+def engine_layers(bundle: Bundle, say: Callable[[str], None]) -> dict[str, dict[str, int]]:
+    """Graph -> dtype -> number of layers, by TensorRT's inspector; engines are built where needed.
+
+    Raises BackendError.
+    """
+    stream = Stream()
+    try:
+        cache = EngineCache(bundle, stream, say)
+        for graph in (bundle.manifest.prefix, bundle.manifest.expert):
+            cache.engine(graph.file)
+        return {file: record.layers for file, record in cache.records.items()}
+    finally:
+        stream.close()
+
+
 def mislabelled(precision: str, layers: dict[str, int]) -> str:
-    """What TensorRT's inspector says against a bundle's label, in words; empty when nothing does, or it is silent."""
-    told = ", ".join(f"{n} layers in {dtype}" for dtype, n in sorted(layers.items()))
-    if not layers:
-        return ""
+    """How the layers of an engine contradict the bundle's label; empty where they do not.
+
+    layers: dtype -> number of layers; empty where TensorRT's inspector tells nothing.
+    """
     wanted = {"fp32": "float32", "fp16": "float16", "int8": "int8"}[precision]
     narrower = {"fp32": ("float16", "int8"), "fp16": ("int8",), "int8": ()}[precision]
-    wrong = wanted not in layers or any(dtype in layers for dtype in narrower)
-    return f"it has {told}" if wrong else ""
+    if not layers or (wanted in layers and not any(dtype in layers for dtype in narrower)):
+        return ""
+    return "it has " + ", ".join(f"{n} layers in {dtype}" for dtype, n in sorted(layers.items()))

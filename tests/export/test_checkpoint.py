@@ -54,14 +54,14 @@ def test_a_training_folder_is_read_through_pretrained_model(tiny_checkpoint):
     run = tiny_checkpoint.parent / "last"
     run.mkdir()
     tiny_checkpoint.rename(run / "pretrained_model")
-    assert load_checkpoint(str(run)).processors.camera_names == ("front", "wrist")
+    assert load_checkpoint(str(run)).camera_names == ("front", "wrist")
 
 
 def test_a_whole_training_run_is_read_at_its_last_step(tiny_checkpoint):
     run = tiny_checkpoint.parent / "run"
     (run / "checkpoints" / "last").mkdir(parents=True)
     tiny_checkpoint.rename(run / "checkpoints" / "last" / "pretrained_model")
-    assert load_checkpoint(str(run)).processors.camera_names == ("front", "wrist")
+    assert load_checkpoint(str(run)).camera_names == ("front", "wrist")
 
 
 def test_a_vlm_folder_that_is_gone_is_named_with_the_way_to_give_it(tiny_checkpoint, tmp_path):
@@ -120,7 +120,7 @@ def test_statistics_under_other_keys_match_nothing(tiny_checkpoint):
 
 def test_cameras_get_the_names_the_robot_gives_them(tiny_checkpoint):
     rename_cameras(tiny_checkpoint, top="front")
-    assert load_checkpoint(str(tiny_checkpoint)).processors.camera_names == ("top", "wrist")
+    assert load_checkpoint(str(tiny_checkpoint)).camera_names == ("top", "wrist")
 
 
 def test_old_image_keys_keep_what_follows_observation(tiny_checkpoint):
@@ -129,7 +129,7 @@ def test_old_image_keys_keep_what_follows_observation(tiny_checkpoint):
         features["observation.image2"] = features.pop("observation.images.front")
 
     edit_json(tiny_checkpoint / "config.json", old)
-    assert load_checkpoint(str(tiny_checkpoint)).processors.camera_names == ("wrist", "image2")
+    assert load_checkpoint(str(tiny_checkpoint)).camera_names == ("wrist", "image2")
 
 
 def test_frame_rate_and_joint_names_come_from_the_dataset(tiny_checkpoint, tmp_path):

@@ -115,7 +115,7 @@ def test_vision_is_what_depends_on_the_images_alone(export_case):
     arch = architecture_of(load_checkpoint(str(DATA / "tiny" / "checkpoint")))
     text, cameras, vision_layers = (
         arch.text,
-        len(arch.config.cameras),
+        arch.cameras,
         arch.vision.num_hidden_layers,
     )
     patches, width, wide = (

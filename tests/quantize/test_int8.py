@@ -21,6 +21,7 @@ from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
 from smolvla_edge.export.held_out import grippers_of
 from smolvla_edge.export.reference import fixed_observations, reference_of
 from smolvla_edge.export.sites import quantizable
+from smolvla_edge.export.stored import stored_contradictions, stored_weights
 from smolvla_edge.export.writer import write_bundle
 from smolvla_edge.quantize.int8 import smoothing
 from smolvla_edge.quantize.int8.gate import Errors, Gate
@@ -31,7 +32,7 @@ from smolvla_edge.runtime import BackendError, Bundle, Policy
 from smolvla_edge.runtime.bundle.manifest import manifest_json
 from smolvla_edge.runtime.engines import backend
 from smolvla_edge.runtime.engines.ort import EXACT_INT8
-from smolvla_edge.runtime.policy.audit import audit, contradictions, stored_weights
+from smolvla_edge.runtime.policy.audit import audit, contradictions
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, run_selfcheck
 from support.paths import DATA
 from support.recordings import record
@@ -191,7 +192,7 @@ def test_a_massive_channel_is_multiplied_in_float(smoothed, monkeypatch):
 def test_costs_count_every_token_once(smoothed):
     costs = smoothed[3]
     arch = smoothed[0].arch
-    assert {c.rows for c in costs["vision early"]} == {len(arch.config.cameras) * arch.patches}
+    assert {c.rows for c in costs["vision early"]} == {arch.cameras * arch.patches}
     assert {c.rows for c in costs["language late"]} == {arch.prefix_tokens}
     assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.config.chunk_size, 10)}
 
@@ -251,17 +252,15 @@ def test_a_bundle_is_int8_as_its_manifest_says(export_case, target):
     assert sum(work.gemm.get("int8", 0) for work in stages) == 2 * record.multiply_adds
     found = audit(opened)
     assert contradictions(found, "int8") == []
-    assert sum(kinds.get("int8", 0) for kinds in found.stored.values()) == record.weights
+    assert stored_contradictions(opened) == []
     if target == "cpu":
-        ran = sum(row.multiply_adds for row in found.rows if row.precision == "int8")
+        ran = sum(o.multiply_adds for o in found.operators if o.precision == "int8")
         assert ran == record.multiply_adds > 0.6 * found.multiply_adds
     else:  # rounded by Q/DQ, multiplied in float
         assert found.shares() == {"CPUExecutionProvider": {"float32": 1.0}}
         names = ("QuantizeLinear", "DequantizeLinear")
-        rows = [row for row in found.rows if row.operator in names]
-        assert {(row.graph, row.operator) for row in rows} == set(
-            product(("prefix", "expert"), names)
-        )
+        ran = {(o.graph, o.operator) for o in found.operators if o.operator in names}
+        assert ran == set(product(("prefix", "expert"), names))
     assert max(run_selfcheck(Policy.load(opened, "cpu")).values()) < TOLERANCE["int8"] / 10
 
 
@@ -284,15 +283,14 @@ def relabelled(export_case, tmp_path):
 
 
 def test_a_relabelled_float16_graph_is_refused(relabelled):
-    found = audit(Bundle.open(relabelled("fp16", "portable")))
-    (text,) = contradictions(found, "int8")
+    (text,) = stored_contradictions(Bundle.open(relabelled("fp16", "portable")))
     assert re.search(r"stored are float16 9\d\.\d %, float32 \d\.\d % of the weights$", text)
 
 
 @pytest.mark.needs_vnni
 def test_a_relabelled_float32_graph_is_refused(relabelled):
-    found = audit(Bundle.open(relabelled("fp32", "cpu")))
-    text = " ".join(contradictions(found, "int8"))
+    opened = Bundle.open(relabelled("fp32", "cpu"))
+    text = " ".join(contradictions(audit(opened), "int8") + stored_contradictions(opened))
     assert "stored are float32 100.0 %" in text
     assert "computed on CPUExecutionProvider were float32 100.0 %" in text
 

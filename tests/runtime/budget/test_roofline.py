@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 
 from smolvla_edge.runtime import InputError
-from smolvla_edge.runtime.budget.roofline import BOARDS, ONNX_ALONE, Board, find_board, sustained_hz
+from smolvla_edge.runtime.budget.roofline import (
+    BOARDS,
+    ONNX_ALONE,
+    BoardPeaks,
+    find_board,
+    sustained_hz,
+)
 from smolvla_edge.runtime.bundle.manifest import Work
 from support.full_size import FULL
 
@@ -84,7 +90,7 @@ def test_int8_counts_as_much_as_it_is_of_a_stage():
     half = {"float16": 60 * 10**9, "int8": 40 * 10**9}
     work = Work(half, 10 * 10**9, {"float16": 10, "int8": 30})
     chunk = replace(FULL, vision=work, language=work, expert=work, cache_bytes=8 * 10**6)
-    board = Board("toy", float_tflops=1.0, int8_tops=4.0, gb_s=1e-3, source="")
+    board = BoardPeaks("toy", float_tflops=1.0, int8_tops=4.0, gb_s=1e-3, source="")
     assert work.weight_bytes == 50
     assert chunk.ms(board)["vision"] == pytest.approx(60 + 10 + 40 / 4)
     assert chunk.ms(board)["denoise"] == pytest.approx(10 * (8e6 + 50) / 1e3)

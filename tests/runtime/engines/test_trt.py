@@ -20,30 +20,8 @@ from smolvla_edge.runtime.engines import engine_cache, trt
 from smolvla_edge.runtime.engines.engine import count_precisions
 from smolvla_edge.runtime.robot import drive
 from smolvla_edge.runtime.robot.settings import Settings
-from support.paths import STANDINS
 
 TASK = "Pick up the red cube."
-
-
-@pytest.fixture
-def board(monkeypatch, tmp_path):
-    """-> a function that says how the stand-ins behave from now on; the engine cache is empty."""
-    monkeypatch.syspath_prepend(str(STANDINS))
-    monkeypatch.setenv("PYTHONPATH", str(STANDINS), prepend=":")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("smolvla_edge.runtime.engines.backend._loads", lambda _: True)
-
-    def behave(**said):
-        monkeypatch.setenv("STANDIN", json.dumps(said))
-        forget()
-
-    def forget():
-        for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "cuda")]:
-            del sys.modules[name]
-
-    forget()
-    yield behave
-    forget()
 
 
 @pytest.fixture(scope="session")
@@ -366,3 +344,12 @@ def test_a_bundle_in_the_engines_record_is_for_people_only(board, bundle):
     record = engine_cache.engine_records()[0][1]
     assert record.bundle == str(bundle.folder)
     assert replace(record.key, graph_sha256="0").digest != record.key.digest
+
+
+def test_a_build_imports_nothing_from_the_current_folder(board, bundle, monkeypatch, tmp_path):
+    """A folder with a robot.toml can come from anywhere; the build process must not run it."""
+    for name in ("serial", "json", "numpy", "tensorrt"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the local {name}.py ran')")
+    monkeypatch.chdir(tmp_path)
+    trt.TrtGraphs(bundle)
+    assert len(engine_cache.engine_records()) == 2

@@ -89,7 +89,7 @@ def read_board(root: Path = Path("/")) -> Board:
         module=MODULES.get(numbers[-1], numbers[-1]) if numbers else "",
         jetson="nvidia,tegra" in parts or l4t != "",
         l4t=l4t,
-        cpu=_found(r"^model name\s*:\s*(.+)", root / "proc/cpuinfo") or platform.machine(),
+        cpu=cpu_info(root).get("model name") or platform.machine(),
         kernel=_text(root / "proc/sys/kernel/osrelease"),
         driver=_found(r"\s(\d+\.[\d.]+)\s", root / "proc/driver/nvidia/version"),
         cuda=_found(
@@ -116,17 +116,27 @@ def read_board(root: Path = Path("/")) -> Board:
     )
 
 
+def cpu_info(root: Path = Path("/")) -> dict[str, str]:
+    """The fields of the first CPU in /proc/cpuinfo; empty if it cannot be read."""
+    first = _text(root / "proc/cpuinfo").split("\n\n")[0]
+    pairs = [line.partition(":") for line in first.splitlines()]
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
 def cpu_flags(root: Path = Path("/")) -> frozenset[str]:
-    """Instruction sets of the CPU, as Linux names them; empty where it does not tell."""
-    return frozenset(_found(r"^(?:flags|Features)\s*:\s*(.+)", root / "proc/cpuinfo").split())
+    """Instruction sets of the CPU as Linux names them ("flags" on x86, "Features" on Arm)."""
+    info = cpu_info(root)
+    return frozenset(f"{info.get('flags', '')} {info.get('Features', '')}".split())
 
 
 def has_vnni(root: Path = Path("/")) -> bool:
-    """Whether this CPU adds 8-bit products in 32 bits. An x86 CPU without VNNI adds pairs of them in 16 bits, which
-    overflows. Other architectures do not."""
-    return platform.machine() != "x86_64" or not cpu_flags(root).isdisjoint(
-        ("avx512_vnni", "avx_vnni")
-    )
+    """Whether this CPU adds 8-bit products in 32 bits.
+
+    An x86 CPU without VNNI adds pairs of them in 16 bits, which overflows. Other architectures do
+    not overflow.
+    """
+    vnni = {"avx512_vnni", "avx_vnni"}
+    return platform.machine() != "x86_64" or not vnni.isdisjoint(cpu_flags(root))
 
 
 def _text(path: Path) -> str:

@@ -3,7 +3,6 @@
 import select
 import subprocess
 import sys
-from typing import IO
 
 # `python -c` and `python -m` put the current folder first on sys.path, where a file named like a
 # library would run. Python 3.10 has no option -P, so the child removes the entry itself.
@@ -13,15 +12,16 @@ _ENTRY = (
 )
 
 
-def module_command(module: str, *arguments: str, python: str = sys.executable) -> list[str]:
-    """The command line that runs `main()` of `module` in a new Python; sys.argv[1:] is `arguments`."""
-    return [python, "-c", _ENTRY.format(module=module), *arguments]
+def module_command(module: str, *arguments: str, python: str | None = None) -> list[str]:
+    """The command line that runs `main()` of `module` in a new Python.
+
+    arguments: the child's sys.argv[1:]. python: the interpreter; this one if None.
+    """
+    return [python or sys.executable, "-c", _ENTRY.format(module=module), *arguments]
 
 
 def first_line(process: subprocess.Popen[bytes], limit_s: float) -> bytes:
     """The first line of a child; empty where it ends or prints nothing within `limit_s`."""
-    stream: IO[bytes] | None = process.stdout
-    assert stream is not None, "the child has a pipe for its output"
-    if not select.select([stream], [], [], limit_s)[0]:
-        return b""
-    return stream.readline()
+    assert process.stdout is not None, "the child has a pipe for its output"
+    readable, _, _ = select.select([process.stdout], [], [], limit_s)
+    return process.stdout.readline() if readable else b""

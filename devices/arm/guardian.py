@@ -25,14 +25,14 @@ from enum import Enum
 from subprocess import PIPE, Popen, TimeoutExpired
 
 from ...core.errors import DeviceError, GuardianLost
-from ...core.process import module_command
+from ...core.process import first_line, module_command
 from ..bus.bus import FeetechBus
 from ..bus.port import Port
 from ..bus.sts3215 import Register
 from . import power
 from .calibration import IDS
 
-READY, BEAT, TAKEN, GOODBYE = b"r", b".", b"t", b"q"
+READY, BEAT, TAKEN, GOODBYE = b"ready\n", b".", b"t", b"q"
 ACTED = 3
 START_LIMIT_S = 10.0
 ECHO_LIMIT_S = 1.0
@@ -77,19 +77,16 @@ class Guardian:
         self.pid = self._process.pid
         assert self._process.stdin and self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
-        for pipe in (self._to, self._from):
-            os.set_blocking(pipe.fileno(), False)
         try:
-            if (
-                not select.select([self._from], [], [], START_LIMIT_S)[0]
-                or self._from.read(1) != READY
-            ):
+            if first_line(self._process, START_LIMIT_S) != READY:
                 raise GuardianLost(
                     f"the guardian of {path} did not start within {START_LIMIT_S:.0f} s. Try again."
                 )
         except BaseException:
             self._end()
             raise
+        for pipe in (self._to, self._from):
+            os.set_blocking(pipe.fileno(), False)
 
     def beat(self) -> None:
         """Once per control tick; does not block. GuardianLost when nobody watches any more: stop the arm."""

@@ -7,6 +7,7 @@ with a problem must not reach the policy; what else follows from it is the contr
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import CameraError
+from ...core.files import write_whole
 from .camera import Camera
 
 STALE_S = 0.5
@@ -87,13 +89,9 @@ class CameraWatch:
 
     def remember(self, path: Path) -> None:
         """Store what the cameras show now, for `compare_with` in the next run. OSError when it cannot."""
-        thumbnails = self._thumbnails()
-        with path.open("wb") as file:
-            np.savez(
-                file,
-                names=np.array([*thumbnails], np.str_),
-                thumbnails=np.array([*thumbnails.values()]),
-            )
+        thumbnails, data = self._thumbnails(), io.BytesIO()
+        np.savez(data, names=np.array([*thumbnails], np.str_), thumbnails=[*thumbnails.values()])
+        write_whole(path, data.getvalue())
 
     def _thumbnails(self) -> dict[str, Thumbnail]:
         return {name: _thumbnail(view.image) for name, view in self.look().items()}

@@ -1,7 +1,6 @@
 """A virtual SO-101 in a process of its own: a serial port and camera pictures.
 
-It is a process of its own because inside the one that drives it, it would answer only when that one sleeps.
-`python -m smolvla_edge.devices.virtual.virtual_arm '{"cameras": ["front"], ...}'`, the arguments of VirtualArm, prints one
+In the process that drives it, it would answer only while that process sleeps. The child prints one
 line of JSON (port, camera sources), then runs until its standard input ends.
 """
 
@@ -17,7 +16,7 @@ import tempfile
 import threading
 import time
 import tty
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import DeviceError
-from ...core.process import module_command
+from ...core.process import first_line, module_command
 from ..arm.calibration import Calibration, JointCalibration
 from ..cameras.shared_frame import write_frame
-from .virtual_bus import VirtualBus
+from .virtual_bus import VirtualBus, servos_at
 
 VIRTUAL_CALIBRATION = Calibration(
     (
@@ -48,14 +47,14 @@ PICTURE_PERIOD_S = 1 / 15
 
 
 class VirtualArm:
-    """Starts the process and waits until it is ready; `close` (or leaving the context) ends it.
+    """Starts the process and waits until it is ready. `close` (or leaving the context) ends it.
 
-    pid: of the process. port: path of its serial port. calibration: what its servos hold. camera_sources: {name:
-    source for open_camera}. Names with a view of their own: see virtual_view. pose: where the servos start, [6] raw
-    ticks; the middle of each range unless given. DeviceError when it does not start.
+    cameras: names; virtual_view knows views of "front" and "wrist". width, height: of the pictures.
+    pose: where the servos start, [6] raw ticks; the middle of each range if None.
+    command: starts the process, without its argument.
+    pid: of the process. port: path of its serial port. calibration: what its servos hold.
+    camera_sources: {name: source for open_camera}. Raises DeviceError when it does not start.
     """
-
-    program: Sequence[str] = module_command("smolvla_edge.devices.virtual.virtual_arm")
 
     def __init__(
         self,
@@ -63,12 +62,13 @@ class VirtualArm:
         width: int = 640,
         height: int = 480,
         pose: Sequence[int] | None = None,
+        command: Sequence[str] | None = None,
     ) -> None:
         self.calibration = VIRTUAL_CALIBRATION
         options = {"cameras": list(cameras), "width": width, "height": height, "pose": pose}
         # A session of its own: Ctrl-C must reach the driver, not the arm it drives.
         self._process = subprocess.Popen(
-            [*self.program, json.dumps(options)],
+            [*(command or module_command(__name__)), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -77,9 +77,8 @@ class VirtualArm:
         assert self._process.stdin and self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
         try:
-            if not select.select([self._from], [], [], START_LIMIT_S)[0] or not (
-                ready := self._from.readline()
-            ):
+            ready = first_line(self._process, START_LIMIT_S)
+            if not ready:
                 raise DeviceError(
                     f"the virtual arm did not start (exit status {self._process.poll()})."
                 )
@@ -108,39 +107,39 @@ class VirtualArm:
             self._process.wait()
 
 
-class VirtualRig:
-    """Inside the process: passes bytes between a pseudo-terminal and the bus, while a thread draws the pictures."""
+class VirtualCamera:
+    """Writes pictures of the arm to `path`. render: [6] raw ticks -> uint8 RGB [height, width, 3]."""
 
-    bus_class = VirtualBus
+    def __init__(self, path: Path, render: Callable[[Sequence[float]], NDArray[np.uint8]]) -> None:
+        self._path, self._render, self._number = path, render, 0
 
-    def __init__(
-        self, pose: Sequence[int] | None, paths: dict[str, Path], width: int, height: int
-    ) -> None:
-        self.bus = self.bus_class(VIRTUAL_CALIBRATION, time.monotonic(), pose)
+    def show(self, raw: Sequence[float]) -> None:
+        """Write a new picture of the arm at `raw`, [6] ticks."""
+        time_s = time.monotonic()
+        self._number += 1
+        write_frame(self._path, self._render(raw), time_s, self._number)
+
+
+class VirtualHardware:
+    """Passes bytes between a pseudo-terminal and the bus, while a thread draws the pictures."""
+
+    def __init__(self, bus: VirtualBus, cameras: Sequence[VirtualCamera]) -> None:
+        self.bus, self._cameras = bus, cameras
         self._master, self._slave = os.openpty()
-        # Raw on both ends before anybody opens it, or 0x0D and its like are rewritten on the way. The slave
-        # end stays open here, or the master end fails between two clients.
+        # Set both ends raw before a client opens the port, or bytes such as 0x0D are changed. The
+        # slave end stays open here, or the master end fails between two clients.
         tty.setraw(self._master)
         tty.setraw(self._slave)
         os.set_blocking(self._master, False)
         self.port = os.ttyname(self._slave)
-        self._paths, self._numbers = paths, dict.fromkeys(paths, 0)
-        if paths:
-            from .virtual_view import (
-                VirtualView,  # needs OpenCV, which an arm without cameras does not
-            )
-
-            self._views = {
-                name: VirtualView(name, VIRTUAL_CALIBRATION, width, height) for name in paths
-            }
-        # The first drawing is slow; once ready, the arm must answer without a pause.
+        # The first drawing is slow. Once ready, the arm must answer without a pause.
         self._draw()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._draw_on)
+        self._thread = threading.Thread(target=self._draw_until_stopped)
         self._thread.start()
 
     def run(self) -> None:
-        """Until standard input ends: the starter has closed it, or has died."""
+        """Run until standard input ends: the starter has closed it, or has died."""
         while True:
             readable, _, _ = select.select([self._master, 0], [], [], MOTION_PERIOD_S)
             if 0 in readable:
@@ -153,48 +152,65 @@ class VirtualRig:
                     os.write(self._master, self.bus.due())
 
     def close(self) -> None:
-        """End the drawing: a thread inside OpenCV when Python ends would abort the process."""
+        """End the drawing. A thread inside OpenCV would abort the process when Python ends."""
         self._stopping.set()
         self._thread.join()
 
     def _draw(self) -> None:
-        for name in self._paths:
-            self._show(name)
+        raw = [servo.position for servo in self.bus.servos.values()]
+        for camera in self._cameras:
+            camera.show(raw)
 
-    def _show(self, name: str) -> None:
-        """A new picture of this camera."""
-        time_s = time.monotonic()
-        self._numbers[name] += 1
-        write_frame(self._paths[name], self._render(name), time_s, self._numbers[name])
-
-    def _render(self, name: str) -> NDArray[np.uint8]:
-        return self._views[name].render([servo.position for servo in self.bus.servos.values()])
-
-    def _draw_on(self) -> None:
+    def _draw_until_stopped(self) -> None:
         due_s = time.monotonic()
         while not self._stopping.wait(max(0.0, due_s - time.monotonic())):
             self._draw()
             due_s = max(due_s + PICTURE_PERIOD_S, time.monotonic())
 
 
-def main(rig_class: type[VirtualRig] = VirtualRig) -> None:
-    """The process. Argument: JSON of cameras, width, height, pose."""
+def serve(
+    build: Callable[[dict[str, Path], int, int, Sequence[int] | None], VirtualHardware],
+) -> None:
+    """The process: print the port and the camera sources, then run until standard input ends.
+
+    Reads sys.argv[1], the options as JSON. build: {camera: file}, width, height, pose -> hardware.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # An exit, not a death: the pictures lie in memory until somebody removes them.
+        # Exit instead of dying: the pictures are in memory until somebody removes them.
         signal.signal(number, lambda *_: sys.exit())
     options = json.loads(sys.argv[1])
     in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="virtual-arm-", dir=in_memory) as folder:
-        paths = {
-            name: Path(folder) / f"{number}.frame"
-            for number, name in enumerate(options.pop("cameras"))
-        }
-        rig = rig_class(paths=paths, **options)
+        names = options["cameras"]
+        paths = {name: Path(folder) / f"{number}.frame" for number, name in enumerate(names)}
+        sources = {name: f"sim:{path}" for name, path in paths.items()}
+        hardware = build(paths, options["width"], options["height"], options["pose"])
         try:
-            print(
-                json.dumps((rig.port, {name: f"sim:{path}" for name, path in paths.items()})),
-                flush=True,
-            )
-            rig.run()
+            print(json.dumps((hardware.port, sources)), flush=True)
+            hardware.run()
         finally:
-            rig.close()
+            hardware.close()
+
+
+def views(
+    names: Collection[str], width: int, height: int
+) -> dict[str, Callable[[Sequence[float]], NDArray[np.uint8]]]:
+    """{camera: its function from raw ticks to a picture}."""
+    if not names:
+        return {}
+    from .virtual_view import VirtualView  # OpenCV: an arm without cameras does not need it
+
+    return {name: VirtualView(name, VIRTUAL_CALIBRATION, width, height).render for name in names}
+
+
+def _build(
+    paths: dict[str, Path], width: int, height: int, pose: Sequence[int] | None
+) -> VirtualHardware:
+    bus = VirtualBus(servos_at(VIRTUAL_CALIBRATION, pose), time.monotonic())
+    renders = views(paths, width, height)
+    return VirtualHardware(bus, [VirtualCamera(paths[name], renders[name]) for name in paths])
+
+
+def main() -> None:
+    """Entry point of the process. Its argument: JSON of cameras, width, height, pose."""
+    serve(_build)

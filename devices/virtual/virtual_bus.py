@@ -9,7 +9,7 @@ report (its #3373, #3587).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from ...core.errors import BusError
@@ -115,21 +115,21 @@ class VirtualServo:
             self._memory[register.address : register.end] = encode(register, value)
 
 
+def servos_at(
+    calibration: Calibration,
+    pose: Sequence[int] | None,
+    make: Callable[[JointCalibration, int], VirtualServo] = VirtualServo,
+) -> list[VirtualServo]:
+    """The six servos at `pose`, [6] raw ticks; in the middle of each range if None."""
+    pose = pose or [(joint.range_min + joint.range_max) // 2 for joint in calibration.joints]
+    return [make(joint, at) for joint, at in zip(calibration.joints, pose, strict=True)]
+
+
 class VirtualBus:
-    """The servos of an arm with this calibration. Time is whatever the caller passes as `now_s`.
+    """The servos on one line. The caller passes the time as `now_s`, in seconds."""
 
-    pose: where they start, [6] raw ticks; the middle of each range unless given.
-    """
-
-    servo_class = VirtualServo
-
-    def __init__(
-        self, calibration: Calibration, now_s: float, pose: Sequence[int] | None = None
-    ) -> None:
-        pose = pose or [(joint.range_min + joint.range_max) // 2 for joint in calibration.joints]
-        self.servos = {
-            j.id: self.servo_class(j, at) for j, at in zip(calibration.joints, pose, strict=True)
-        }
+    def __init__(self, servos: Iterable[VirtualServo], now_s: float) -> None:
+        self.servos = {servo.id: servo for servo in servos}
         self._parser = frames.instruction_parser()
         self._answers = b""
         self._now_s = now_s

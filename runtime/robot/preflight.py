@@ -29,6 +29,10 @@ def units_evidence(
     reached += [np.maximum(np.abs(low), np.abs(high)) for low, high in extremes]
     if not reached:
         return "", "there are no statistics"
+    widths = sorted({len(vector) for vector in reached})
+    if widths != [len(joints)]:
+        sizes = " and ".join(map(str, widths))
+        return "other", f"the statistics are of {sizes} values, the arm has {len(joints)} joints"
     largest = np.max(reached, axis=0)
     if largest.max() < RADIANS:
         return "other", f"nothing is larger than {largest.max():.2f}: they look like radians"

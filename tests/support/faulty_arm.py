@@ -28,10 +28,14 @@ from smolvla_edge.devices.bus.sts3215 import (
 from smolvla_edge.devices.virtual.virtual_arm import (
     MOTION_PERIOD_S,
     PICTURE_PERIOD_S,
+    VIRTUAL_CALIBRATION,
     VirtualArm,
-    VirtualRig,
+    VirtualCamera,
+    VirtualHardware,
+    serve,
+    views,
 )
-from smolvla_edge.devices.virtual.virtual_bus import VirtualBus, VirtualServo
+from smolvla_edge.devices.virtual.virtual_bus import VirtualBus, VirtualServo, servos_at
 from support.paths import TESTS
 
 LOG_LENGTH = 100_000
@@ -172,15 +176,13 @@ class FaultyServo(VirtualServo):
 
 
 class FaultyBus(VirtualBus):
-    servo_class = FaultyServo
-
     def __init__(self, calibration, now_s, pose=None):
         self._calibration, self._pose = calibration, pose
         self.reset(now_s)
 
     def reset(self, now_s):
         """New servos, no faults, empty logs."""
-        super().__init__(self._calibration, now_s, self._pose)
+        super().__init__(servos_at(self._calibration, self._pose, FaultyServo), now_s)
         gripper = self._calibration.joints[-1]
         gripper_ticks_s = GRIPPER_RANGES_S * (gripper.range_max - gripper.range_min)
         self.expect_steps(
@@ -312,15 +314,33 @@ class FaultyBus(VirtualBus):
         heapq.heappush(self._outbox, (due_s, self._queued, data))
 
 
-class FaultyRig(VirtualRig):
-    """Inside the process: also answers pickled requests on standard input."""
+class FaultyCamera(VirtualCamera):
+    """A camera that can behave as it is told, see FaultyHardware.camera."""
 
-    bus_class = FaultyBus
+    def __init__(self, path, render):
+        self.mode, self.fps, self._image, self._due_s = "live", 0.0, None, 0.0
+        super().__init__(path, partial(self._draw, render))
 
-    def __init__(self, *arguments, **named):
-        self._modes, self._images, self._due_s = {}, {}, {}
-        self._plugged, self._deaf = True, False
-        super().__init__(*arguments, **named)
+    def show(self, raw):
+        time_s, slow = time.monotonic(), self.mode == "slow"
+        if self.mode == "stall" or (slow and time_s < self._due_s):
+            return
+        super().show(raw)
+        # The nearest round that there is.
+        self._due_s = time_s + (1 / self.fps - PICTURE_PERIOD_S / 2 if slow else 0.0)
+
+    def _draw(self, render, raw):
+        if self.mode != "freeze":
+            self._image = render(raw)
+        return self._image
+
+
+class FaultyHardware(VirtualHardware):
+    """Also answers pickled requests on standard input. cameras: {name: FaultyCamera}."""
+
+    def __init__(self, bus, cameras):
+        self._named, self._plugged, self._deaf = cameras, True, False
+        super().__init__(bus, [*cameras.values()])
 
     def run(self):
         wait_s = MOTION_PERIOD_S
@@ -360,26 +380,14 @@ class FaultyRig(VirtualRig):
             while self._plugged:
                 os.read(self._master, 65536)
         self.bus.reset(time.monotonic())
-        self._modes.clear()
+        for name in self._named:
+            self.camera(name, "live")
 
     def camera(self, name, mode, fps=0.0):
         """How a camera behaves: "live", "stall" (no new pictures), "freeze" (the same one again and again), "slow"
         (`fps`)."""
-        self._modes[name] = mode, fps
-
-    def _show(self, name):
-        mode, fps = self._modes.get(name, ("live", 0.0))
-        time_s = time.monotonic()
-        if mode == "stall" or (mode == "slow" and time_s < self._due_s.get(name, 0.0)):
-            return
-        super()._show(name)
-        # The nearest round that there is.
-        self._due_s[name] = time_s + (1 / fps - PICTURE_PERIOD_S / 2 if mode == "slow" else 0.0)
-
-    def _render(self, name):
-        if self._modes.get(name, ("live",))[0] != "freeze":
-            self._images[name] = super()._render(name)
-        return self._images[name]
+        camera = self._named[name]
+        camera.fps, camera.mode = fps, mode  # in this order: another thread reads them
 
     def _reply(self, name, arguments, named):
         try:
@@ -395,20 +403,30 @@ class FaultyRig(VirtualRig):
             return error
 
 
+def build(paths, width, height, pose):
+    bus = FaultyBus(VIRTUAL_CALIBRATION, time.monotonic(), pose)
+    renders = views(paths, width, height)
+    return FaultyHardware(bus, {name: FaultyCamera(paths[name], renders[name]) for name in paths})
+
+
+def main():
+    serve(build)
+
+
 _PROGRAM = f"""
 import sys
 sys.path[0] = {str(TESTS)!r}
-from smolvla_edge.devices.virtual.virtual_arm import main
-from support.faulty_arm import FaultyRig
-main(FaultyRig)
+from support.faulty_arm import main
+main()
 """
 
 
 class FaultyArm(VirtualArm):
-    """All other attributes are calls into the process: deaf, hang_up, reset and camera of FaultyRig, a method or
-    value of FaultyBus, or, with its id first, a method of a FaultyServo."""
+    """All other attributes are calls into the process: deaf, hang_up, reset and camera of FaultyHardware, a method
+    or value of FaultyBus, or, with its id first, a method of a FaultyServo."""
 
-    program = (sys.executable, "-c", _PROGRAM)
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named, command=(sys.executable, "-c", _PROGRAM))
 
     def __getattr__(self, name):
         if name.startswith("_"):

@@ -1,8 +1,10 @@
 """The watch over the cameras: what must not reach the policy, and what must not be held against a camera."""
 
+import errno
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -243,6 +245,23 @@ def test_cameras_swapped_between_runs_are_named(front, wrist, clock, tmp_path):
     for wrist.picture in (scene(4), blend(scene(1), scene(4), 0.4)):
         clock.now_s += 1
         assert watch.compare_with(path) == [], "both see something new"
+
+
+def test_a_memory_that_cannot_be_written_leaves_the_old_one(watch, tmp_path, monkeypatch):
+    path = tmp_path / "cameras.npz"
+    watch.remember(path)
+    whole = path.read_bytes()
+    write_bytes = Path.write_bytes
+
+    def full_disk(target, data):
+        write_bytes(target, data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        watch.remember(path)
+    assert path.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["cameras.npz"]
 
 
 def test_nothing_is_claimed_of_cameras_that_look_alike_or_were_not_there(

@@ -16,6 +16,7 @@ import rustypot
 import scservo_sdk
 
 from smolvla_edge.core.errors import DeviceError
+from smolvla_edge.core.process import module_command
 from smolvla_edge.devices.bus import frames
 from smolvla_edge.devices.bus.bus import FeetechBus
 from smolvla_edge.devices.bus.sts3215 import Register
@@ -745,7 +746,7 @@ def running(pid):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_the_module_and_leaves_no_pictures(number):
     options = {"cameras": ["front"], "width": 32, "height": 24, "pose": None}
-    line = [sys.executable, "-m", "smolvla_edge.devices.virtual.virtual_arm", json.dumps(options)]
+    line = module_command("smolvla_edge.devices.virtual.virtual_arm", json.dumps(options))
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         _, sources = json.loads(process.stdout.readline())
         folder = Path(sources["front"].removeprefix("sim:")).parent

@@ -13,16 +13,18 @@ import pytest
 from serial.tools import list_ports
 from serial.tools.list_ports_common import ListPortInfo
 
-from smolvla_edge.core.board import Clock, read_board
+from smolvla_edge.core.board import Clock, cpu_flags, read_board
 from smolvla_edge.core.files import cache_home
 from smolvla_edge.core.gpu import Gpu, read_gpu
 from smolvla_edge.core.strict import encode
 from smolvla_edge.devices.bus.sts3215 import Register
 from smolvla_edge.devices.cameras.camera_modes import Mode, Node, read_nodes
-from smolvla_edge.devices.checkup import cameras, machine, ports
 from smolvla_edge.runtime.bundle.bundle import Bundle
 from smolvla_edge.runtime.commands import doctor
 from smolvla_edge.runtime.engines.engine_cache import Key, Record
+from smolvla_edge.runtime.robot import doctor as examination
+from smolvla_edge.runtime.robot.checkup import cameras, machine, ports
+from smolvla_edge.runtime.robot.doctor import MachineFacts
 from smolvla_edge.runtime.robot.settings import Settings, read_settings
 
 NO_GPU = Gpu("", "", "")
@@ -133,6 +135,17 @@ def test_a_jetson_is_read_from_its_files(jetson):
     assert [f.status for f in found if f.area != "power"] == ["ok"] * 5
 
 
+def test_the_flags_of_a_cpu_are_read_on_x86_and_on_arm(tmp_path):
+    path = tmp_path / "proc/cpuinfo"
+    assert cpu_flags(tmp_path) == frozenset()
+    path.parent.mkdir()
+    for key, flags in (("flags\t\t", {"avx2", "fma"}), ("Features\t", {"asimd", "i8mm"})):
+        path.write_text(
+            f"processor\t: 0\n{key}: {' '.join(flags)}\n\nprocessor\t: 1\n{key}: other\n"
+        )
+        assert cpu_flags(tmp_path) == flags
+
+
 def test_the_fastest_mode_with_pinned_clocks_asks_for_nothing(jetson):
     board = replace(
         jetson(**{"nvpmodel/status": "pmode:0002"}), clocks=(Clock("CPU", 1728, 1728, 1728),)
@@ -174,14 +187,14 @@ def test_too_little_memory_for_a_run_or_a_build_stops(jetson, tiny_bundle, monke
 
     def memory(available):
         board = jetson(meminfo=f"MemTotal: 7802880 kB\nMemAvailable: {available} kB\n")
-        return told(doctor.examine(chosen, board, ORIN, [])[0], "memory")
+        return told(examination.examine(chosen, MachineFacts(board, ORIN, []))[0], "memory")
 
     assert [status for status, *_ in memory(4_000_000)] == ["ok", "ok"]
     low = memory(600_000)
     assert [status for status, *_ in low] == ["stop", "ok"]
     assert "0.61 GB of 7.99 GB" in low[0][1]
     assert "an estimate" in low[1][1]
-    monkeypatch.setattr(doctor, "BUILD_FACTOR", 1e6)
+    monkeypatch.setattr(examination, "BUILD_FACTOR", 1e6)
     (_, build) = memory(600_000)
     assert build[0] == "stop"
     assert "swapon" in build[2]
@@ -209,7 +222,8 @@ def test_engines_of_another_machine_and_damaged_ones_are_told(
         (folder / "engine.plan").write_bytes(b"plan")
         (folder / "engine.json").write_text(json.dumps(encode(record)))
     found = told(
-        doctor.examine(Settings(bundle=str(tiny_bundle)), jetson(), ORIN, [])[0], "engines"
+        examination.examine(Settings(bundle=str(tiny_bundle)), MachineFacts(jetson(), ORIN, []))[0],
+        "engines",
     )
     assert [status for status, *_ in found] == [
         "ok",
@@ -419,7 +433,7 @@ def test_a_drafted_robot_toml_is_read_back_and_holds_what_was_found(
     before = path.read_bytes()
     code, _, err = run("--write-config", path)
     assert code == 2
-    assert "is there already" in err
+    assert "exists already" in err
     assert path.read_bytes() == before
     assert not list(tmp_path.glob(".*.part"))
 
@@ -428,11 +442,28 @@ def test_a_draft_takes_the_only_camera_and_never_guesses_between_two(export_case
     manifest = Bundle.open(export_case("tiny", "fp32")).manifest
     nodes = [Node(f"/dev/video{i}", f"/dev/video{i}", "", (), "") for i in (0, 2)]
     chosen = Settings(cameras={"front": "/dev/video0"}, task='say "é😀"')
-    text = doctor.draft(chosen, manifest, None, None, nodes)
+    text = examination.draft(chosen, manifest, None, None, nodes)
     assert '"wrist" = "/dev/video2"' in text.splitlines()
     assert 'task = "say \\"é😀\\""' in text
-    both = doctor.draft(Settings(), manifest, None, None, nodes).splitlines()
+    both = examination.draft(Settings(), manifest, None, None, nodes).splitlines()
     assert '# "wrist" = "/dev/video0"  # found: /dev/video0, /dev/video2' in both
+
+
+@pytest.mark.parametrize("widths", [(7, 7), (6, 7)])
+def test_a_draft_for_a_bundle_of_another_width_leaves_the_units_open(export_case, widths):
+    manifest = Bundle.open(export_case("tiny", "fp32")).manifest
+
+    def widened(vector, width):
+        statistics = {"min": (-150.0,) * width, "max": (150.0,) * width}
+        normalization = replace(vector.normalization, statistics=statistics)
+        return replace(vector, dim=width, normalization=normalization)
+
+    state, action = (
+        widened(v, w) for v, w in zip((manifest.state, manifest.action), widths, strict=True)
+    )
+    manifest = replace(manifest, units=None, state=state, action=action)
+    text = examination.draft(Settings(), manifest, None, None, [])
+    assert "\n# units = " in text
 
 
 def test_the_budget_of_a_bundle_on_a_named_board_on_all_and_on_this_one(
@@ -460,10 +491,10 @@ def test_the_budget_of_a_bundle_on_a_named_board_on_all_and_on_this_one(
     if not read_board().jetson:
         assert "this is no Jetson" in asked("--budget")[1].err
     here = jetson()
-    monkeypatch.setattr(doctor, "read_board", lambda: here)
+    monkeypatch.setattr(examination, "read_board", lambda: here)
     assert "of the board's GPU" in asked("--budget", "--device", "cpu")[1].err
-    load = doctor.Policy.load
-    monkeypatch.setattr(doctor.Policy, "load", lambda opened, *_, **__: load(opened, "cpu"))
+    load = examination.Policy.load
+    monkeypatch.setattr(examination.Policy, "load", lambda opened, *_, **__: load(opened, "cpu"))
     code, said = asked("--budget", "--json")
     data = json.loads(said.out)
     assert data["board"]["name"] == "Orin Nano 8GB Super"

@@ -125,6 +125,14 @@ def test_state_and_action_are_looked_at_together():
     assert units_evidence((ordinary, moments), JOINTS)[0] == ""
 
 
+@pytest.mark.parametrize("widths", [(7, 7), (6, 7), (7, 6), (5, 5), (2, 14)])
+def test_statistics_of_another_arm_are_not_of_these_units(widths):
+    pair = [statistics(min=[-150.0] * n, max=[90.0] * n) for n in widths]
+    seen, why = units_evidence(pair, JOINTS)
+    assert seen == "other"
+    assert f"{max(widths)} values, the arm has 6 joints" in why
+
+
 def test_the_known_range_is_the_wider_of_extremes_and_five_deviations():
     both = statistics(min=[-10] * 6, max=[50] * 6, mean=[0] * 6, std=[4] * 6)
     low, high = seen_range(both)

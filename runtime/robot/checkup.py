@@ -1,4 +1,4 @@
-"""What is found on a machine, its cameras, its serial ports and its arm. Looks only: no servo is written to."""
+"""The hardware checks of smolvla-doctor: machine, cameras, serial ports, servos. Only reads."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from typing import Literal
 
 from serial.tools import list_ports
 
-from ..core.board import Board
-from ..core.errors import CalibrationError, DeviceError
-from .arm.calibration import IDS, Calibration, joint_label, load_calibration, saved_calibrations
-from .arm.eeprom import differences
-from .arm.inspection import inspect
-from .bus.bus import FeetechBus
-from .bus.port import ADAPTERS, lasting_path
-from .bus.sts3215 import ENCODER_MAX, Register
-from .cameras.camera_modes import FPS, HEIGHT, WIDTH, Node
+from ...core.board import Board
+from ...core.errors import CalibrationError, DeviceError
+from ...devices.arm.calibration import (
+    IDS,
+    Calibration,
+    joint_label,
+    load_calibration,
+    saved_calibrations,
+)
+from ...devices.arm.eeprom import differences
+from ...devices.arm.inspection import inspect
+from ...devices.bus.bus import FeetechBus
+from ...devices.bus.port import ADAPTERS, lasting_path
+from ...devices.bus.sts3215 import ENCODER_MAX, Register
+from ...devices.cameras.camera_modes import FPS, HEIGHT, WIDTH, Node
 
 Status = Literal["ok", "warning", "stop", "unknown"]
 

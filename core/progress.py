@@ -28,6 +28,7 @@ class Progress:
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self._start_s = self._told_s = time.monotonic()
         self._say = say or self._print
+        self._stream = sys.stdout  # torch's exporter runs with sys.stdout redirected
         self._doing, self._of = "", ""
         self._done = threading.Event()
         self._reminder = threading.Thread(target=self._remind, name="progress", daemon=True)
@@ -38,6 +39,7 @@ class Progress:
                 rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(),
                 rich.progress.TimeElapsedColumn(),
+                console=Console(file=self._stream),
                 transient=True,
             )
 
@@ -83,7 +85,7 @@ class Progress:
     def _print(self, text: str) -> None:
         line = f"[{time.monotonic() - self._start_s:6.1f} s] {text}"
         if self._live is None:
-            print(line, flush=True)
+            print(line, file=self._stream, flush=True)
         else:
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

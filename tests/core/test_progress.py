@@ -13,13 +13,14 @@ from smolvla_edge.core.errors import SmolVLAError
 from smolvla_edge.core.progress import Progress
 
 LONG = """
-import time
+import contextlib, io, time
 from smolvla_edge.core import progress
 progress.LINE_EVERY_S = 0.2
 with progress.Progress() as p:
     p.stage("exporting [prefix]")
     p.count(1, 3)
-    time.sleep(0.7)
+    with contextlib.redirect_stdout(io.StringIO()):
+        time.sleep(0.7)
     p.note("a note")
 progress.print_table(("group", "saves"), [("vision [early]", "1 ms"), ("expert", "20 ms")])
 """

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import BenchError
+from ..core.progress import Progress
 from ..export import parity
 from ..export.checkpoint.cameras import bundle_cameras
 from ..export.checkpoint.checkpoint import Checkpoint, load_checkpoint
-from ..export.int8 import HeldOut, ask_policy, hold_out, observations_for
-from ..export.reference import Observation
-from ..export.writer import reference_of
+from ..export.held_out import HeldOut, hold_out, prefill_policy
+from ..export.int8 import observations_for
+from ..export.reference import ParityObservation, reference_of
 from ..quantize.int8 import gate as gates
 from ..quantize.int8.gate import TICK_DEG, Gate
 from ..quantize.observations.calibration import CalibrationSet
@@ -45,7 +46,7 @@ class Judge:
 
         Raises ObservationsError for a source that cannot be used.
         """
-        data = observations_for(checkpoint, self.source, 4 * self.frames, say)
+        data = observations_for(checkpoint, self.source, 4 * self.frames, Progress(say))
         if len(data.held_out) < 2:
             raise BenchError(
                 f"{self.source} leaves {len(data.held_out)} frame to compare on, expected 2: "
@@ -78,7 +79,7 @@ def measure(
     )
     held_out = hold_out(reference, data.held_out, gate.seeds)
     pairs = zip(data.held_out[:STAGES], held_out.noises, strict=False)
-    few = [Observation(s.images, s.state, s.task, noises[0]) for s, noises in pairs]
+    few = [ParityObservation(s.images, s.state, s.task, noises[0]) for s, noises in pairs]
     expected = [reference.run(o) for o in few]
     del reference
     policy = Policy.load(opened, device)
@@ -125,7 +126,7 @@ def load(given: ReferenceOptions) -> Checkpoint:
 
 def require_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
     """Raises BenchError if the bundle was exported from another checkpoint."""
-    if other := checkpoint.unlike(bundle.manifest):
+    if other := checkpoint.differences_from(bundle.manifest):
         raise BenchError(
             f"{bundle.folder} was exported from another checkpoint "
             f"({bundle.manifest.source.checkpoint}) than --reference {checkpoint.name}: other "
@@ -154,7 +155,7 @@ def compare(name: str, policy: Policy, held_out: HeldOut, gate: Gate) -> Compari
         noises = [
             [rng.standard_normal(n.shape, dtype=np.float32) for n in seeds] for seeds in noises
         ]
-    got = gates.answers((ask_policy(policy, s) for s in asked), noises)
+    got = gates.outputs_of((prefill_policy(policy, s) for s in asked), noises)
     if not np.isfinite(got.chunks).all():
         raise CheckFailed(
             f"{policy.bundle.folder} gives actions that are not finite ({name}): export it again"

@@ -8,10 +8,9 @@ from typing import cast, get_args
 
 import typer
 
-from ..core import command
+from ..core import command, extras
 from ..core.errors import BenchError
 from ..core.files import write_whole
-from ..export.cli import require_extra
 from ..quantize.int8.gate import Gate, read_gate
 from ..runtime import CheckFailed
 from ..runtime.budget.roofline import find_board
@@ -101,7 +100,7 @@ def accuracy(
 ) -> None:
     """Is the bundle still the same policy? Its error beside that of deliberate mistakes."""
     _require(output)
-    require_extra()
+    extras.require_modules(extras.EXPORT + extras.DATASET, "export")
     from . import accuracy as acc
     from .latency import ReferenceOptions
 
@@ -143,7 +142,7 @@ def frontier(
 ) -> None:
     """What to give up for speed: latency against error for steps, precision and cameras."""
     _require(output, seconds=seconds, budget_ms=budget_ms or 0.0)
-    require_extra()
+    extras.require_modules(extras.EXPORT + extras.DATASET, "export")
     from ..export.checkpoint.cameras import named_cameras
     from . import accuracy as acc
     from . import frontier as front

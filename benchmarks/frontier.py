@@ -21,12 +21,14 @@ import numpy as np
 
 from ..core.errors import BenchError, GateError, ParityError, ResultError
 from ..core.files import sha256_of
+from ..core.progress import Progress
 from ..core.strict import encode
 from ..export.checkpoint.checkpoint import Checkpoint
-from ..export.int8 import HeldOut, ask_policy, hold_out
-from ..export.writer import reference_of, write_bundle
+from ..export.held_out import HeldOut, hold_out, prefill_policy
+from ..export.reference import reference_of
+from ..export.writer import write_bundle
 from ..quantize.int8 import gate as gates
-from ..quantize.int8.gate import Answers, Gate
+from ..quantize.int8.gate import Gate, Outputs
 from ..quantize.observations.calibration import CalibrationSet
 from ..quantize.observations.sample import Sample
 from ..runtime import BackendError, BundleError, Policy
@@ -188,7 +190,7 @@ class _Search:
                 target=self.target,
                 calibration=data if precision == "int8" else None,
                 gate=self.gate,
-                say=self.say,
+                progress=Progress(self.say),
             )
         except (BackendError, GateError, ParityError) as e:
             self.say(f"left out: {e}")
@@ -290,13 +292,13 @@ def _errors(policy: Policy, held_out: HeldOut, n: int) -> tuple[float, float | N
     samples = _seen_by(policy, held_out)
     whole = len(held_out.samples[0].images) == len(policy.manifest.cameras)
 
-    def ask(sample: Sample) -> gates.Asked:
-        cache, _ = ask_policy(policy, sample)
+    def ask(sample: Sample) -> gates.Prefilled:
+        cache, _ = prefill_policy(policy, sample)
         return cache if whole else {}, lambda x: policy.robot_units(policy.denoise(x, n))
 
-    got, expected = gates.answers(map(ask, samples), held_out.noises), held_out.expected
+    got, expected = gates.outputs_of(map(ask, samples), held_out.noises), held_out.expected
     if not whole:
-        expected = Answers([{} for _ in samples], expected.chunks)
+        expected = Outputs([{} for _ in samples], expected.chunks)
     errors = replace(held_out, expected=expected).compare(got)
     if not np.isfinite(errors.action):
         raise BenchError(

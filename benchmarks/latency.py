@@ -16,13 +16,14 @@ import numpy as np
 
 from ..core.errors import BenchError
 from ..export.checkpoint.cameras import Named
+from ..export.reference_process import ReferenceRequest, observation
 from ..runtime import Bundle, Policy
 from ..runtime.budget.budget import TARGET_MS, budget
 from ..runtime.budget.roofline import BoardPeaks
 from ..runtime.bundle.manifest import Manifest
 from ..runtime.policy.selfcheck import require, run_selfcheck, summary
 from . import machine
-from .reference_process import Asked, ReferenceProcess, observation
+from .reference_process import ReferenceProcess
 from .result import (
     HardwareLimit,
     Latency,
@@ -61,7 +62,7 @@ class ReferenceOptions:
     compiled: bool = False
     cameras: Named | None = None  # those of training, where the checkpoint does not say
 
-    def processes(self, bundle: Bundle, device: str) -> tuple[str, list[Asked], str]:
+    def processes(self, bundle: Bundle, device: str) -> tuple[str, list[ReferenceRequest], str]:
         """-> Python, the processes to start with it, and one sentence on them."""
         python = self.lerobot or (sys.executable if find_spec("lerobot") else None)
         kind: Literal["lerobot", "views"] = "lerobot"
@@ -72,7 +73,9 @@ class ReferenceOptions:
                 "this project's torch views: this Python has no LeRobot, and --lerobot is not given"
             )
         asked = [
-            Asked(kind, self.checkpoint, self.vlm, str(bundle.folder), dtype, device, compiled)
+            ReferenceRequest(
+                kind, self.checkpoint, self.vlm, str(bundle.folder), dtype, device, compiled
+            )
             for compiled in ((False, True) if self.compiled else (False,))
             for dtype in dtypes
         ]
@@ -185,7 +188,7 @@ def measure(
     here = head()["machine"]
     runners = []
     for name, process in theirs.items():
-        t, asked = times[name], process.asked
+        t, asked = times[name], process.request
         runners.append(
             Runner(name, asked.kind, asked.dtype, process.note, t, t.p50 / count, noise(t))
         )
@@ -318,15 +321,15 @@ def _ratio(runner: str, against: str, times: Mapping[str, Spread]) -> Ratio:
 
 
 def _require_same(process: ReferenceProcess, m: Manifest, reference: ReferenceOptions) -> None:
-    if process.unlike:
+    if process.differences:
         raise BenchError(
             f"the bundle was exported from another checkpoint ({m.source.checkpoint}) than "
-            f"--reference {reference.checkpoint}: other {', '.join(process.unlike)}. Name its own "
+            f"--reference {reference.checkpoint}: other {', '.join(process.differences)}. Name its own "
             "checkpoint"
         )
     if process.tokens != m.tokens.length:
         raise BenchError(
-            f"{process.asked.name} takes {process.tokens} tokens, the bundle {m.tokens.length}: "
+            f"{process.request.name} takes {process.tokens} tokens, the bundle {m.tokens.length}: "
             "the work is not the same"
         )
 

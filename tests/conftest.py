@@ -49,12 +49,13 @@ def pytest_collection_modifyitems(items):
 
 
 def export_tiny(checkpoint: Path, output: Path, precision: str, target: str) -> None:
+    from smolvla_edge.core.progress import SILENT
     from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
     from smolvla_edge.export.int8 import observations_for
     from smolvla_edge.export.writer import write_bundle
 
     loaded = load_checkpoint(str(checkpoint))
-    data = observations_for(loaded, "synthetic", 8, str) if precision == "int8" else None
+    data = observations_for(loaded, "synthetic", 8, SILENT) if precision == "int8" else None
     write_bundle(loaded, output, precision, target=target, calibration=data)
 
 

@@ -19,7 +19,8 @@ from ...core.errors import CheckpointError
 from ...core.files import sha256_of
 from ...quantize.observations.hub import from_hub, is_hub_id
 from ...runtime.bundle.manifest import CameraSlot, Manifest
-from .architecture import DEFAULT_VLM_CONFIG, read_vlm_config
+from . import tokens
+from .architecture import DEFAULT_VLM_CONFIG, Architecture, read_vlm_config
 from .cameras import Named, choose_cameras, dataset_cameras
 from .policy_config import DEFAULT_VLM, PolicyConfig
 from .processors import Processors, read_processors
@@ -53,8 +54,11 @@ class Checkpoint:
         """What the robot calls `cameras`."""
         return tuple(camera.name for camera in self.cameras)
 
-    def unlike(self, m: Manifest) -> list[str]:
-        """What a bundle with this manifest has of another checkpoint; empty where it may be made of this one."""
+    def differences_from(self, m: Manifest) -> list[str]:
+        """What a bundle with this manifest has of another checkpoint, in words.
+
+        Empty where the bundle can be made of this one.
+        """
         around = self.processors
         same = {
             "weights": m.source.weights_sha256 == self.weights_sha256,
@@ -65,6 +69,16 @@ class Checkpoint:
             == (around.state, around.action),
         }
         return [name for name, holds in same.items() if not holds]
+
+
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """All sizes of a checkpoint."""
+    config = checkpoint.config
+    special: tuple[int, ...] = ()
+    if config.add_image_special_tokens:
+        special = tokens.image_special_tokens(tokens.read_tokenizer(checkpoint.tokenizer))
+    cameras, token_length = len(checkpoint.cameras), checkpoint.processors.token_length
+    return Architecture(config, checkpoint.vlm, cameras, token_length, special)
 
 
 def load_checkpoint(

@@ -8,9 +8,10 @@ import pytest
 
 from smolvla_edge.benchmarks import reference_process
 from smolvla_edge.benchmarks.latency import ReferenceOptions
-from smolvla_edge.benchmarks.reference_process import Asked, ReferenceProcess, _views, observation
+from smolvla_edge.benchmarks.reference_process import ReferenceProcess
 from smolvla_edge.core.errors import BenchError
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
+from smolvla_edge.export.reference_process import ReferenceRequest, observation, serve_views
 from smolvla_edge.runtime import Bundle, Policy
 from smolvla_edge.runtime.policy.selfcheck import error
 from support.paths import DATA
@@ -20,8 +21,8 @@ CHECKPOINT = str(DATA / "tiny" / "checkpoint")
 
 def test_the_torch_views_compute_what_the_bundle_does(export_case):
     bundle = Bundle.open(export_case("tiny", "fp32"))
-    asked = Asked("views", CHECKPOINT, None, str(bundle.folder), "float32", "cpu", False)
-    chunk, tokens, _ = _views(asked, load_checkpoint(CHECKPOINT), bundle, ExitStack())
+    asked = ReferenceRequest("views", CHECKPOINT, None, str(bundle.folder), "float32", "cpu", False)
+    chunk, tokens, _ = serve_views(asked, load_checkpoint(CHECKPOINT), bundle, ExitStack())
     assert tokens == bundle.manifest.tokens.length
     assert error(chunk(), Policy.load(bundle, "cpu").predict_chunk(*observation(bundle))) < 1e-5
 
@@ -44,7 +45,7 @@ def test_lerobot_is_asked_for_dtype_device_and_compilation(export_case, tmp_path
     Path(python).write_text(script)
     Path(python).chmod(0o755)
     with ReferenceProcess(python, asked[3]) as process:
-        assert (process.unlike, process.tokens, process.note) == ([], 48, "4.4")
+        assert (process.differences, process.tokens, process.note) == ([], 48, "4.4")
         assert process.run() == 1.5
     Path(python).write_text(script.replace("smolvla-bench 1.5", "smolvla-bench []"))
     with (
@@ -70,7 +71,7 @@ def test_lerobot_is_asked_for_dtype_device_and_compilation(export_case, tmp_path
 def test_a_python_that_is_none_or_has_no_lerobot_is_reported(tmp_path, monkeypatch, script, said):
     monkeypatch.setattr(reference_process, "START_LIMIT_S", 0.3 if "sleep" in script else 60)
     python = tmp_path / "python"
-    asked = Asked("lerobot", CHECKPOINT, None, "", "float32", "cpu", False)
+    asked = ReferenceRequest("lerobot", CHECKPOINT, None, "", "float32", "cpu", False)
     with pytest.raises(BenchError, match="cannot be started"):
         ReferenceProcess(str(python), asked)
     start = "exec " if "sleep" in script else ""

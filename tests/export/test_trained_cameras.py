@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from smolvla_edge.benchmarks.accuracy import load, require_source
 from smolvla_edge.benchmarks.latency import ReferenceOptions
-from smolvla_edge.benchmarks.reference_process import Asked, ReferenceProcess
+from smolvla_edge.benchmarks.reference_process import ReferenceProcess
 from smolvla_edge.core.errors import BenchError, CheckpointError
+from smolvla_edge.core.progress import SILENT
 from smolvla_edge.export.checkpoint.cameras import (
     Named,
     bundle_cameras,
@@ -24,6 +25,7 @@ from smolvla_edge.export.checkpoint.cameras import (
 )
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
 from smolvla_edge.export.int8 import observations_for
+from smolvla_edge.export.reference_process import ReferenceRequest
 from smolvla_edge.export.writer import write_bundle
 from smolvla_edge.runtime import Bundle, Policy
 from support.goldens import Golden
@@ -257,12 +259,12 @@ def test_the_command_asks_with_status_2_and_takes_the_answer(three_cameras, tmp_
     given = ReferenceOptions(str(three_cameras), cameras=bundle_cameras(bundle))
     checkpoint = load(given)
     require_source(bundle, checkpoint)
-    data = observations_for(checkpoint, "synthetic", 2, str)
+    data = observations_for(checkpoint, "synthetic", 2, SILENT)
     assert all(list(sample.images) == ["front", "camera3"] for sample in data.calibration)
     _, asked, _ = given.processes(bundle, "cpu")
-    views = Asked("views", *list(vars(asked[0]).values())[1:])
+    views = ReferenceRequest("views", *list(vars(asked[0]).values())[1:])
     with ReferenceProcess(sys.executable, views) as process:
-        assert process.unlike == []
+        assert process.differences == []
         assert process.run() > 0
 
 

@@ -1,4 +1,4 @@
-"""INT8: the layers as their operators compute them, smoothing, rounding, the plan, and bundles made of it."""
+"""INT8: the layers as their operators compute them, smoothing, rounding, the plan, and bundles."""
 
 import json
 import re
@@ -14,12 +14,15 @@ import torch
 
 from smolvla_edge.core.board import has_vnni
 from smolvla_edge.core.errors import ExportError, GateError, ObservationsError
+from smolvla_edge.core.progress import SILENT, Progress
 from smolvla_edge.export import int8, writer
+from smolvla_edge.export.candidates import Candidate, build, judge
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
-from smolvla_edge.export.reference import fixed_observations
-from smolvla_edge.export.sites import sites
+from smolvla_edge.export.held_out import grippers_of
+from smolvla_edge.export.reference import fixed_observations, reference_of
+from smolvla_edge.export.sites import quantizable
 from smolvla_edge.export.stored import stored_contradictions, stored_weights
-from smolvla_edge.export.views.layers import both
+from smolvla_edge.export.writer import write_bundle
 from smolvla_edge.quantize.int8 import smoothing
 from smolvla_edge.quantize.int8.gate import Errors, Gate
 from smolvla_edge.quantize.int8.linear import Dynamic, Quantized, Static
@@ -32,7 +35,9 @@ from smolvla_edge.runtime.engines.ort import EXACT_INT8
 from smolvla_edge.runtime.policy.audit import audit, contradictions
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, run_selfcheck
 from support.paths import DATA
+from support.recordings import record
 
+GRAPHS = ("prefix.onnx", "expert.onnx")
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -128,12 +133,13 @@ def test_smoothing_leaves_a_silent_channel_alone_and_is_never_wild():
 
 @pytest.fixture(scope="module")
 def smoothed():
-    """Views of the case with massive activations before and after smoothing, and their INT8 layers."""
+    """Views with massive activations before and after smoothing, and their INT8 layers."""
     checkpoint = load_checkpoint(str(DATA / "tiny_outliers" / "checkpoint"))
-    data = int8.observations_for(checkpoint, "synthetic", 4, str)
-    after = writer.reference_of(checkpoint, "portable")
-    layers, costs = int8._quantized(after, data.calibration, "cpu", str)
-    return writer.reference_of(checkpoint, "portable"), after, layers, costs
+    data = int8.observations_for(checkpoint, "synthetic", 4, SILENT)
+    after = reference_of(checkpoint, "portable")
+    model = quantizable(after.prefix, after.expert)
+    layers, costs = int8.quantize_groups(model, after, data.calibration, "cpu", SILENT)
+    return reference_of(checkpoint, "portable"), after, layers, costs
 
 
 def test_smoothing_changes_nothing_in_float(smoothed):
@@ -146,10 +152,10 @@ def test_smoothing_changes_nothing_in_float(smoothed):
 
 
 def test_every_site_is_a_linear_of_its_view_and_none_is_named_twice(smoothed):
-    views = smoothed[0].prefix, smoothed[0].expert
-    names = [name for site in sites(*views) for name in site.linears]
+    model = quantizable(smoothed[0].prefix, smoothed[0].expert)
+    names = [name for site in model.sites for name in site.linears]
     assert len(set(names)) == len(names)
-    floats = {n for n, m in both(*views).named_modules() if type(m).__name__ == "Linear"} - set(
+    floats = {n for n, m in model.module.named_modules() if type(m).__name__ == "Linear"} - set(
         names
     )
     assert {n.split(".")[1] for n in floats} == {
@@ -162,7 +168,7 @@ def prefix_error(smoothed, layers):
     before, after, _, _ = smoothed
     o = fixed_observations(before.checkpoint, before.arch)[1]
     _, mask, exact = before.prefill(o)
-    with int8._swapped(both(after.prefix, after.expert), layers):
+    with quantizable(after.prefix, after.expert).replaced(layers):
         _, _, got = after.prefill(o)
     pairs = [(got[name][:, :, mask[0]], exact[name][:, :, mask[0]]) for name in exact]
     return max(float((g - e).norm() / e.norm()) for g, e in pairs)
@@ -175,10 +181,10 @@ def test_a_massive_channel_is_multiplied_in_float(smoothed, monkeypatch):
     assert prefix_error(smoothed, {path: layer}) < 0.01
     monkeypatch.setattr(smoothing, "OUTLIER", float("inf"))
     checkpoint = smoothed[0].checkpoint
-    data = int8.observations_for(checkpoint, "synthetic", 4, str)
-    naive, _ = int8._quantized(
-        writer.reference_of(checkpoint, "portable"), data.calibration, "cpu", str
-    )
+    data = int8.observations_for(checkpoint, "synthetic", 4, SILENT)
+    views = reference_of(checkpoint, "portable")
+    model = quantizable(views.prefix, views.expert)
+    naive, _ = int8.quantize_groups(model, views, data.calibration, "cpu", SILENT)
     assert naive["vision early"][path].outliers is None
     assert prefix_error(smoothed, {path: naive["vision early"][path]}) > 0.03
 
@@ -189,9 +195,6 @@ def test_costs_count_every_token_once(smoothed):
     assert {c.rows for c in costs["vision early"]} == {arch.cameras * arch.patches}
     assert {c.rows for c in costs["language late"]} == {arch.prefix_tokens}
     assert {(c.rows, c.runs) for c in costs["expert MLP"]} == {(arch.config.chunk_size, 10)}
-
-
-OVER = Errors((0.2,) * 6, (1.0,) * 6, 0, {"key.0": 0.01})
 
 
 def errors(action, cache):
@@ -297,83 +300,70 @@ def test_the_exporter_refuses_what_the_audit_contradicts(tiny, monkeypatch, tmp_
         writer, "contradictions", lambda *_: ["labelled fp32, but computed otherwise"]
     )
     with pytest.raises(ExportError, match="labelled fp32, but computed otherwise"):
-        writer.write_bundle(tiny, tmp_path / "bundle", "fp32")
+        write_bundle(tiny, tmp_path / "bundle", "fp32")
     assert not (tmp_path / "bundle").exists()
 
 
 def test_a_gate_that_no_group_meets_is_an_error(tiny, tmp_path):
-    data = int8.observations_for(tiny, "synthetic", 2, str)
+    data = int8.observations_for(tiny, "synthetic", 2, SILENT)
+    gate = Gate(action_p99=1e-4, seeds=2)
+    given = {"target": "portable", "calibration": data, "gate": gate}
     with pytest.raises(GateError, match="no group of layers can be INT8 within the gate"):
-        writer.write_bundle(
-            tiny, tmp_path / "bundle", "int8", calibration=data, gate=Gate(1e-4, seeds=2)
-        )
+        write_bundle(tiny, tmp_path / "bundle", "int8", **given)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_over_the_gate_is_no_bundle(tiny, monkeypatch, tmp_path):
-    """The plan is made by simulation; what the graphs answer has the last word."""
-    data = int8.observations_for(tiny, "synthetic", 2, str)
-    monkeypatch.setattr(int8, "choose", lambda groups, *_: groups[:1])
-    monkeypatch.setattr(int8.HeldOut, "judge", lambda *_: OVER)
-    with pytest.raises(
-        GateError, match=r"joint 0 0\.200 \(at most 0\.100\).*No bundle was written"
-    ):
-        writer.write_bundle(tiny, tmp_path / "bundle", "int8", calibration=data, gate=Gate(seeds=2))
-    assert list(tmp_path.iterdir()) == []
+def test_graphs_over_the_gate_lose_the_group_that_was_taken_last(tiny, tmp_path):
+    """The plan is made by simulation. What the graphs compute decides."""
+    data = int8.observations_for(tiny, "synthetic", 2, SILENT)
+    gate = Gate(action_p99=10.0, cache=10.0, gripper_flips=10_000, seeds=2)
+    plan = int8.plan_int8(reference_of(tiny, "portable"), data, "portable", gate, SILENT)
+    first, last, *_ = plan.groups
+    while len(plan.groups) > 2:
+        plan = plan.without_last()
+    observations = fixed_observations(tiny, plan.smoothed[0].arch)
+    shutil.copyfile(tiny.tokenizer, tmp_path / "tokenizer.json")
+    two = Candidate(tiny, "int8", "portable", plan)
+    built = build(two, tmp_path, SILENT)
+    stored = [stored_weights(tmp_path / name).get("int8", 0) for name in GRAPHS]
+    assert sum(stored) == plan.manifest.weights
+
+    accepted = judge(two, built, observations, SILENT)
+    assert accepted.retry is None
+    assert accepted.int8.found["cache"] > 0
+
+    strict = replace(two, int8=replace(plan, gate=Gate(action_p99=0.0, cache=0.0, seeds=2)))
+    refused = judge(strict, built, observations, SILENT)
+    assert refused.reason.endswith(f"leaving {last} in float")
+    assert refused.retry.int8.manifest.groups == (first,)
+    assert 0 < refused.retry.int8.manifest.weights < plan.manifest.weights
+    with pytest.raises(GateError, match=r"joint 0 .* \(at most 0\.000\).*No bundle was written"):
+        judge(refused.retry, built, observations, SILENT)
 
 
-def test_a_graph_over_the_gate_loses_the_group_that_was_taken_last(tiny, monkeypatch, tmp_path):
-    data = int8.observations_for(tiny, "synthetic", 2, str)
-    judge, judged, said = int8.HeldOut.judge, [], []
-    monkeypatch.setattr(int8, "choose", lambda groups, *_: ["expert MLP", "vision late"])
-    monkeypatch.setattr(
-        int8.HeldOut, "judge", lambda *a: judged.append(1) or (judge(*a) if judged[1:] else OVER)
-    )
-    given = {"calibration": data, "gate": Gate(action_p99=0.19), "say": said.append}
-    made = writer.write_bundle(tiny, tmp_path / "bundle", "int8", **given)
-    assert any("leaving vision late in float" in line for line in said)
-    assert made.manifest.int8.groups == ("expert MLP",)
-    stored = stored_weights(made.path("prefix.onnx")), stored_weights(made.path("expert.onnx"))
-    assert "int8" not in stored[0]
-    assert stored[1]["int8"] == made.manifest.int8.weights
-
-
-def test_a_single_frame_to_calibrate_with_is_too_few(tiny, monkeypatch):
-    whole = int8.read_calibration
-    monkeypatch.setattr(int8, "read_calibration", lambda *a, **k: whole(*a, **k | {"frames": 1}))
+def test_a_single_frame_to_calibrate_with_is_too_few(tiny, tmp_path):
+    folder = record(tmp_path / "run", chunks=2)
     with pytest.raises(
         ObservationsError, match="leaves 1 frame to calibrate with, expected at least 2"
     ):
-        int8.observations_for(tiny, "synthetic", 2, str)
+        int8.observations_for(tiny, str(folder), 2, SILENT)
 
 
 @pytest.mark.parametrize(
     ("task", "message"),
     [("word " * 99, "tokens long, this bundle takes 48"), ("\n", "expected an")],
 )
-def test_an_instruction_the_policy_would_refuse_is_refused_at_once(
-    tiny, monkeypatch, task, message
-):
-    whole = int8.read_calibration(
-        "synthetic",
-        tiny.camera_names,
-        6,
-        [task],
-        statistics={},
-        frames=4,
-        held_out=2,
-        say=str,
-    )
-    monkeypatch.setattr(int8, "read_calibration", lambda *_, **__: whole)
-    with pytest.raises(ObservationsError, match=f"my_data: the task is .*{message}"):
-        int8.observations_for(tiny, "my_data", 4, str)
+def test_an_instruction_the_policy_would_refuse_is_refused_at_once(tiny, tmp_path, task, message):
+    folder = record(tmp_path / "run", task=task, chunks=4)
+    with pytest.raises(ObservationsError, match=f"{folder}: the task is .*{message}"):
+        int8.observations_for(tiny, str(folder), 4, SILENT)
 
 
 def test_every_gripper_is_judged(tiny):
-    assert int8.grippers_of(tiny) == [5]  # an SO-101's last
+    assert grippers_of(tiny) == [5]  # an SO-101's last
     names = ("left_gripper", "a", "b", "c", "right_gripper", "d")
-    assert int8.grippers_of(replace(tiny, joints=names)) == [0, 4]
-    assert int8.grippers_of(replace(tiny, joints=("a", "b", "c", "d", "e", "f"))) == []
+    assert grippers_of(replace(tiny, joints=names)) == [0, 4]
+    assert grippers_of(replace(tiny, joints=("a", "b", "c", "d", "e", "f"))) == []
 
 
 def test_a_cpu_whose_products_overflow_is_refused(export_case, relabelled, monkeypatch):
@@ -391,7 +381,9 @@ def test_int8_for_a_cpu_whose_products_overflow_is_refused_before_calibration(
     monkeypatch.setattr(backend, "has_vnni", lambda: False)
     said = []
     with pytest.raises(BackendError, match="For a GPU, export with --precision int8 --target port"):
-        writer.write_bundle(tiny, tmp_path / "bundle", "int8", target="cpu", say=said.append)
+        write_bundle(
+            tiny, tmp_path / "bundle", "int8", target="cpu", progress=Progress(said.append)
+        )
     assert said == []
 
 

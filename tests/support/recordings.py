@@ -1,12 +1,14 @@
 """A recording's description, and chunks that no policy computed."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from smolvla_edge.runtime import RealTimeChunking
 from smolvla_edge.runtime.policy.policy import Timing
 from smolvla_edge.runtime.robot.chunks import Continuation
 from smolvla_edge.runtime.robot.inference import ActionChunk, ChunkRequest
-from smolvla_edge.runtime.robot.recording import RunMeta
+from smolvla_edge.runtime.robot.recording import Recorder, RunMeta
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 
@@ -47,3 +49,12 @@ def some_chunk(seed=0, height=6, width=8, rows=50):
         time_s=123456.789,
         latency_s=0.25,
     )
+
+
+def record(folder, task="Push.", chunks=10):
+    """A recording of `chunks` chunks; -> its folder."""
+    recorder = Recorder(folder, replace(META, task=task))
+    for i in range(chunks):
+        recorder.answered(some_chunk(seed=i))
+    recorder.close()
+    return folder

@@ -21,10 +21,11 @@ $(DEMO)/manifest.json: | $(VENV)/installed
 	$(BIN)/smolvla-export --demo --output $(DEMO)
 
 test: check
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not arm and not full" -n 2
+	$(BIN)/python -m pytest -m "arm and not full"
 
 test-fast: $(FAST)/installed
-	$(FAST)/bin/python -m pytest -m "not full" -n 2
+	$(FAST)/bin/python -m pytest -m "not arm and not full" -n 2
 
 test-full: $(VENV)/installed
 	$(BIN)/python -m pytest -m full

@@ -27,6 +27,8 @@ import pytest
 import typer
 from safetensors.numpy import load_file, save_file
 
+pytestmark = pytest.mark.arm
+
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 README = ROOT / "README.md"

@@ -10,6 +10,8 @@ from smolvla_edge.devices.bus.bus import FeetechBus
 from smolvla_edge.devices.bus.sts3215 import Register
 from smolvla_edge.devices.virtual.virtual_arm import VIRTUAL_CALIBRATION
 
+pytestmark = pytest.mark.arm
+
 EPROM = [register for register in Register if register.area == "EPROM"]
 
 

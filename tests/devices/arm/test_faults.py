@@ -18,6 +18,8 @@ from smolvla_edge.devices.bus.sts3215 import Register
 from smolvla_edge.devices.virtual.virtual_arm import VIRTUAL_CALIBRATION
 from support.faulty_arm import FaultyArm
 
+pytestmark = pytest.mark.arm
+
 IDS = (1, 2, 3, 4, 5, 6)
 HOME = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
 PERIOD_S = 1 / 30

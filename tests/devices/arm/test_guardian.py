@@ -19,6 +19,8 @@ from smolvla_edge.devices.bus.bus import FeetechBus
 from smolvla_edge.devices.bus.sts3215 import Register
 from support.faulty_arm import FaultyArm
 
+pytestmark = pytest.mark.arm
+
 IDS = (1, 2, 3, 4, 5, 6)
 LIMITS = {i: 500 if i == 6 else 1000 for i in IDS}
 TIOCGEXCL = 0x80045440

@@ -17,6 +17,8 @@ from smolvla_edge.devices.bus.sts3215 import Register
 from smolvla_edge.devices.virtual.virtual_arm import VIRTUAL_CALIBRATION
 from support.faulty_arm import FaultyArm
 
+pytestmark = pytest.mark.arm
+
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
 HOME = [0.0, 0.0, 0.0, 0.0, 0.0, 50.0]

@@ -14,6 +14,8 @@ from smolvla_edge.devices.bus.bus import FeetechBus
 from smolvla_edge.devices.bus.sts3215 import Register
 from smolvla_edge.devices.virtual.virtual_arm import VIRTUAL_CALIBRATION
 
+pytestmark = pytest.mark.arm
+
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
 PERIOD_S = 1 / 30

@@ -14,6 +14,8 @@ from smolvla_edge.devices.bus.bus import FeetechBus, Reading
 from smolvla_edge.devices.bus.port import Port
 from smolvla_edge.devices.bus.sts3215 import Register
 
+pytestmark = pytest.mark.arm
+
 IDS = (1, 2, 3, 4, 5, 6)
 TIOCGEXCL = 0x80045440
 POSITION = Register.PRESENT_POSITION

@@ -20,6 +20,8 @@ from smolvla_edge.devices.bus.port import find_port
 from smolvla_edge.devices.bus.sts3215 import Register
 from support.faulty_arm import FaultyArm
 
+pytestmark = pytest.mark.arm
+
 IDS = (1, 2, 3, 4, 5, 6)
 TIOCGEXCL = 0x80045440
 POSITION = Register.PRESENT_POSITION

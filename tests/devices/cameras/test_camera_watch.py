@@ -18,6 +18,8 @@ from smolvla_edge.devices.cameras.file_camera import ImageFileCamera
 from smolvla_edge.devices.cameras.sources import open_camera
 from support.faulty_arm import FaultyArm
 
+pytestmark = pytest.mark.arm
+
 TICK_S = 1 / 32  # exact, so that sums of it are
 
 

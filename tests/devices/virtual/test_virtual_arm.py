@@ -24,6 +24,8 @@ from smolvla_edge.devices.cameras.sources import open_camera
 from smolvla_edge.devices.virtual.virtual_arm import VIRTUAL_CALIBRATION, VirtualArm
 from support.faulty_arm import FaultyArm, FaultyBus, Write
 
+pytestmark = pytest.mark.arm
+
 IDS = (1, 2, 3, 4, 5, 6)
 MIDDLE = [2001, 2025, 2000, 2027, 2047, 2748]
 

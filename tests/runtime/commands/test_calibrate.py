@@ -19,6 +19,8 @@ from smolvla_edge.devices.bus.bus import FeetechBus
 from smolvla_edge.devices.bus.sts3215 import Register
 from smolvla_edge.devices.virtual.virtual_arm import VIRTUAL_CALIBRATION
 
+pytestmark = pytest.mark.arm
+
 COMMAND = Path(sys.executable).with_name("smolvla-calibrate")
 MIDDLE = (2001, 2025, 2000, 2027, 2047, 2748)
 ELBOW, ROLL = 3, 5

@@ -27,6 +27,8 @@ from smolvla_edge.runtime.robot.checkup import cameras, machine, ports
 from smolvla_edge.runtime.robot.doctor import MachineFacts
 from smolvla_edge.runtime.robot.settings import Settings, read_settings
 
+pytestmark = pytest.mark.arm
+
 NO_GPU = Gpu("", "", "")
 ORIN = Gpu("Orin", "12.6", "10.3.0")
 # An Orin Nano with JetPack 6.2: contents as owners print them in NVIDIA's forum, and as its developer guide says.

@@ -13,6 +13,8 @@ import pytest
 
 from smolvla_edge.runtime.robot.keys import Operator
 
+pytestmark = pytest.mark.arm
+
 LIMIT_S = 30.0
 # Takes argv[1] as its controlling terminal, as a program of a shell does; prints the keys.
 ON_A_TERMINAL = """

@@ -22,6 +22,8 @@ from support.running import (
     wait_for_goals,
 )
 
+pytestmark = pytest.mark.arm
+
 
 def test_the_virtual_arm_needs_no_settings_and_really_moves(export_case, tmp_path):
     (tmp_path / "robot.toml").write_text(WILD)

@@ -19,6 +19,8 @@ from smolvla_edge.devices.bus.sts3215 import Register
 from support.faulty_arm import FaultyArm
 from support.running import SERVOS, assert_limp_and_unharmed, real_port, run, wait_for_goals
 
+pytestmark = pytest.mark.arm
+
 
 @pytest.fixture
 def under_way(fresh, export_case, tmp_path, start):

@@ -9,6 +9,8 @@ import pytest
 from smolvla_edge.devices.bus.sts3215 import Register
 from support.running import COMMAND, TASK, assert_limp_and_unharmed, real_port, run
 
+pytestmark = pytest.mark.arm
+
 
 def edit(folder, change):
     path = folder / "manifest.json"

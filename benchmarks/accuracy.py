@@ -1,6 +1,7 @@
-"""Is it still the same policy? A bundle against its checkpoint in float32, with the same noise.
+"""A bundle against its checkpoint in float32, with the same noise: is it still the same policy?
 
-Beside it stand the same bundle with a mistake made on purpose: a table in which nothing can fail shows nothing.
+Controls are the same bundle with a deliberate error. They must fail the gate: otherwise these
+observations cannot show an error.
 """
 
 from collections.abc import Callable
@@ -10,11 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import BenchError
+from ..core.progress import Progress
 from ..export import parity
+from ..export.checkpoint.cameras import bundle_cameras
 from ..export.checkpoint.checkpoint import Checkpoint, load_checkpoint
-from ..export.int8 import HeldOut, ask_policy, hold_out, observations_for
-from ..export.reference import Observation
-from ..export.writer import reference_of
+from ..export.held_out import HeldOut, hold_out, prefill_policy
+from ..export.int8 import observations_for
+from ..export.reference import ParityObservation, reference_of
 from ..quantize.int8 import gate as gates
 from ..quantize.int8.gate import TICK_DEG, Gate
 from ..quantize.observations.calibration import CalibrationSet
@@ -22,36 +25,37 @@ from ..quantize.observations.sample import Sample
 from ..runtime import Bundle, CheckFailed, Policy
 from ..runtime.bundle.manifest import Manifest
 from . import machine
-from .latency import Reference
+from .latency import ReferenceOptions
 from .result import Accuracy, Comparison, Joint, Observations
 
 STAGES = 2  # observations that are compared stage by stage
-SAME = 1e-4  # as float32 rounds
+SAME = 1e-4  # rounding of float32
 CONTROL_SEEDS = 2
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What errors are judged on and by. source: a LeRobot dataset, a recording, or `synthetic`."""
+    """Observations and gate. source: a LeRobot dataset, a recording, or `synthetic`."""
 
     source: str
     frames: int
     gate: Gate
 
     def draw(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> CalibrationSet:
-        """Its held-out part is what to judge on: a calibration on the same source does not see it.
+        """The held-out part is compared on: a calibration on the same source does not use it.
 
-        Raises CalibrationError where the source is of no use.
+        Raises ObservationsError for a source that cannot be used.
         """
-        data = observations_for(checkpoint, self.source, 4 * self.frames, say)
+        data = observations_for(checkpoint, self.source, 4 * self.frames, Progress(say))
         if len(data.held_out) < 2:
             raise BenchError(
-                f"{self.source} leaves {len(data.held_out)} frame to judge by, expected 2: record more"
+                f"{self.source} leaves {len(data.held_out)} frame to compare on, expected 2: "
+                "record more"
             )
         return data
 
     def drawn(self, data: CalibrationSet) -> Observations:
-        """What to tell of `draw`."""
+        """The record of `draw`."""
         r, kept = data.record, data.held_out
         tasks = len({sample.task for sample in kept})
         return Observations(
@@ -60,27 +64,27 @@ class Judge:
 
 
 def measure(
-    bundle: str, given: Reference, judge: Judge, device: str, say: Callable[[str], None]
+    bundle: str, given: ReferenceOptions, judge: Judge, device: str, say: Callable[[str], None]
 ) -> Accuracy:
-    """Raises BenchError where the reference is another policy, CheckFailed where the bundle answers what is not
-    finite."""
+    """Raises BenchError if the reference is another policy, CheckFailed for NaN in an action."""
     head, opened = machine.watched(), Bundle.open(bundle)
     say(f"reading {given.checkpoint}")
-    checkpoint = load(given)
+    checkpoint = load(replace(given, cameras=bundle_cameras(opened)))
     require_source(opened, checkpoint)
     data, gate = judge.draw(checkpoint, say), judge.gate
     reference = reference_of(checkpoint, opened.manifest.target)
     say(
-        f"asking {given.checkpoint} in torch float32: {len(data.held_out)} observations, {gate.seeds} seeds each"
+        f"running {given.checkpoint} in torch float32: {len(data.held_out)} observations, "
+        f"{gate.seeds} seeds each"
     )
     held_out = hold_out(reference, data.held_out, gate.seeds)
     pairs = zip(data.held_out[:STAGES], held_out.noises, strict=False)
-    few = [Observation(s.images, s.state, s.task, noises[0]) for s, noises in pairs]
+    few = [ParityObservation(s.images, s.state, s.task, noises[0]) for s, noises in pairs]
     expected = [reference.run(o) for o in few]
     del reference
     policy = Policy.load(opened, device)
     stages, _ = parity.measure(policy, few, expected)
-    say(f"asking {bundle}")
+    say(f"running {bundle}")
     comparisons = [compare("bundle", policy, held_out, gate)]
     for name in ("stale cache", "swapped cameras", "other seed"):
         if name != "swapped cameras" or len(opened.manifest.cameras) > 1:
@@ -100,30 +104,48 @@ def measure(
     )
 
 
-def load(given: Reference) -> Checkpoint:
+def failure(result: Accuracy) -> str | None:
+    """Why the check fails; None: it passes."""
+    bundle, *controls = result.comparisons
+    if bundle.missed:
+        return f"the gate is not met: {', '.join(bundle.missed[:8])}"
+    blind = [control.name for control in controls if not control.missed]
+    if blind:
+        return (
+            f"the gate is also met by {', '.join(blind)}: these observations cannot show an "
+            "error, give others"
+        )
+    return None
+
+
+def load(given: ReferenceOptions) -> Checkpoint:
     """Raises CheckpointError."""
-    return load_checkpoint(given.checkpoint, vlm=Path(given.vlm) if given.vlm else None)
+    vlm = Path(given.vlm) if given.vlm else None
+    return load_checkpoint(given.checkpoint, vlm=vlm, cameras=given.cameras)
 
 
 def require_source(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    """Raises BenchError where the bundle was made of another checkpoint."""
-    if other := checkpoint.unlike(bundle.manifest):
+    """Raises BenchError if the bundle was exported from another checkpoint."""
+    if other := checkpoint.differences_from(bundle.manifest):
         raise BenchError(
-            f"{bundle.folder} was exported from another checkpoint ({bundle.manifest.source.checkpoint}) than "
-            f"--reference {checkpoint.name}: other {', '.join(other)}. Name its own checkpoint"
+            f"{bundle.folder} was exported from another checkpoint "
+            f"({bundle.manifest.source.checkpoint}) than --reference {checkpoint.name}: other "
+            f"{', '.join(other)}. Name its own checkpoint"
         )
 
 
 def enters(stages: dict[str, float]) -> str:
-    """The first stage that differs by more than float32 rounds, and by how much."""
+    """The first stage with an error over the rounding of float32."""
     for name, error in stages.items():
         if error > SAME:
-            return f"the error enters with the {name}: {error:.1e}, everything before it is within {SAME:.0e}"
+            return (
+                f"the error starts at {name}: {error:.1e}; all stages before are within {SAME:.0e}"
+            )
     return f"no stage differs by more than {SAME:.0e}"
 
 
 def compare(name: str, policy: Policy, held_out: HeldOut, gate: Gate) -> Comparison:
-    """name: bundle, or the control whose mistake is made."""
+    """name: bundle, or a control."""
     control = name != "bundle"
     noises, rng = held_out.noises, np.random.default_rng(3)
     asked = [_mistaken(name, held_out.samples, i) for i in range(len(noises))]
@@ -133,10 +155,10 @@ def compare(name: str, policy: Policy, held_out: HeldOut, gate: Gate) -> Compari
         noises = [
             [rng.standard_normal(n.shape, dtype=np.float32) for n in seeds] for seeds in noises
         ]
-    got = gates.answers((ask_policy(policy, s) for s in asked), noises)
+    got = gates.outputs_of((prefill_policy(policy, s) for s in asked), noises)
     if not np.isfinite(got.chunks).all():
         raise CheckFailed(
-            f"{policy.bundle.folder} answers what is not finite ({name}): export it again"
+            f"{policy.bundle.folder} gives actions that are not finite ({name}): export it again"
         )
     found = held_out.compare(got)
     names, spread = joint_names(policy.manifest), np.array(found.spread)
@@ -162,13 +184,11 @@ def compare(name: str, policy: Policy, held_out: HeldOut, gate: Gate) -> Compari
     )
 
 
-def _mistaken(name: str, all_of_them: tuple[Sample, ...], i: int) -> Sample:
-    """Observation `i` as a policy with this mistake would see it."""
-    o = all_of_them[i]
-    if (
-        name == "stale cache"
-    ):  # of another moment; under the same instruction, so that it has the same rows
-        other = all_of_them[i - len(all_of_them) // 2]
+def _mistaken(name: str, samples: tuple[Sample, ...], i: int) -> Sample:
+    """Observation `i` as a policy with this error sees it."""
+    o = samples[i]
+    if name == "stale cache":  # of another moment; the same instruction, so the same cache rows
+        other = samples[i - len(samples) // 2]
         return replace(o, images=other.images, state=other.state)
     if name == "swapped cameras":
         first, *rest = o.images.values()

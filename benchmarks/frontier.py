@@ -1,33 +1,34 @@
-"""What to give up to be faster: latency against error, for steps, precision and cameras.
+"""Latency against error for steps, precision and cameras: what to give up for speed.
 
-Bundles and finished cells are kept in a work folder, one file a cell, so that a crash loses one cell:
+The work folder keeps bundles and finished points. An interrupted run continues there:
 
-    work.json                 which policy, observations and machine these cells belong to
-    int8-2/                   the bundle in INT8 with two cameras, or int8-2.txt: why there is none
-    int8-2-10.judged          how far that is from the reference with ten steps, until its steps are timed in turns
-    int8-2-10.json            its cell with ten steps
+    work.json         the policy, observations and machine that these points belong to
+    int8-2/           the INT8 bundle with two cameras, or int8-2.txt: why there is none
+    int8-2-10.json    its point with ten steps
 """
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ..core.errors import BenchError, GateError, ParityError, ResultError
 from ..core.files import sha256_of
+from ..core.progress import Progress
 from ..core.strict import encode
 from ..export.checkpoint.checkpoint import Checkpoint
-from ..export.int8 import HeldOut, ask_policy, hold_out
-from ..export.writer import reference_of, write_bundle
+from ..export.held_out import HeldOut, hold_out, prefill_policy
+from ..export.reference import reference_of
+from ..export.writer import write_bundle
 from ..quantize.int8 import gate as gates
-from ..quantize.int8.gate import Answers, Gate
+from ..quantize.int8.gate import Gate, Outputs
 from ..quantize.observations.calibration import CalibrationSet
 from ..quantize.observations.sample import Sample
 from ..runtime import BackendError, BundleError, Policy
@@ -35,33 +36,31 @@ from ..runtime.bundle.manifest import Precision, Target
 from ..runtime.engines.backend import choose
 from . import machine
 from .accuracy import Judge, load
-from .latency import Effort, Reference, in_turns, noise, timed
-from .result import Cell, Frontier, decoded, read_json, spread, write_json
-
-T = TypeVar("T")
+from .latency import Effort, ReferenceOptions, in_turns, noise, timed
+from .result import Frontier, FrontierPoint, Machine, decoded, read_json, spread, write_json
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried. cameras: how many of the policy's, the first ones; all of them where empty."""
+    """The settings to try. cameras: numbers of the policy's first cameras; empty: all of them."""
 
     steps: tuple[int, ...]
     precisions: tuple[Precision, ...]
     cameras: tuple[int, ...] = ()
 
     def check(self, there: int) -> "Grid":
-        """Raises BenchError for a setting that cannot be had of a policy with `there` cameras."""
-        if wrong := [n for n in self.cameras if not 1 <= n <= there]:
-            raise BenchError(
-                f"--cameras has {wrong[0]}, expected 1 to {there}, which the policy has"
-            )
-        if wrong := [n for n in self.steps if not 1 <= n <= 1000]:
+        """Raises BenchError for a setting that a policy with `there` cameras does not have."""
+        wrong = [n for n in self.cameras if not 1 <= n <= there]
+        if wrong:
+            raise BenchError(f"--cameras has {wrong[0]}, expected 1 to {there}, as the policy has")
+        wrong = [n for n in self.steps if not 1 <= n <= 1000]
+        if wrong:
             raise BenchError(f"--steps has {wrong[0]}, expected 1 to 1000")
         return replace(self, cameras=self.cameras or (there,))
 
 
 def measure(
-    given: Reference,
+    given: ReferenceOptions,
     grid: Grid,
     judge: Judge,
     device: str,
@@ -70,181 +69,198 @@ def measure(
     work: Path,
     say: Callable[[str], None],
 ) -> Frontier:
-    """`judge`'s source calibrates INT8 too. Raises BenchError where the work folder belongs to something else."""
+    """The source of `judge` calibrates INT8 too.
+
+    Raises BenchError if the work folder belongs to something else.
+    """
     head, gate = machine.watched(), judge.gate
     target: Target = "cpu" if choose(device).backends[0] == "ort-cpu" else "portable"
     say(f"reading {given.checkpoint}")
     checkpoint = load(given)
-    grid = grid.check(len(checkpoint.config.cameras))
+    grid = grid.check(len(checkpoint.cameras))
     data = judge.draw(checkpoint, say)
-    here = head()["machine"]
-    policy = (
-        checkpoint.config,
-        checkpoint.processors,
-        checkpoint.vlm.to_dict(),
-        sha256_of(checkpoint.tokenizer),
-    )
-    claim = {
-        "weights": checkpoint.weights_sha256,
-        "policy": repr(policy),
-        "observations": data.record.sha256,
-        "gate": encode(gate),
-        "device": device,
-        "effort": encode(effort),
-        "cpu": here.cpu,
-        "cores": here.cores,
-        "gpu": here.gpu,
-        "versions": here.versions,
-    }
-    with _claimed(work, claim):
-        cells, skipped = _fill(work, checkpoint, grid, gate, data, target, device, effort, say)
-    cells = pareto(cells)
-    best, reason = recommend(cells, budget_ms, gate)
+    search = _Search(checkpoint, data, gate, target, device, effort, work, say)
+    with _claimed(work, search.identity(head()["machine"])):
+        points, skipped = search.fill(grid)
+    points = pareto(points)
+    best, reason = recommend(points, budget_ms, gate)
     return Frontier(
         **head(),
         reference=f"{given.checkpoint} in torch float32",
         observations=judge.drawn(data),
         budget_ms=budget_ms,
-        cells=tuple(cells),
+        cells=tuple(points),
         skipped=skipped,
         recommended=best,
         reason=reason,
     )
 
 
-def _fill(
-    work: Path,
-    checkpoint: Checkpoint,
-    grid: Grid,
-    gate: Gate,
-    data: CalibrationSet,
-    target: Target,
-    device: str,
-    effort: Effort,
-    say: Callable[[str], None],
-) -> tuple[list[Cell], dict[str, str]]:
-    """-> every cell of the grid, measured now or before; and what has none: why."""
-    held_out: HeldOut | None = None
-    cells: list[Cell] = []
-    skipped = {}
-    for precision, cameras in product(grid.precisions, grid.cameras):
-        name = f"{precision}-{cameras}"
-        none = work / f"{name}.txt"
-        left = [n for n in grid.steps if not (work / f"{name}-{n}.json").is_file()]
-        if left and not none.is_file():
-            held_out = held_out or hold_out(
-                reference_of(checkpoint, target), data.held_out, gate.seeds
+@dataclass(frozen=True)
+class _Search:
+    """Exports, judges and times bundles in one work folder."""
+
+    checkpoint: Checkpoint
+    data: CalibrationSet
+    gate: Gate
+    target: Target
+    device: str
+    effort: Effort
+    work: Path
+    say: Callable[[str], None]
+
+    def identity(self, here: Machine) -> dict[str, Any]:
+        """What all points of a work folder have in common."""
+        c = self.checkpoint
+        policy = c.config, c.processors, c.cameras, c.vlm.to_dict(), sha256_of(c.tokenizer)
+        return {
+            "weights": c.weights_sha256,
+            "policy": repr(policy),
+            "observations": self.data.record.sha256,
+            "gate": encode(self.gate),
+            "device": self.device,
+            "effort": encode(self.effort),
+            "cpu": here.cpu,
+            "cores": here.cores,
+            "gpu": here.gpu,
+            "versions": here.versions,
+        }
+
+    def fill(self, grid: Grid) -> tuple[list[FrontierPoint], dict[str, str]]:
+        """-> every point of the grid, measured now or before; the settings without one: why."""
+        held_out: HeldOut | None = None
+        points: list[FrontierPoint] = []
+        skipped = {}
+        for precision, cameras in product(grid.precisions, grid.cameras):
+            name = f"{precision}-{cameras}"
+            none = self.work / f"{name}.txt"
+            files = {n: self.work / f"{name}-{n}.json" for n in grid.steps}
+            left = {n: file for n, file in files.items() if not file.is_file()}
+            if left and not none.is_file() and self.export(name, precision, cameras):
+                if held_out is None:
+                    reference = reference_of(self.checkpoint, self.target)
+                    held_out = hold_out(reference, self.data.held_out, self.gate.seeds)
+                self.point_files(left, precision, cameras, held_out)
+            if none.is_file():
+                skipped[name] = none.read_text()
+            else:
+                points += [_read_point(file) for file in files.values()]
+        return points, skipped
+
+    def point_files(
+        self, files: Mapping[int, Path], precision: Precision, cameras: int, held_out: HeldOut
+    ) -> None:
+        """Judge and time a bundle with each number of steps, in turns; files: by steps."""
+        folder = self.work / f"{precision}-{cameras}"
+        try:
+            policy = Policy.load(folder, self.device)
+        except BundleError as e:
+            raise BenchError(f"{e}. Remove {folder} to export it again") from e
+        judged = {}
+        for n in files:
+            self.say(f"judging {folder.name}: {n} steps")
+            judged[n] = _errors(policy, held_out, n)
+        self.say(f"timing {folder.name} in turns")
+        runs = {str(n): partial(_chunk_ms, policy, held_out, n) for n in files}
+        times = in_turns(runs, self.effort)
+        for n, file in files.items():
+            t, (worst, cache, flips) = spread(times[str(n)]), judged[n]
+            point = FrontierPoint(
+                precision, cameras, n, "euler", t, noise(t), worst, cache, flips, pareto=False
             )
-            if _export(work / name, checkpoint, precision, cameras, target, data, gate, say):
-                policy = _load(work / name, device)
-                judged = {
-                    n: _judged(work / f"{name}-{n}.judged", policy, held_out, n, say) for n in left
-                }
-                say(f"timing {name} in turns")
-                times = in_turns(
-                    {str(n): partial(_chunk_ms, policy, held_out, n) for n in left}, effort
-                )
-                for n, far in judged.items():
-                    t = spread(times[str(n)])
-                    errors = far.worst, far.cache, far.flips
-                    cell = Cell(precision, cameras, n, "euler", t, noise(t), *errors, pareto=False)
-                    write_json(work / f"{name}-{n}.json", encode(cell))
-                    (work / f"{name}-{n}.judged").unlink()
-                del policy
-        if none.is_file():
-            skipped[name] = none.read_text()
-        else:
-            cells += [_kept(work / f"{name}-{n}.json", (precision, cameras, n)) for n in grid.steps]
-    return cells, skipped
+            write_json(file, encode(point))
+
+    def export(self, name: str, precision: Precision, cameras: int) -> bool:
+        """Export the policy's first cameras, if not done before; -> whether there is a bundle."""
+        folder, c = self.work / name, self.checkpoint
+        if folder.is_dir():
+            return True
+        self.say(f"exporting {name}")
+        fewer = replace(c, cameras=c.cameras[:cameras])
+        parts = [
+            tuple(_with_cameras(sample, fewer.camera_names) for sample in part)
+            for part in (self.data.calibration, self.data.held_out)
+        ]
+        data = replace(self.data, calibration=parts[0], held_out=parts[1])
+        try:
+            write_bundle(
+                fewer,
+                folder,
+                precision,
+                target=self.target,
+                calibration=data if precision == "int8" else None,
+                gate=self.gate,
+                progress=Progress(self.say),
+            )
+        except (BackendError, GateError, ParityError) as e:
+            self.say(f"left out: {e}")
+            folder.with_suffix(".txt").write_text(str(e))
+            return False
+        return True
 
 
-def pareto(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells, marked where no other is at least as fast and as close, and better in one of them."""
+def pareto(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+    """The points; `pareto`: no other one is at least as good in both, and better in one."""
 
-    def beaten(c: Cell) -> bool:
-        mine = c.chunk_ms.p50, c.worst
-        theirs = [(o.chunk_ms.p50, o.worst) for o in cells if not o.noise]
-        return any(o != mine and o[0] <= mine[0] and o[1] <= mine[1] for o in theirs)
+    def beaten(p: FrontierPoint) -> bool:
+        mine = p.chunk_ms.p50, p.worst
+        others = [(o.chunk_ms.p50, o.worst) for o in points if not o.noise]
+        return any(o != mine and o[0] <= mine[0] and o[1] <= mine[1] for o in others)
 
-    return [replace(c, pareto=not (c.noise or beaten(c))) for c in cells]
+    return [replace(p, pareto=not (p.noise or beaten(p))) for p in points]
 
 
-def recommend(cells: Sequence[Cell], budget_ms: float | None, gate: Gate) -> tuple[int | None, str]:
-    """-> the index of one cell, and why: the closest within the budget, or the fastest within the gate."""
-    order = [i for i, c in enumerate(cells) if not c.noise]
-    if not order:
-        return (
-            None,
-            "the machine is too noisy to recommend anything"
-            if cells
-            else "nothing could be measured",
-        )
-    fastest = min(order, key=lambda i: cells[i].chunk_ms.p50)
+def recommend(
+    points: Sequence[FrontierPoint], budget_ms: float | None, gate: Gate
+) -> tuple[int | None, str]:
+    """-> the index of one point, and why.
+
+    The least error within the budget; without a budget, the fastest within the gate.
+    """
+    speed = sorted(range(len(points)), key=lambda i: points[i].chunk_ms.p50)
+    speed = [i for i in speed if not points[i].noise]
+    if not speed:
+        return None, "too noisy to recommend a setting" if points else "nothing was measured"
+    limit = f"the gate ({gate.action_p99:g} of the spread over seeds)"
     if budget_ms is None:
-        kept = [i for i in order if _within(cells[i], gate)]
+        kept = [i for i in speed if _within(points[i], gate)]
         if not kept:
-            return (
-                None,
-                f"no setting is within the gate ({gate.action_p99:g} of the spread over seeds)",
-            )
-        best = min(kept, key=lambda i: cells[i].chunk_ms.p50)
-        return (
-            best,
-            f"{_said(cells[best])}: the fastest within the gate ({gate.action_p99:g} of the spread)",
-        )
-    kept = [i for i in order if cells[i].chunk_ms.p95 <= budget_ms]
+            return None, f"no setting is within {limit}"
+        return kept[0], f"{_name(points[kept[0]])}: the fastest within {limit}"
+    kept = [i for i in speed if points[i].chunk_ms.p95 <= budget_ms]
     if not kept:
-        c = cells[fastest]
-        return (
-            None,
-            f"nothing is within {budget_ms:g} ms: the fastest, {_said(c)}, takes {c.chunk_ms.p95:.0f} ms (p95)",
-        )
-    best = min(kept, key=lambda i: (cells[i].worst, cells[i].chunk_ms.p50))
-    reason = f"{_said(cells[best])}: the closest to the reference within {budget_ms:g} ms"
-    if not _within(cells[best], gate):
-        reason += f"; but its error is over the gate ({cells[best].worst:.2f} of the spread, at most {gate.action_p99:g})"
+        fastest = points[speed[0]]
+        took = f"{_name(fastest)}, takes {fastest.chunk_ms.p95:.0f} ms (p95)"
+        return None, f"no setting is within {budget_ms:g} ms: the fastest, {took}"
+    best = min(kept, key=lambda i: points[i].worst)
+    reason = f"{_name(points[best])}: the least error within {budget_ms:g} ms"
+    if not _within(points[best], gate):
+        reason += f"; but its error, {points[best].worst:.2f} of the spread, is over {limit}"
     return best, reason
 
 
-def _within(c: Cell, gate: Gate) -> bool:
+def _within(p: FrontierPoint, gate: Gate) -> bool:
     return (
-        c.worst <= gate.action_p99
-        and (c.flips or 0) <= gate.gripper_flips
-        and (c.cache or 0) <= gate.cache
+        p.worst <= gate.action_p99
+        and (p.flips or 0) <= gate.gripper_flips
+        and (p.cache or 0) <= gate.cache
     )
 
 
-def _said(c: Cell) -> str:
-    return f"{c.precision}, {c.cameras} cameras, {c.steps} steps"
+def _name(p: FrontierPoint) -> str:
+    return f"{p.precision}, {p.cameras} cameras, {p.steps} steps"
 
 
-def _kept(path: Path, setting: tuple[str, int, int]) -> Cell:
-    """A finished cell, read back."""
-    cell = _read(Cell, path)
-    if (cell.precision, cell.cameras, cell.steps) != setting:
-        raise BenchError(
-            f"{path} holds another cell ({_said(cell)}): remove it, and it is measured again"
-        )
-    return cell
-
-
-def _read(cls: type[T], path: Path) -> T:
+def _read_point(path: Path) -> FrontierPoint:
     try:
-        return decoded(cls, read_json(path), path)
+        return decoded(FrontierPoint, read_json(path), path)
     except ResultError as e:
-        raise BenchError(f"{e}. Remove {path}, and it is measured again") from e
-
-
-def _load(folder: Path, device: str) -> Policy:
-    try:
-        return Policy.load(folder, device)
-    except BundleError as e:
-        raise BenchError(f"{e}. Remove {folder}, and it is exported again") from e
+        raise BenchError(f"{e}. Remove {path} to measure it again") from e
 
 
 @contextmanager
 def _claimed(work: Path, ours: dict[str, Any]) -> Iterator[None]:
-    """Make the work folder ours, or find that it is, and keep others out of it."""
+    """Lock the work folder; check that it is empty or belongs to the same search."""
     if work.exists() and not work.is_dir():
         raise BenchError(f"--work {work} is not a folder: give another")
     work.mkdir(parents=True, exist_ok=True)
@@ -253,103 +269,53 @@ def _claimed(work: Path, ours: dict[str, Any]) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not path.is_file():
             if any(work.iterdir()):
-                raise BenchError(f"{work} holds something else: give an empty folder with --work")
+                raise BenchError(f"{work} is not empty: give an empty folder with --work")
             write_json(path, ours)
         theirs = read_json(path)
-        if not isinstance(theirs, dict):
-            raise BenchError(f"{path} is not this program's: give another --work")
-        if others := [key for key in ours if theirs.get(key) != ours[key]]:
+        others = [key for key in ours if theirs.get(key) != ours[key]]
+        if others:
             raise BenchError(
-                f"the cells in {work} were measured with another {', '.join(others)}: give another --work"
+                f"the points in {work} were measured with another {', '.join(others)}: give "
+                "another --work"
             )
         yield
     except BlockingIOError as e:
         raise BenchError(
-            f"another frontier is at work in {work}: wait for it, or give another --work"
+            f"another frontier runs in {work}: wait until it ends, or give another --work"
         ) from e
     finally:
         os.close(lock)
 
 
-def _export(
-    folder: Path,
-    checkpoint: Checkpoint,
-    precision: Precision,
-    cameras: int,
-    target: Target,
-    data: CalibrationSet,
-    gate: Gate,
-    say: Callable[[str], None],
-) -> bool:
-    """Make a bundle of the policy's first cameras, unless it is there; whether there is one now."""
-    if folder.is_dir():
-        return True
-    say(f"exporting {folder.name}")
-    first = checkpoint.processors.camera_names[:cameras]
-    dropped = checkpoint.config.cameras[cameras:]
-    features = {n: f for n, f in checkpoint.config.input_features.items() if n not in dropped}
-    fewer = replace(
-        checkpoint,
-        config=replace(checkpoint.config, input_features=features),
-        processors=replace(checkpoint.processors, camera_names=first),
-    )
-    parts = [
-        tuple(replace(s, images={name: s.images[name] for name in first}) for s in part)
-        for part in (data.calibration, data.held_out)
-    ]
-    given = replace(data, calibration=parts[0], held_out=parts[1]) if precision == "int8" else None
-    try:
-        write_bundle(fewer, folder, precision, target=target, calibration=given, gate=gate, say=say)
-    except (BackendError, GateError, ParityError) as e:
-        say(f"left out: {e}")
-        folder.with_suffix(".txt").write_text(str(e))
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """How far a setting is from the reference: what takes longest of a cell."""
-
-    worst: float
-    cache: float | None
-    flips: int | None
-
-
-def _judged(
-    path: Path, policy: Policy, held_out: HeldOut, n: int, say: Callable[[str], None]
-) -> _Judged:
-    """`n` steps of this policy, from `path` where that was interrupted before it was timed."""
-    if path.is_file():
-        return _read(_Judged, path)
-    say(f"judging {path.stem}: {n} steps")
-    asked = _asked(policy, held_out)
+def _errors(policy: Policy, held_out: HeldOut, n: int) -> tuple[float, float | None, int | None]:
+    """-> p99 / spread of the worst joint, cache error (None with fewer cameras), gripper flips."""
+    samples = _seen_by(policy, held_out)
     whole = len(held_out.samples[0].images) == len(policy.manifest.cameras)
 
-    def ask(sample: Sample) -> gates.Asked:
-        cache, _ = ask_policy(policy, sample)
+    def ask(sample: Sample) -> gates.Prefilled:
+        cache, _ = prefill_policy(policy, sample)
         return cache if whole else {}, lambda x: policy.robot_units(policy.denoise(x, n))
 
-    got = gates.answers(map(ask, asked), held_out.noises)
-    expected = (
-        held_out.expected if whole else Answers([{} for _ in asked], held_out.expected.chunks)
-    )
+    got, expected = gates.outputs_of(map(ask, samples), held_out.noises), held_out.expected
+    if not whole:
+        expected = Outputs([{} for _ in samples], expected.chunks)
     errors = replace(held_out, expected=expected).compare(got)
     if not np.isfinite(errors.action):
         raise BenchError(
-            f"{policy.bundle.folder} answers what is not finite with {n} steps: leave it out"
+            f"{policy.bundle.folder} gives actions that are not finite with {n} steps: leave it out"
         )
-    found = _Judged(errors.action, errors.worst_cache if whole else None, errors.flips)
-    write_json(path, encode(found))
-    return found
+    return errors.action, errors.worst_cache if whole else None, errors.flips
 
 
 def _chunk_ms(policy: Policy, held_out: HeldOut, n: int) -> float:
-    o, noise = _asked(policy, held_out)[0], held_out.noises[0][0]
+    o, noise = _seen_by(policy, held_out)[0], held_out.noises[0][0]
     return 1e3 * timed(lambda: policy.predict_chunk(o.images, o.state, o.task, noise, n))
 
 
-def _asked(policy: Policy, held_out: HeldOut) -> list[Sample]:
-    """The observations as this policy sees them, who may have fewer cameras."""
-    names = [c.name for c in policy.manifest.cameras]
-    return [replace(s, images={name: s.images[name] for name in names}) for s in held_out.samples]
+def _seen_by(policy: Policy, held_out: HeldOut) -> list[Sample]:
+    names = [camera.name for camera in policy.manifest.cameras]
+    return [_with_cameras(sample, names) for sample in held_out.samples]
+
+
+def _with_cameras(sample: Sample, names: Sequence[str]) -> Sample:
+    return replace(sample, images={name: sample.images[name] for name in names})

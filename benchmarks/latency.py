@@ -1,6 +1,6 @@
-"""Milliseconds a chunk takes: bundles through the runtime and the checkpoint in PyTorch, in turns.
+"""Time per chunk: bundles through the runtime and the checkpoint in PyTorch, in turns.
 
-The machine's noise falls on all, so the ratio within a turn is what to trust.
+Noise of the machine affects all that run in a turn, so trust the ratio within a turn most.
 """
 
 import sys
@@ -8,32 +8,44 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
 
 from ..core.errors import BenchError
+from ..export.checkpoint.cameras import Named
+from ..export.reference_process import ReferenceRequest, observation
 from ..runtime import Bundle, Policy
 from ..runtime.budget.budget import TARGET_MS, budget
-from ..runtime.budget.roofline import Board
+from ..runtime.budget.roofline import BoardPeaks
 from ..runtime.bundle.manifest import Manifest
 from ..runtime.policy.selfcheck import require, run_selfcheck, summary
 from . import machine
-from .reference_process import Asked, ReferenceProcess, observation
-from .result import Latency, Limit, Machine, Rates, Ratio, Runner, Spread, Verdict, spread
+from .reference_process import ReferenceProcess
+from .result import (
+    HardwareLimit,
+    Latency,
+    Machine,
+    Rates,
+    Ratio,
+    Runner,
+    Spread,
+    TargetVerdict,
+    spread,
+)
 from .start import cold_start
 
-NOISE = 0.25  # a larger spread says more about the machine than about the policy
-RATIO_NOISE = 2**0.5 * NOISE  # both sides have theirs
+NOISE = 0.25  # at a larger spread, the machine decides the numbers
+RATIO_NOISE = 2**0.5 * NOISE  # both sides are noisy
 LEAST_TURNS = 3
 ENERGY_S = 5.0
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Turns that are thrown away; then `turns`, or fewer where each has been timed for `seconds` on average."""
+    """`warmup` turns not counted, then `turns`, or fewer after `seconds` per participant."""
 
     warmup: int = 3
     turns: int = 30
@@ -41,24 +53,29 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The checkpoint, and the Python that has LeRobot; None: this one where it has."""
+class ReferenceOptions:
+    """The checkpoint and how to run it. lerobot: a Python that has LeRobot; None: this Python."""
 
     checkpoint: str
     vlm: str | None = None
     lerobot: str | None = None
     compiled: bool = False
+    cameras: Named | None = None  # those of training, where the checkpoint does not say
 
-    def processes(self, bundle: Bundle, device: str) -> tuple[str, list[Asked], str]:
-        """-> Python, what to start with it, and what that is, in words."""
+    def processes(self, bundle: Bundle, device: str) -> tuple[str, list[ReferenceRequest], str]:
+        """-> Python, the processes to start with it, and one sentence on them."""
         python = self.lerobot or (sys.executable if find_spec("lerobot") else None)
         kind: Literal["lerobot", "views"] = "lerobot"
-        dtypes, words = ["float32", "bfloat16"], "LeRobot itself, in processes of its own"
+        dtypes, words = ["float32", "bfloat16"], "LeRobot, in processes of its own"
         if not python:
             kind, dtypes = "views", ["float32", "float16"] if device == "cuda" else ["float32"]
-            words = "this project's torch views: LeRobot is not installed here, and --lerobot names no Python with it"
+            words = (
+                "this project's torch views: this Python has no LeRobot, and --lerobot is not given"
+            )
         asked = [
-            Asked(kind, self.checkpoint, self.vlm, str(bundle.folder), dtype, device, compiled)
+            ReferenceRequest(
+                kind, self.checkpoint, self.vlm, str(bundle.folder), dtype, device, compiled
+            )
             for compiled in ((False, True) if self.compiled else (False,))
             for dtype in dtypes
         ]
@@ -66,7 +83,7 @@ class Reference:
 
 
 class BundleRunner:
-    """One bundle, loaded and found to compute what it should. Raises CheckFailed where it does not."""
+    """A loaded bundle. Raises CheckFailed if it fails its self-check."""
 
     def __init__(self, bundle: Bundle, device: str) -> None:
         self.policy = Policy.load(bundle, device)
@@ -82,9 +99,7 @@ class BundleRunner:
         seconds = timed(lambda: policy.predict_chunk(images, state, task, noise))
         t = policy.timing
         stages = {"preprocess": t.preprocess_ms, "prefix": t.prefix_ms, "denoise": t.denoise_ms}
-        if (
-            policy.graphs.device == "tensorrt"
-        ):  # the prefix runs in one launch with the steps: apart, then
+        if policy.graphs.device == "tensorrt":  # one launch runs prefix and steps: run them apart
             feeds = policy.preprocessor.feeds(images, state, task, raw=policy.graphs.takes_frames)
             policy.graphs.prefill(feeds)
             stages["prefix"] = 1e3 * timed(policy.graphs.finish_prefill)
@@ -100,7 +115,7 @@ class BundleRunner:
         return seconds
 
     def energy_j(self) -> float | None:
-        """Of one chunk, by the board's own sensor, read while the policy runs."""
+        """Of one chunk, from the power sensor of the board while the policy runs."""
         if machine.power_w() is None:
             return None
         watts: list[float] = []
@@ -124,15 +139,16 @@ class BundleRunner:
 
 def measure(
     bundles: Sequence[str],
-    reference: Reference | None,
+    reference: ReferenceOptions | None,
     device: str,
-    boards: Sequence[Board],
+    boards: Sequence[BoardPeaks],
     effort: Effort,
     say: Callable[[str], None],
 ) -> Latency:
-    """boards: to project the bundles' chunks to, beside what is measured here.
+    """boards: to project the bundles' chunks to.
 
-    Raises BenchError for what cannot be compared, CheckFailed for a bundle that computes something else here.
+    Raises BenchError for what cannot be compared, CheckFailed for a bundle that fails its
+    self-check.
     """
     head = machine.watched()
     opened = {name: Bundle.open(name) for name in bundles}
@@ -143,7 +159,7 @@ def measure(
         devices = {"cpu" if r.policy.graphs.device == "cpu" else "cuda" for r in ours.values()}
         if len(devices) > 1:
             raise BenchError(
-                "one bundle runs on the CPU, another on a GPU: say which with --device"
+                "one bundle runs on the CPU, another on a GPU: choose one with --device"
             )
         where = devices.pop()
         theirs, words = {}, ""
@@ -153,7 +169,7 @@ def measure(
             for one in wanted:
                 if one.name in opened:
                     raise BenchError(
-                        f"a bundle is named {one.name!r}, as the reference is: give it another name"
+                        f"a bundle has the name of the reference, {one.name!r}: rename the bundle"
                     )
                 theirs[one.name] = process = stack.enter_context(ReferenceProcess(python, one))
                 _require_same(process, first, reference)
@@ -163,7 +179,7 @@ def measure(
         before = machine.rates(where)
         say(f"in turns: {', '.join(runs)}")
         seconds = in_turns(runs, effort)
-        rates = machine.both(before, machine.rates(where))
+        rates = machine.before_and_after(before, machine.rates(where))
         for process in theirs.values():
             process.close()
         energy = {name: r.energy_j() for name, r in ours.items()}
@@ -172,31 +188,26 @@ def measure(
     here = head()["machine"]
     runners = []
     for name, process in theirs.items():
-        t, asked = times[name], process.asked
+        t, asked = times[name], process.request
         runners.append(
             Runner(name, asked.kind, asked.dtype, process.note, t, t.p50 / count, noise(t))
         )
     for name, runner in ours.items():
         t, m, taken = times[name], runner.policy.manifest, runner.stages[effort.warmup :]
         stages = {stage: spread([turn[stage] for turn in taken]) for stage in taken[0]}
-        say(f"starting {name} in fresh processes")
-        runners.append(
-            Runner(
-                name,
-                "bundle",
-                m.precision,
-                runner.policy.graphs.reason,
-                t,
-                t.p50 / count,
-                noise(t),
-                stages_ms=stages,
-                energy_j=energy[name],
-                selfcheck=runner.selfcheck,
-                limits=limits(m, rates, stages),
-                start=cold_start(opened[name], device),
-                verdicts=(verdict(t, here), *(projected(m, board) for board in boards)),
-            )
+        say(f"starting {name} in new processes")
+        reason = runner.policy.graphs.reason
+        bundle = Runner(name, "bundle", m.precision, reason, t, t.p50 / count, noise(t))
+        bundle = replace(
+            bundle,
+            stages_ms=stages,
+            energy_j=energy[name],
+            selfcheck=runner.selfcheck,
+            limits=limits(m, rates, stages),
+            start=cold_start(opened[name], device),
+            verdicts=(verdict(t, here), *(projected(m, board) for board in boards)),
         )
+        runners.append(bundle)
     names = list(times)
     ratios = [_ratio(a, b, times) for i, a in enumerate(names) for b in names[:i] if a in ours]
     return Latency(
@@ -213,7 +224,7 @@ def measure(
 
 
 def same_policy(bundles: Mapping[str, Bundle]) -> Manifest:
-    """-> the manifest of the first. Raises BenchError unless all came from the same weights and answer the same."""
+    """-> the manifest of the first. Raises BenchError unless all are of the same policy."""
     manifests = {name: b.manifest for name, b in bundles.items()}
     name, first = next(iter(manifests.items()))
 
@@ -222,14 +233,14 @@ def same_policy(bundles: Mapping[str, Bundle]) -> Manifest:
 
     if others := [other for other, m in manifests.items() if what(m) != what(first)]:
         raise BenchError(
-            f"{', '.join(others)} and {name} are different policies (weights, cameras, tokens or steps): "
-            "compare bundles that were exported from the same checkpoint"
+            f"{', '.join(others)} and {name} are different policies (weights, cameras, tokens or "
+            "steps): compare bundles of the same checkpoint"
         )
     return first
 
 
 def in_turns(runs: Mapping[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
-    """What each of `runs` returns, its seconds, without the warm-up."""
+    """The seconds that each of `runs` returns, without the warm-up."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(effort.warmup):
         for run in runs.values():
@@ -244,88 +255,82 @@ def in_turns(runs: Mapping[str, Callable[[], float]], effort: Effort) -> dict[st
 
 
 def noise(t: Spread, bound: float = NOISE) -> str | None:
-    """The sentence in place of numbers where they spread too much."""
+    """The sentence that replaces the numbers if they spread too much."""
     if t.spread <= bound:
         return None
     return (
-        f"too noisy to say: nine in ten turns spread over {t.spread:.0%} of their median (bound {bound:.0%}). "
-        "End other jobs, fix the clocks, and measure again"
+        f"too noisy to say: nine in ten turns spread over {t.spread:.0%} of the median "
+        f"(limit {bound:.0%}). End other jobs, fix the clocks, and measure again"
     )
 
 
-def verdict(t: Spread, here: Machine) -> Verdict:
-    """On the target, by this machine's p95; a noisy one may still be all above or all below it."""
-    where = here.board or here.gpu or here.cpu
+def verdict(t: Spread, here: Machine) -> TargetVerdict:
+    """Is p95 within the target? If noisy: is every run, or not one, within it?"""
     met, text = t.p95 <= TARGET_MS, f"p95 is {t.p95:.1f} ms"
-    if noise(t):
+    where, noisy = here.board or here.gpu or here.cpu, noise(t)
+    if noisy:
         met, text = t.max <= TARGET_MS, "every run" if t.max <= TARGET_MS else "not one run"
         if not met and min(t.values) <= TARGET_MS:
-            return Verdict("measured", where, TARGET_MS, None, f"{TARGET_MS:g} ms: {noise(t)}")
-        text += f" of {len(t.values)} took less, though the machine is noisy"
-    said = "met" if met else "not met"
-    return Verdict(
-        "measured", where, TARGET_MS, met, f"{TARGET_MS:g} ms {said} on this machine: {text}"
-    )
+            return TargetVerdict("measured", where, TARGET_MS, None, f"{TARGET_MS:g} ms: {noisy}")
+        text += f" of {len(t.values)} took less, although the machine is noisy"
+    text = f"{TARGET_MS:g} ms {'met' if met else 'not met'} on this machine: {text}"
+    return TargetVerdict("measured", where, TARGET_MS, met, text)
 
 
-def projected(m: Manifest, board: Board) -> Verdict:
-    """On the target, by the roofline alone."""
+def projected(m: Manifest, board: BoardPeaks) -> TargetVerdict:
+    """From the roofline alone."""
     found = budget(m, board)
     ms, met = found.stages["chunk"], found.verdicts["projected"]
-    text = f"{TARGET_MS:g} ms {met} on {board.name}: {ms['projected']:.1f} ms projected by the roofline, not measured"
-    return Verdict(
-        "projected",
-        board.name,
-        TARGET_MS,
-        met == "met",
-        f"{text}; nothing beats {ms['floor']:.1f} ms",
+    text = (
+        f"{TARGET_MS:g} ms {met} on {board.name}: {ms['projected']:.1f} ms projected by the "
+        f"roofline, not measured; the lower bound is {ms['floor']:.1f} ms"
     )
+    return TargetVerdict("projected", board.name, TARGET_MS, met == "met", text)
 
 
-def limits(m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]) -> tuple[Limit, ...]:
-    """What this machine needs for products and memory alone, at its own rates."""
+def limits(
+    m: Manifest, rates: Rates | None, stages: Mapping[str, Spread]
+) -> tuple[HardwareLimit, ...]:
+    """The time of products and of memory alone, at the rates of this machine."""
     if rates is None:
         return ()
     gflops = {name: max(pair) for name, pair in rates.gflops.items()}
     floats = (
         gflops["float32"] if m.precision == "fp32" else gflops.get("float16", gflops["float32"])
     )
+    # A portable bundle multiplies integers on TensorRT only, whose rate is not measured.
+    integers = gflops.get("int8", floats) if m.target == "cpu" else floats
     steps = m.sampling.num_steps
     found = []
     for stage, graph, runs in (("prefix", m.prefix, 1), ("denoise", m.expert, steps)):
         int8 = runs * sum(work.gemm.get("int8", 0) for work in graph.stages.values())
         size = runs * (sum(work.weight_bytes for work in graph.stages.values()) + m.cache_bytes)
         flops = runs * graph.flops
-        compute_ms = 1e-6 * ((flops - int8) / floats + int8 / gflops.get("int8", floats))
+        compute_ms = 1e-6 * ((flops - int8) / floats + int8 / integers)
         memory_ms = 1e-6 * size / max(rates.copy_gbs)
         share = max(compute_ms, memory_ms) / stages[stage].p50
         # mypy takes `stage` for any str
-        found.append(Limit(stage, flops, int8, size, compute_ms, memory_ms, share))  # type: ignore[arg-type]
+        found.append(HardwareLimit(stage, flops, int8, size, compute_ms, memory_ms, share))  # type: ignore[arg-type]
     return tuple(found)
 
 
 def _ratio(runner: str, against: str, times: Mapping[str, Spread]) -> Ratio:
-    ratio = spread(np.array(times[against].values) / np.array(times[runner].values))
-    return Ratio(
-        runner,
-        against,
-        ratio.p50,
-        min(ratio.values),
-        ratio.max,
-        ratio.values,
-        noise(ratio, RATIO_NOISE),
-    )
+    r = spread(np.array(times[against].values) / np.array(times[runner].values))
+    noisy = noise(r, RATIO_NOISE)
+    return Ratio(runner, against, r.p50, min(r.values), r.max, r.values, noisy)
 
 
-def _require_same(process: ReferenceProcess, m: Manifest, reference: Reference) -> None:
-    if process.unlike:
+def _require_same(process: ReferenceProcess, m: Manifest, reference: ReferenceOptions) -> None:
+    if process.differences:
         raise BenchError(
-            f"the bundle was exported from another checkpoint ({m.source.checkpoint}) than --reference "
-            f"{reference.checkpoint}: other {', '.join(process.unlike)}. Name its own checkpoint"
+            f"the bundle was exported from another checkpoint ({m.source.checkpoint}) than "
+            f"--reference {reference.checkpoint}: other {', '.join(process.differences)}. Name its own "
+            "checkpoint"
         )
     if process.tokens != m.tokens.length:
         raise BenchError(
-            f"{process.asked.name} takes {process.tokens} tokens, the bundle {m.tokens.length}: not the same work"
+            f"{process.request.name} takes {process.tokens} tokens, the bundle {m.tokens.length}: "
+            "the work is not the same"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, before and after, and how fast that multiplies and copies on this day."""
+"""The machine card, before and after a run, and this machine's rates of products and copies."""
 
 import importlib.metadata
 import os
@@ -18,69 +18,61 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..core.board import read_board
+from ..core.board import cpu_flags, cpu_info, read_board
 from .result import Machine, Rates, Readings
 
-ROWS, INNER, COLUMNS = (
-    1024,
-    768,
-    3072,
-)  # the largest product of the policy: vision's first MLP layer
-COPIED = 64 << 20  # float32 numbers: beyond every cache
-# Vector units that matrix products use, as Linux names them on x86 and on Arm.
-_FLAGS = "avx2 fma avx_vnni avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 asimd asimdhp asimddp i8mm bf16 sve"
+# The largest product of the policy, the first MLP layer of the vision tower: [ROWS, INNER, COLUMNS].
+ROWS, INNER, COLUMNS = 1024, 768, 3072
+COPIED = 64 << 20  # float32 numbers: larger than every cache
+# CPU flags of matrix products, as Linux names them on x86 and Arm.
+_FLAGS = (
+    "avx2 fma avx_vnni avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16 "
+    "asimd asimdhp asimddp i8mm bf16 sve"
+)
 _PACKAGES = ("smolvla-edge", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "torch")
 
 
-def watched() -> Callable[[], dict[str, Any]]:
-    """Reads load, clocks and temperature now; what it gives reads them again: the fields of `Result`."""
+def watched(realtime: bool = False) -> Callable[[], dict[str, Any]]:
+    """Read load, clocks and temperature now.
+
+    Returns a function that reads them again and gives the fields of `Result`.
+    realtime: the policy keeps a core for the control loop, as `Policy.load(realtime=True)` does.
+    """
     load, before = os.getloadavg()[0], readings()
 
     def head() -> dict[str, Any]:
         board = read_board()
-        lines = [
-            line.split(":", 1)
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if ":" in line
-        ]
-        cpu = {key.strip(): value.strip() for key, value in reversed(lines)}
-        numbers = [
-            f"{key.split()[-1]} {cpu[key]}"
-            for key in ("cpu family", "model", "stepping")
-            if key in cpu
-        ]
-        has = f"{cpu.get('flags', '')} {cpu.get('Features', '')}".split()
-        parts = [
-            cpu.get("model name", platform.machine()),
-            *numbers,
-            " ".join(f for f in _FLAGS.split() if f in has),
-        ]
         cores = len(os.sched_getaffinity(0))
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
         machine = Machine(
-            cpu=", ".join(parts),
+            cpu=cpu_name(),
             cores=cores,
-            threads=cores,
-            memory_mb=round(memory),
+            threads=max(1, cores - 1) if realtime else cores,  # as runtime/engines/ort.py
+            memory_mb=round(1e-6 * board.memory_bytes),
             gpu=_nvidia("name,driver_version,memory.total,clocks.max.sm,power.limit"),
             board=board.module or board.name if board.jetson else None,
             power_mode=None
             if board.power_mode is None
             else board.power_modes.get(board.power_mode),
-            system=f"Linux {platform.release()}",
+            system=f"Linux {board.kernel}",
             versions={"python": platform.python_version(), **_versions()},
             load=round(load, 2),
             before=before,
             after=readings(),
         )
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        return {
-            "command": command,
-            "made": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
-            "machine": machine,
-        }
+        made = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+        return {"command": command, "made": made, "machine": machine}
 
     return head
+
+
+def cpu_name() -> str:
+    """Model and matrix instructions. The family tells CPUs apart whose name a hypervisor hides."""
+    info, flags = cpu_info(), cpu_flags()
+    fields = ("cpu family", "model", "stepping")
+    numbers = [f"{key.split()[-1]} {info[key]}" for key in fields if key in info]
+    known = " ".join(flag for flag in _FLAGS.split() if flag in flags)
+    return ", ".join([read_board().cpu, *numbers, known])
 
 
 def readings() -> Readings:
@@ -88,10 +80,8 @@ def readings() -> Readings:
     board = read_board()
     clocks = {clock.name: clock.now for clock in board.clocks}
     cpu, gpu = clocks.pop("CPU", None), next(iter(clocks.values()), None)
-    if cpu is None:  # a virtual machine
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        seen = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-        cpu = round(float(np.mean(seen)), 1) if seen else None
+    if cpu is None and "cpu MHz" in cpu_info():  # a virtual machine has no cpufreq
+        cpu = float(cpu_info()["cpu MHz"])
     card = _nvidia("clocks.sm", "nounits")
     return Readings(
         cpu_mhz=cpu,
@@ -101,7 +91,7 @@ def readings() -> Readings:
 
 
 def power_w(root: Path = Path("/sys/class/hwmon")) -> float | None:
-    """What the whole board draws, by a Jetson's INA3221; None without one."""
+    """Power of the whole board, by the INA3221 of a Jetson. None without one."""
     for label in root.glob("hwmon*/in*_label"):
         if _text(label) in ("VDD_IN", "POM_5V_IN"):
             channel = label.name.removeprefix("in").removesuffix("_label")
@@ -114,11 +104,11 @@ def power_w(root: Path = Path("/sys/class/hwmon")) -> float | None:
 
 
 def rates(device: str, seconds: float = 1.0) -> dict[str, float] | None:
-    """GFLOP/s of one product by dtype, 1 multiply-add = 2, and GB/s read and written by y = -x ("copy"); medians,
-    through ONNX Runtime with buffers on `device` (cpu | cuda). None without the onnx package, which makes the
-    graphs, or without the provider.
+    """Medians through ONNX Runtime with buffers on `device` (cpu | cuda).
 
-    int8: DynamicQuantizeMatMul with int8 weights, a scale per column.
+    GFLOP/s of one product by dtype, 1 multiply-add = 2. "copy": GB/s read and written by y = -x.
+    int8: DynamicQuantizeMatMul with int8 weights and a scale per column. None without the onnx
+    package, which makes the graphs, or without the provider.
     """
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     if find_spec("onnx") is None or provider not in onnxruntime.get_available_providers():
@@ -144,8 +134,10 @@ def rates(device: str, seconds: float = 1.0) -> dict[str, float] | None:
     return found | {"copy": 2e-9 * large.nbytes / copy}
 
 
-def both(before: dict[str, float] | None, after: dict[str, float] | None) -> Rates | None:
-    """What `rates` gave before and after."""
+def before_and_after(
+    before: dict[str, float] | None, after: dict[str, float] | None
+) -> Rates | None:
+    """Pairs of what `rates` gave."""
     if before is None or after is None:
         return None
     pairs: dict[str, tuple[float, ...]] = {
@@ -157,7 +149,7 @@ def both(before: dict[str, float] | None, after: dict[str, float] | None) -> Rat
 def _seconds(
     node: Any, x: NDArray[Any], constants: dict[str, NDArray[Any]], device: str, seconds: float
 ) -> float:
-    """Median time of one operator on all cores, or on the GPU."""
+    """Median time of one operator, on all cores or on the GPU."""
     from onnx import helper, numpy_helper
 
     shape = (x.shape[0], COLUMNS)
@@ -216,5 +208,5 @@ def _nvidia(query: str, form: str = "") -> str | None:
 def _text(path: str | Path) -> str | None:
     try:
         return Path(path).read_text().strip(" \n\0") or None
-    except OSError:  # not there, not permitted, or a sensor that is asleep
+    except OSError:  # missing, not permitted, or the sensor is off
         return None

@@ -1,21 +1,25 @@
-"""Sections as one HTML page, as Markdown and as JSON; and the README's part of them."""
+"""Sections as one HTML page, as Markdown, on the terminal, and as JSON."""
 
 import json
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from io import StringIO
 from string import Template
 
-from ..core.errors import BenchError
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
 from ..core.strict import encode
 from .report import Cell, Section, Table
 
-TITLE = "smolvla-edge benchmarks"
-BEGIN, END = "<!-- smolvla-bench table: begin -->\n", "<!-- smolvla-bench table: end -->\n"
+WIDE = 100_000  # columns: Markdown lines are not wrapped
 
 
 def html(sections: Sequence[Section]) -> str:
-    """One page that needs nothing else: styles and plots are in it."""
+    """One page that loads nothing: it holds its styles and its plots."""
     body = []
     for section in sections:
         level = "h2" if section.command else "h3"
@@ -26,19 +30,17 @@ def html(sections: Sequence[Section]) -> str:
         if section.plot:
             body.append(section.plot())
         if section.table:
-            head, rows = section.table.head, section.table.rows
-            lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
-            for *first, last in rows:
-                span = len(head) - len(first)
-                lines.append(
-                    "".join(_element("td", cell) for cell in first) + _element("td", last, span)
-                )
-            body.append(
-                f"<div><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
-            )
-    return Template(files(__package__).joinpath("page.html").read_text()).substitute(
-        body="\n".join(body)
-    )
+            body.append(_html_table(section.table))
+    page = Template(files(__package__).joinpath("page.html").read_text())
+    return page.substitute(body="\n".join(body))
+
+
+def _html_table(table: Table) -> str:
+    lines = ["".join(f"<th>{escape(name)}</th>" for name in table.head)]
+    for *first, last in table.rows:
+        cells = [_element("td", cell) for cell in first]
+        lines.append("".join(cells) + _element("td", last, len(table.head) - len(first)))
+    return f"<div><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
 
 
 def _element(tag: str, cell: Cell, span: int = 1) -> str:
@@ -48,55 +50,40 @@ def _element(tag: str, cell: Cell, span: int = 1) -> str:
 
 
 def markdown(sections: Sequence[Section]) -> str:
-    """The same without plots."""
-    lines = []
+    """Headings, sentences and tables, without the plots."""
+    text = StringIO()
+    _print(sections, Console(file=text, width=WIDE), box.MARKDOWN)
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+
+
+def show(sections: Sequence[Section]) -> None:
+    """The same on the terminal."""
+    _print(sections, Console(), box.SIMPLE_HEAD)
+
+
+def _print(sections: Sequence[Section], console: Console, lines: box.Box) -> None:
     for section in sections:
-        lines += ["", f"{'###' if section.command else '####'} {section.heading}", ""]
+        mark = "##" if section.command else "###"
+        console.print(Text(f"\n{mark} {section.heading}\n", "bold"))
         if section.command:
-            lines += ["    " + " ".join(section.command.text.splitlines()), ""]
-        lines += [f"{cell.text}  " for cell in section.sentences]
+            console.print(Text(f"    {_one_line(section.command)}\n"))
+        for cell in section.sentences:
+            console.print(Text(f"{_one_line(cell)}\n"))
         if section.table:
-            lines += [""] * bool(section.sentences) + _aligned(section.table)
-    return "".join(f"{line}\n" for line in lines[1:])
+            table = RichTable(box=lines)
+            for name in section.table.head:
+                table.add_column(Text(name), overflow="fold")
+            for row in section.table.rows:
+                table.add_row(*(Text(_one_line(cell).replace("|", "\\|")) for cell in row))
+            console.print(table)
 
 
-def _aligned(table: Table) -> list[str]:
-    """Readable as it is, too: columns below one another, but for the last of a row, which may be a sentence."""
-    rows = [list(table.head), *([_one_line(cell.text) for cell in row] for row in table.rows)]
-    widths = [
-        max(len(row[i]) for row in rows if len(row) > i + 1) for i in range(len(table.head) - 1)
-    ]
-    lines = []
-    for row in rows:
-        padded = [cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)]
-        lines.append(f"| {' | '.join([*padded, row[-1]])} |" + " |" * (len(table.head) - len(row)))
-    dashes = "|".join("-" * (width + 2) for width in [*widths, max(len(table.head[-1]), 1)])
-    return [lines[0], f"|{dashes}|", *lines[1:]]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines()).replace("|", "\\|")
+def _one_line(cell: Cell) -> str:
+    return " ".join(cell.text.splitlines())
 
 
 def as_json(sections: Sequence[Section]) -> str:
-    """Headings, sentences and tables, each cell with its text and its field."""
+    """Headings, sentences and tables; each cell with its text and its field."""
     kept = ("heading", "command", "sentences", "table")
     found = [{name: encode(getattr(section, name)) for name in kept} for section in sections]
-    return json.dumps({"title": TITLE, "sections": found}, indent=1)
-
-
-def into_readme(readme: str, sections: Sequence[Section], name: str) -> str:
-    """`readme` with what results say in short between its two markers. Raises BenchError where they are missing."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise BenchError(
-            f"{name} lacks the lines {BEGIN.strip()} and {END.strip()}: the table goes between them"
-        )
-    return (
-        before
-        + begin
-        + markdown([section for section in sections if section.headline])
-        + end
-        + after
-    )
+    return json.dumps({"sections": found}, indent=1)

@@ -1,6 +1,6 @@
-"""The report's plots, one function each: numbers -> inline SVG. Needs matplotlib, of the [bench] extra.
+"""The plots of the report, one function each: numbers -> inline SVG. Needs matplotlib ([bench]).
 
-Colours are CSS variables of the page, so that a plot follows its theme; text stays text.
+Colours are CSS variables of the page, so a plot follows the light or dark theme. Text stays text.
 """
 
 import re
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import BenchError
 from ..quantize.int8.gate import TICK_DEG
-from .result import Cell, Comparison, Loop
+from .result import Comparison, FrontierPoint, LoopRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,19 +24,21 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 INK, FAINT, *SERIES = (f"#fe000{i}" for i in range(6))  # stand for var(--p0) ... var(--p5)
 WIDTH_IN, ROW_IN, MARGIN_IN = 7.2, 0.28, 0.7
-FLOOR = 1e-7  # where a logarithmic axis shows less, and 0
+FLOOR = 1e-7  # a logarithmic axis shows smaller values, and 0, here
 STYLE: Any = {
-    "font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 4, "legend.frameon": False, "axes.grid": True,
+    "font.size": 8, "lines.linewidth": 1.2, "lines.markersize": 4, "legend.frameon": False,
+    "axes.grid": True,
     "grid.linewidth": 0.5, "axes.spines.right": False, "axes.spines.top": False,
-    "figure.facecolor": "none", "axes.facecolor": "none", "grid.color": FAINT, "axes.edgecolor": FAINT,
+    "figure.facecolor": "none", "axes.facecolor": "none",
+    "grid.color": FAINT, "axes.edgecolor": FAINT,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "text.parse_math": False,  # names are the user's, with their dollars
+    "text.parse_math": False,  # a name can contain dollar signs
     "svg.fonttype": "none", "svg.hashsalt": "smolvla-edge",
 }  # fmt: skip
 
 
 def _plot(draw: "Callable[Concatenate[Figure, P], str]") -> Callable[P, str]:
-    """`draw` puts a plot on a figure and returns what it shows, in words; what is made of it returns the SVG."""
+    """`draw` draws on a figure and returns its title. The decorated function returns the SVG."""
 
     @wraps(draw)
     def svg(*args: P.args, **kwargs: P.kwargs) -> str:
@@ -49,9 +51,7 @@ def _plot(draw: "Callable[Concatenate[Figure, P], str]") -> Callable[P, str]:
             ) from e
         file = StringIO()
         with rc_context(STYLE), catch_warnings():
-            simplefilter(
-                "ignore", UserWarning
-            )  # of glyphs that its font lacks: the text is the page's to draw
+            simplefilter("ignore", UserWarning)  # missing glyphs: the browser draws the text
             figure = Figure(layout="constrained")
             title = draw(figure, *args, **kwargs)
             figure.savefig(file, format="svg", metadata={"Title": title, "Date": None})
@@ -68,21 +68,22 @@ def _axes(figure: "Figure", height_in: float, number: int = 1) -> "list[Axes]":
 
 
 def _names(ax: "Axes", names: Sequence[str]) -> None:
-    """A row for each, the first on top."""
+    """One row per name, the first on top."""
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
 
 
-def _line(ax: "Axes", x: float, name: str) -> None:
-    """A vertical line to compare with."""
-    ax.axvline(x, color=SERIES[1], linestyle="--")
-    ax.annotate(name, (x, 1), (3, 3), ("data", "axes fraction"), "offset points", color=SERIES[1])
+def _line(ax: "Axes", x: float, name: str, color: str = SERIES[1], *, bottom: bool = False) -> None:
+    """A vertical line; its name is at the top or at the bottom."""
+    ax.axvline(x, color=color, linestyle="--")
+    at = (x, 0 if bottom else 1)
+    ax.annotate(name, at, (3, 3), ("data", "axes fraction"), "offset points", color=color)
 
 
 def _log(ax: "Axes", which: str) -> None:
-    """A logarithmic axis, x or y, of whole decades."""
+    """Make axis x or y logarithmic, with whole decades."""
     ax.set(**{f"{which}scale": "log"})
     low, high = np.log10(getattr(ax, f"get_{which}lim")())
     ax.set(**{f"{which}lim": (10.0 ** np.floor(low), 10.0 ** np.ceil(high))})
@@ -101,7 +102,7 @@ def strips(
     log: bool = False,
     line: tuple[float, str] | None = None,
 ) -> str:
-    """rows: name, measurements, what to write beside them. A dot for each measurement, a bar for their median."""
+    """rows: name, measurements, label. A dot for each measurement, a bar for the median."""
     (ax,) = _axes(figure, len(rows) * ROW_IN + MARGIN_IN)
     for y, (_, values, said) in enumerate(rows):
         v = np.maximum(values, FLOOR if log else -np.inf)
@@ -121,7 +122,7 @@ def strips(
 
 @_plot
 def joints(figure: "Figure", comparisons: Sequence[Comparison]) -> str:
-    """Each joint's error beside what it is to be judged by: a servo tick, the spread over seeds, wrong on purpose."""
+    """The error of each joint beside a servo tick, the spread over seeds, and the controls."""
     bundle, *controls = comparisons
     y = np.arange(len(bundle.joints))
     (ax,) = _axes(figure, len(y) * ROW_IN + MARGIN_IN)
@@ -135,20 +136,15 @@ def joints(figure: "Figure", comparisons: Sequence[Comparison]) -> str:
     ax.plot(errors("p99"), y, "o", color=SERIES[0], label="p99")
     ax.vlines(errors("spread"), y - 0.3, y + 0.3, color=INK, linewidth=2, label="spread over seeds")
     for i, control in enumerate(controls):
-        name = "" if i else "p99 of what is wrong on purpose"
+        name = "" if i else "p99 of controls (deliberate errors)"
         ax.plot(errors("p99", control), y, "x", color=SERIES[1], label=name)
-    if len(ticked := y[[joint.ticks is not None for joint in bundle.joints]]):
-        ax.vlines(
-            [TICK_DEG] * len(ticked),
-            ticked - 0.5,
-            ticked + 0.5,
-            color=SERIES[2],
-            ls="--",
-            label="servo tick",
-        )
+    ticked = y[[joint.ticks is not None for joint in bundle.joints]]
+    if len(ticked):
+        x, low, high = [TICK_DEG] * len(ticked), ticked - 0.5, ticked + 0.5
+        ax.vlines(x, low, high, color=SERIES[2], linestyle="--", label="servo tick")
     _names(ax, [joint.name for joint in bundle.joints])
     _log(ax, "x")
-    ax.set_xlabel("error, robot units (degrees where there is a tick)")
+    ax.set_xlabel("error, robot units (degrees for joints with a tick)")
     _legend(figure)
     return "error of each joint"
 
@@ -172,66 +168,60 @@ def drift(figure: "Figure", comparisons: Sequence[Comparison]) -> str:
 
 @_plot
 def frontier(
-    figure: "Figure", cells: Sequence[Cell], recommended: Cell | None, budget_ms: float | None
+    figure: "Figure",
+    points: Sequence[FrontierPoint],
+    recommended: FrontierPoint | None,
+    budget_ms: float | None,
 ) -> str:
-    """Latency against error; a line for each precision and number of cameras, the steps beside its points."""
+    """Latency against error. A line per precision and cameras, the steps beside its points."""
     (ax,) = _axes(figure, 3.4)
-    lines: dict[tuple[str, int], list[Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.steps):
-        lines.setdefault((cell.precision, cell.cameras), []).append(cell)
+    lines: dict[tuple[str, int], list[FrontierPoint]] = {}
+    for point in sorted(points, key=lambda point: point.steps):
+        lines.setdefault((point.precision, point.cameras), []).append(point)
     precisions = list(dict.fromkeys(precision for precision, _ in lines))
+    most = max(point.cameras for point in points)
     for (precision, cameras), line in lines.items():
         look: dict[str, Any] = {"color": SERIES[precisions.index(precision) % len(SERIES)]}
-        x, y = [cell.chunk_ms.p50 for cell in line], [max(cell.worst, 1e-3) for cell in line]
-        dashes = "-" if cameras == max(cell.cameras for cell in cells) else ":"
-        ax.plot(x, y, linestyle=dashes, label=f"{precision}, {cameras} cameras", **look)
-        for cell, at in zip(line, zip(x, y, strict=True), strict=True):
-            ax.plot(
-                *at,
-                "o",
-                fillstyle="full" if cell.pareto else "none",
-                markersize=6 if cell.pareto else 4,
-                **look,
-            )
-            ax.annotate(str(cell.steps), at, (5, 3), textcoords="offset points", **look)
-            if cell == recommended:
+        places = [(point.chunk_ms.p50, max(point.worst, 1e-3)) for point in line]
+        name, dashes = f"{precision}, {cameras} cameras", "-" if cameras == most else ":"
+        ax.plot(*zip(*places, strict=True), linestyle=dashes, label=name, **look)
+        for point, at in zip(line, places, strict=True):
+            fill, size = ("full", 6) if point.pareto else ("none", 4)
+            ax.plot(*at, "o", fillstyle=fill, markersize=size, **look)
+            ax.annotate(str(point.steps), at, (5, 3), textcoords="offset points", **look)
+            if point == recommended:
                 ax.plot(*at, "o", color=INK, fillstyle="none", markersize=12)
                 ax.annotate("recommended", at, (-8, -11), textcoords="offset points", ha="right")
     ax.set_xlim(left=0)
     _log(ax, "y")
     ax.set_ylim(bottom=7e-4)
-    ax.set_xlabel("chunk, p50, ms (numbers are steps; filled: nothing is both faster and closer)")
-    ax.set_ylabel("worst joint, p99 / spread (or below 0.001)")
+    ax.set_xlabel("chunk p50, ms (numbers are steps; filled: Pareto-optimal)")
+    ax.set_ylabel("worst joint, p99 / spread (0.001: or less)")
     if budget_ms is not None:
-        ax.axvline(budget_ms, color=INK, linestyle="--")
-        ax.annotate(
-            f"budget {budget_ms:g} ms",
-            (budget_ms, 0),
-            (3, 3),
-            ("data", "axes fraction"),
-            "offset points",
-        )
+        _line(ax, budget_ms, f"budget {budget_ms:g} ms", INK, bottom=True)
     _legend(figure)
     return "latency against error"
 
 
 @_plot
-def loop(figure: "Figure", run: Loop) -> str:
-    """How far each period was off, and the actions left, over time."""
-    above, below = _axes(figure, 3.0, 2)
-    if run.period_error_ms:
-        values = run.period_error_ms.values
-        above.plot(
-            np.arange(1, len(values) + 1) / run.fps,
-            np.maximum(values, 1e-3),
-            color=SERIES[0],
-            linewidth=0.7,
-        )
-        _log(above, "y")
-        above.set_ylim(bottom=7e-4)
-    above.set_ylabel("period off by, ms")
-    below.plot(np.arange(len(run.queued)) / run.fps, run.queued, color=SERIES[2], linewidth=0.9)
-    below.set_ylabel("actions queued")
-    below.set_ylim(bottom=0)
-    below.set_xlabel("seconds")
-    return f"period and queue at {run.fps:g} Hz"
+def loop(figure: "Figure", run: LoopRun) -> str:
+    """The share of ticks, or chunks, that take longer than a time."""
+    (ax,) = _axes(figure, 2.6)
+    measured = {
+        "period error": run.period_error_ms,
+        "tick late by": run.late_ms,
+        "work in a tick": run.busy_ms,
+        "request to chunk": run.chunk_ms,
+    }
+    for color, (name, times) in zip(SERIES, measured.items(), strict=True):
+        if times:
+            values = np.maximum(np.sort(times.values), 1e-3)
+            share = 1 - np.arange(len(values)) / len(values)
+            ax.step(values, share, where="post", color=color, label=name)
+    _line(ax, 1e3 / run.fps, "period")
+    _log(ax, "x")
+    _log(ax, "y")
+    ax.set_xlabel("milliseconds")
+    ax.set_ylabel("share that takes longer")
+    _legend(figure)
+    return f"times of the loop at {run.fps:g} Hz"

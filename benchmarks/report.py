@@ -1,66 +1,46 @@
-"""Results become sections: a heading, sentences, a plot, a table. page.py writes them down.
+"""Results become sections: a heading, sentences, a plot, a table. page.py renders them.
 
-Whatever comes from a result names its file and field, as a JSON pointer: `latency.json#/runners/0/chunk_ms/p50`.
+What comes from a result names its file and field with a JSON pointer, such as
+`latency.json#/runners/0/chunk_ms/p50`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ResultError
 from ..core.strict import encode
-from .plots import drift, frontier, joints, loop, strips
-from .result import Accuracy, Control, Frontier, Latency, read
+from . import plots
+from .result import Accuracy, ColdStart, Control, Frontier, Latency, read
 
-TIMES = {name: f"/{name}" for name in ("p50", "p95", "p99", "max")}
-STARTS = (
-    "python_s",
-    "open_s",
-    "load_s",
-    "first_s",
-    "second_s",
-    "peak_mb",
-    "anonymous_mb",
-    "mapped_mb",
-    "disk_mb",
-)
 LOOP = {
-    "ms a period is off by": "/period_error_ms",
-    "ms a tick is late by": "/late_ms",
-    "ms of work in a tick": "/busy_ms",
-    "ms to read the arm": "/read_ms",
-    "ms to take pictures": "/capture_ms",
-    "ms since the oldest picture": "/picture_age_ms",
-    "ms to command the arm": "/write_ms",
-    "ms from request to chunk": "/chunk_ms",
-    "degrees at a seam between chunks": "/seams_deg",
+    "period error, ms": "/period_error_ms",
+    "tick late by, ms": "/late_ms",
+    "work in a tick, ms": "/busy_ms",
+    "read the arm, ms": "/read_ms",
+    "take pictures, ms": "/capture_ms",
+    "age of the oldest picture, ms": "/picture_age_ms",
+    "command the arm, ms": "/write_ms",
+    "request to chunk, ms": "/chunk_ms",
+    "step between chunks, degrees": "/seams_deg",
 }
-SHOWN = (
-    "command",
-    "enters",
-    "made",
-    "rates",
-    "reason",
-    "recommended",
-    "skipped",
-    "stages",
-)  # not as settings
-Columns = Mapping[str, str]
+# Shown elsewhere than under the settings.
+SHOWN = {"command", "enters", "made", "rates", "reason", "recommended", "skipped", "stages"}
+Columns = Mapping[str, str]  # head -> field below the pointer of a row
 Row = tuple[str, str]  # its name, and the pointer of what it shows
 
 
 @dataclass(frozen=True)
 class Cell:
     text: str
-    field: str | None = None  # FILE#/json/pointer; None: our words
+    field: str | None = None  # FILE#/json/pointer; None: text of the report
 
 
 @dataclass(frozen=True)
 class Table:
     head: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]  # the last cell of a short one takes the rest
+    rows: tuple[tuple[Cell, ...], ...]  # the last cell of a short row fills the rest
 
 
 @dataclass(frozen=True)
@@ -69,12 +49,11 @@ class Section:
     table: Table | None = None
     sentences: tuple[Cell, ...] = ()
     plot: Callable[[], str] | None = None  # -> SVG
-    command: Cell | None = None  # a result begins here, and this made it
-    headline: bool = False  # for the README too
+    command: Cell | None = None  # a result begins here; this command made it
 
 
-class Source:
-    """A result file, and its fields as cells."""
+class ResultFile:
+    """A result, and its fields as cells."""
 
     def __init__(self, path: Path) -> None:
         """Raises ResultError."""
@@ -82,47 +61,39 @@ class Source:
         self._raw = encode(self.result)
 
     def at(self, pointer: str) -> Any:
-        """The field, or None where it or what it belongs to is null."""
+        """The field; None where it, or what it belongs to, is null or absent."""
         value = self._raw
-        for part in pointer.split("/")[1:]:
-            if value is not None:
-                key = part.replace("~1", "/").replace("~0", "~")
-                try:
-                    value = value[int(key) if isinstance(value, list) else key]
-                except LookupError as e:
-                    raise ResultError(f"{self.path} is not valid: it has no {pointer}") from e
+        for key in pointer.split("/")[1:]:
+            if isinstance(value, list):
+                value = value[int(key)]
+            elif value is not None:
+                value = value.get(key)
         return value
 
     def rows(self, pointer: str, name: str = "{key}") -> list[Row]:
-        """The members of the list or table at `pointer`; name: what to call them, by their key and fields."""
+        """The members of the list or table at `pointer`. name: a format of their key and fields."""
         held, rows = self.at(pointer), []
         for key, value in held.items() if isinstance(held, dict) else enumerate(held):
             if value is not None:
-                fields = value if isinstance(value, dict) else {}
-                escaped = str(key).replace("~", "~0").replace("/", "~1")
-                rows.append((name.format_map(fields | {"key": key}), f"{pointer}/{escaped}"))
+                known = {"key": key} | (value if isinstance(value, dict) else {})
+                rows.append((name.format_map(known), f"{pointer}/{key}"))
         return rows
 
     def cells(self, *pointers: str) -> tuple[Cell, ...]:
         return tuple(Cell(text(self.at(pointer)), f"{self.path}#{pointer}") for pointer in pointers)
 
     def table(self, columns: Columns, rows: Iterable[Row], times: Columns | None = None) -> Table:
-        """columns, times: head -> field below the row's pointer. In place of times that are too noisy only that is
-        said."""
+        """times: columns that a row shows only if its field `noise` is null."""
         made, times = [], times or {}
         for name, pointer in rows:
-            last = ["/noise"] if times and self.at(f"{pointer}/noise") else times.values()
-            made.append(
-                (
-                    Cell(name),
-                    *self.cells(*(pointer + field for field in (*columns.values(), *last))),
-                )
-            )
+            noisy = times and self.at(f"{pointer}/noise")
+            shown = [*columns.values(), *(["/noise"] if noisy else times.values())]
+            made.append((Cell(name), *self.cells(*(pointer + field for field in shown))))
         return Table(("", *columns, *times), tuple(made))
 
 
 def text(value: object) -> str:
-    """A field, for people: numbers to three digits or whole."""
+    """A field for people: numbers have three digits or are whole."""
     if value is None or value == []:
         return "-"
     if isinstance(value, bool):
@@ -134,194 +105,183 @@ def text(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, int) and value >= 1e6 else str(value)
 
 
+def _columns(*names: str) -> dict[str, str]:
+    return {name: f"/{name}" for name in names}
+
+
+TIMES = _columns("p50", "p95", "p99", "max")
+
+
 def sections(paths: Sequence[Path]) -> list[Section]:
-    """Of each result, the machine and settings last. Raises ResultError."""
-    return [section for path in paths for section in _sections(Source(path))]
+    """The sections of each result; its machine and settings are the last. Raises ResultError."""
+    return [section for path in paths for section in _sections(ResultFile(path))]
 
 
-def _sections(s: Source) -> Iterator[Section]:
-    result, heading = s.result, f"{type(s.result).__name__}: {s.path}"
-    machine = s.cells(
-        "/machine/cpu",
-        *(at for name, at in s.rows("/machine") if name in ("gpu", "board")),
-        "/made",
-    )
-    yield Section(heading, None, machine, command=s.cells("/command")[0], headline=True)
+def _sections(file: ResultFile) -> Iterator[Section]:
+    result = file.result
+    device = [pointer for name, pointer in file.rows("/machine") if name in ("gpu", "board")]
+    machine = file.cells("/machine/cpu", *device, "/made")
+    heading = f"{type(result).__name__}: {file.path}"
+    yield Section(heading, sentences=machine, command=file.cells("/command")[0])
     if isinstance(result, Latency):
-        yield from _latency(s, result)
+        yield from _latency(file, result)
     elif isinstance(result, Accuracy):
-        yield from _accuracy(s, result)
+        yield from _accuracy(file, result)
     elif isinstance(result, Frontier):
-        yield from _frontier(s, result)
+        yield from _frontier(file, result)
     elif isinstance(result, Control):
-        yield from _control(s, result)
-    yield Section("Machine and settings", s.table({"value": ""}, _settings(s)))
+        yield from _control(file, result)
+    yield Section("Machine and settings", file.table({"value": ""}, _settings(file)))
 
 
-def _settings(s: Source, pointer: str = "", name: str = "") -> Iterator[Row]:
-    """What the result says of itself and its machine, other than measurements."""
-    for key, at in s.rows(pointer):
-        value = s.at(at)
-        if isinstance(value, dict) and key not in SHOWN:
-            yield from _settings(s, at, f"{name}{key} ")
-        elif not isinstance(value, dict | list) and key not in SHOWN:
+def _settings(file: ResultFile, pointer: str = "", name: str = "") -> Iterator[Row]:
+    """All that is not a measurement."""
+    for key, at in file.rows(pointer):
+        value = file.at(at)
+        if key in SHOWN or isinstance(value, list):
+            continue
+        if isinstance(value, dict):
+            yield from _settings(file, at, f"{name}{key} ")
+        else:
             yield name + key, at
 
 
-def _latency(s: Source, result: Latency) -> Iterator[Section]:
-    rows = s.rows("/runners", "{name}")
+def _latency(file: ResultFile, result: Latency) -> Iterator[Section]:
+    rows = file.rows("/runners", "{name}")
     bundles = [
-        (runner, at)
-        for runner, (_, at) in zip(result.runners, rows, strict=True)
+        (runner, row[1])
+        for runner, row in zip(result.runners, rows, strict=True)
         if runner.kind == "bundle"
     ]
     columns = {name: f"/chunk_ms{field}" for name, field in TIMES.items()}
-    columns |= {"(p95 - p5) / p50": "/chunk_ms/spread", "p50 an action": "/action_ms"}
+    columns |= {"(p95 - p5) / p50": "/chunk_ms/spread", "p50 per action": "/action_ms"}
     if any(runner.energy_j is not None for runner in result.runners):
-        columns["J a chunk"] = "/energy_j"
-    verdicts = [(r.name, row) for r, at in bundles for _, row in s.rows(f"{at}/verdicts")]
-    targets = [v.target_ms for r, _ in bundles for v in r.verdicts]
+        columns["joules per chunk"] = "/energy_j"
+    targets = [verdict.target_ms for runner, _ in bundles for verdict in runner.verdicts]
     line = (targets[0], f"target {targets[0]:g} ms") if targets else None
-    said = ["too noisy to say" if r.noise else text(r.chunk_ms.p50) for r in result.runners]
-    dots = [
-        (r.name, r.chunk_ms.values, words) for r, words in zip(result.runners, said, strict=True)
-    ]
-    plot = partial(strips, dots, "milliseconds a chunk, every turn", line=line)
+    dots = [(r.name, r.chunk_ms.values, _said(r.chunk_ms.p50, r.noise)) for r in result.runners]
     yield Section(
-        "Milliseconds a chunk",
-        s.table({}, rows, columns),
-        s.cells("/reference"),
-        plot,
-        headline=True,
+        "Milliseconds per chunk",
+        file.table({}, rows, columns),
+        file.cells("/reference"),
+        partial(plots.strips, dots, "milliseconds per chunk, every turn", line=line),
     )
-    if verdicts:
+    if targets:
+        verdicts = [(r.name, row) for r, at in bundles for _, row in file.rows(f"{at}/verdicts")]
         why = Cell(
-            "Projected: the bundle's operations and bytes as exported for that board, float32 as float16."
+            "Measured: on this machine. Projected: computed from the bundle's operations and bytes "
+            "for that board; nothing ran on the board."
         )
-        table = s.table({"": "/kind", "on the target": "/text"}, verdicts)
-        yield Section(
-            "Verdict", table, (why,) * any(len(r.verdicts) > 1 for r, _ in bundles), headline=True
-        )
+        yield Section("Target", file.table({"": "/kind", "result": "/text"}, verdicts), (why,))
     if result.ratios:
-        table = s.table(
-            {},
-            s.rows("/ratios", "{runner} / {against}"),
-            {f: f"/{f}" for f in ("p50", "min", "max")},
-        )
         why = Cell(
-            "The machine's noise falls on neighbours alike, so these ratios are what to trust."
+            "Both sides of a ratio ran in the same turn. Noise of the machine affects both, so "
+            "trust the ratios more than the times."
         )
-        said = ["too noisy to say" if r.noise else text(r.p50) for r in result.ratios]
         dots = [
-            (f"{r.runner} / {r.against}", r.values, words)
-            for r, words in zip(result.ratios, said, strict=True)
+            (f"{r.runner} / {r.against}", r.values, _said(r.p50, r.noise)) for r in result.ratios
         ]
-        plot = partial(strips, dots, "times as fast, every turn", line=(1.0, "as fast"))
-        yield Section("Times as fast, turn by turn", table, (why,), plot, headline=True)
+        ratios = file.rows("/ratios", "{runner} / {against}")
+        plot = partial(plots.strips, dots, "speed ratio, every turn", line=(1.0, "same speed"))
+        table = file.table({}, ratios, _columns("p50", "min", "max"))
+        yield Section("Speed ratio in each turn", table, (why,), plot)
     for runner, at in bundles:
         if runner.stages_ms and not runner.noise:
-            why = Cell("preprocess + prefix + denoise are the chunk; the others are parts of them.")
-            dots = [
-                (name, times.values, text(times.p50)) for name, times in runner.stages_ms.items()
-            ]
-            plot = partial(strips, dots, "milliseconds, every turn", log=True)
-            table = s.table(TIMES, s.rows(f"{at}/stages_ms"))
+            why = Cell(
+                "preprocess + prefix + denoise are the chunk. The other stages are parts of these."
+            )
+            dots = [(n, times.values, text(times.p50)) for n, times in runner.stages_ms.items()]
+            plot = partial(plots.strips, dots, "milliseconds, every turn", log=True)
+            table = file.table(TIMES, file.rows(f"{at}/stages_ms"))
             yield Section(f"Milliseconds of each stage: {runner.name}", table, (why,), plot)
-    yield Section("What took turns", s.table({"": ""}, [(name, f"{at}/note") for name, at in rows]))
+    yield Section("What ran", file.table({"": "/note"}, rows))
     limits = [
         (f"{r.name}, {stage}", row)
         for r, at in bundles
-        for stage, row in s.rows(f"{at}/limits", "{stage}")
+        for stage, row in file.rows(f"{at}/limits", "{stage}")
     ]
     if limits:
         columns = {"operations": "/flops", "of them INT8": "/int8_flops", "bytes": "/bytes"}
-        columns |= {
-            "ms to compute": "/compute_ms",
-            "ms to read": "/memory_ms",
-            "share of p50": "/share",
-        }
+        columns |= {"compute, ms": "/compute_ms", "memory, ms": "/memory_ms"}
+        columns["limit / p50"] = "/share"
         why = Cell(
-            "What this machine's own product and copy rates allow at best; a share of 1 is the limit."
+            "The shortest time that this machine's product and copy rates allow. At a limit / p50 "
+            "of 1, the hardware cannot be faster."
         )
-        yield Section("How far from the limit", s.table(columns, limits), (why,))
+        yield Section("Hardware limit", file.table(columns, limits), (why,))
     if result.rates:
-        rates = [(f"{kind} GFLOP/s", at) for kind, at in s.rows("/rates/gflops")]
-        rates.append(("copy GB/s", "/rates/copy_gbs"))
-        yield Section("Rates of this machine", s.table({"before": "/0", "after": "/1"}, rates))
-    if starts := [(r.name, f"{at}/start") for r, at in bundles if r.start]:
-        yield Section(
-            "From nothing to the second chunk",
-            s.table({name: f"/{name}" for name in STARTS}, starts),
-        )
+        rates = [(f"{kind}, GFLOP/s", at) for kind, at in file.rows("/rates/gflops")]
+        rates.append(("copy, GB/s", "/rates/copy_gbs"))
+        yield Section("Rates of this machine", file.table({"before": "/0", "after": "/1"}, rates))
+    starts = [(r.name, f"{at}/start") for r, at in bundles if r.start]
+    if starts:
+        names = [field.name for field in fields(ColdStart)]
+        yield Section("Cold start, to the second chunk", file.table(_columns(*names), starts))
 
 
-def _accuracy(s: Source, result: Accuracy) -> Iterator[Section]:
-    (_, bundle), *controls = s.rows("/comparisons", "{name}")
-    rows = [(result.bundle, bundle), *((f"{name}, on purpose", at) for name, at in controls)]
-    columns = {
-        "worst joint, p99 / spread": "/worst",
-        "gripper flips": "/flips",
-        "cache, relative L2": "/cache",
-    }
-    met = "The gate is met, and missed by all that is wrong on purpose: the measure can fail."
+def _said(value: float, noise: str | None) -> str:
+    return "too noisy to say" if noise else text(value)
+
+
+def _accuracy(file: ResultFile, result: Accuracy) -> Iterator[Section]:
+    (_, bundle), *controls = file.rows("/comparisons", "{name}")
+    rows = [(result.bundle, bundle), *((f"control: {name}", at) for name, at in controls)]
+    columns = {"worst joint, p99 / spread": "/worst", "gripper flips": "/flips"}
+    columns["cache, relative L2"] = "/cache"
+    passed = "The bundle meets the gate. Every control, which has a deliberate error, fails it."
+    failed = "The bundle fails the gate, or a control with a deliberate error meets it: see below."
+    verdict = Cell(passed if result.passed else failed)
+    table = file.table(columns, rows)
+    yield Section("Is it the same policy?", table, (*file.cells("/enters"), verdict))
+    yield Section("What fails the gate", file.table({"": "/missed"}, rows))
+    columns = _columns("p50", "p99", "max")
+    columns |= {"p99, servo ticks": "/ticks", "spread over seeds": "/spread"}
+    columns["p99 / spread"] = "/share"
     why = Cell(
-        met
-        if result.passed
-        else "The gate is missed, or met by what is wrong on purpose: see below."
+        "In robot units. A servo tick is 0.088 degrees. The spread is the standard deviation of "
+        "the reference over noise seeds."
     )
-    yield Section(
-        "Is it the same policy?", s.table(columns, rows), (*s.cells("/enters"), why), headline=True
-    )
-    yield Section("What misses the gate", s.table({"": "/missed"}, rows))
-    columns = {"p50": "/p50", "p99": "/p99", "max": "/max", "servo ticks": "/ticks"}
-    columns |= {"spread over seeds": "/spread", "p99 / spread": "/share"}
-    why = Cell(
-        "In robot units; a servo tick is 0.088 degrees, the spread is the reference's own over noise seeds."
-    )
-    table = s.table(columns, s.rows(f"{bundle}/joints", "{name}"))
-    yield Section("Error of each joint", table, (why,), partial(joints, result.comparisons))
+    table = file.table(columns, file.rows(f"{bundle}/joints", "{name}"))
+    plot = partial(plots.joints, result.comparisons)
+    yield Section("Error of each joint", table, (why,), plot)
     last = len(result.comparisons[0].drift) - 1
-    columns = {
-        f"action {i + 1}": f"/drift/{i}"
-        for i in sorted({0, last // 4, last // 2, 3 * last // 4, last})
-    }
-    why = Cell("RMS over the spread over seeds, of the worst joint.")
-    yield Section(
-        "Error along the chunk", s.table(columns, rows), (why,), partial(drift, result.comparisons)
-    )
-    yield Section("Worst error of each stage", s.table({"error": ""}, s.rows("/stages")))
+    shown = sorted({0, last // 4, last // 2, 3 * last // 4, last})
+    columns = {f"action {i + 1}": f"/drift/{i}" for i in shown}
+    why = Cell("RMS error / spread over seeds of the worst joint.")
+    plot = partial(plots.drift, result.comparisons)
+    yield Section("Error along the chunk", file.table(columns, rows), (why,), plot)
+    yield Section("Largest error of each stage", file.table({"error": ""}, file.rows("/stages")))
 
 
-def _frontier(s: Source, result: Frontier) -> Iterator[Section]:
-    rows = s.rows("/cells", "{precision}, {cameras} cameras, {steps} steps")
-    columns = {
-        "worst joint, p99 / spread": "/worst",
-        "cache, relative L2": "/cache",
-        "gripper flips": "/flips",
-    }
-    times = {"ms a chunk, p50": "/chunk_ms/p50", "p95": "/chunk_ms/p95"}
-    measured = [cell for cell in result.cells if not cell.noise]
+def _frontier(file: ResultFile, result: Frontier) -> Iterator[Section]:
+    rows = file.rows("/cells", "{precision}, {cameras} cameras, {steps} steps")
+    columns = {"worst joint, p99 / spread": "/worst", "cache, relative L2": "/cache"}
+    columns["gripper flips"] = "/flips"
+    times = {"chunk p50, ms": "/chunk_ms/p50", "p95": "/chunk_ms/p95"}
+    measured = [point for point in result.cells if not point.noise]
     best = None if result.recommended is None else result.cells[result.recommended]
-    plot = partial(frontier, measured, best, result.budget_ms) if measured else None
-    table = s.table(
-        columns, [row for row, cell in zip(rows, result.cells, strict=True) if cell.pareto], times
-    )
+    plot = partial(plots.frontier, measured, best, result.budget_ms) if measured else None
+    optimal = [row for row, point in zip(rows, result.cells, strict=True) if point.pareto]
     why = Cell(
-        "Not all were timed at the same time: differences of some per cent may be the machine's."
+        "Bundles were timed one after another: the machine alone can cause differences of some "
+        "per cent."
     )
-    said = (*s.cells("/reason"), why)
-    yield Section("Nothing is both faster and closer than these", table, said, plot, headline=True)
-    yield Section("Every setting", s.table(columns, rows, times))
+    table = file.table(columns, optimal, times)
+    heading = "Pareto-optimal settings: none is faster and has less error"
+    yield Section(heading, table, (*file.cells("/reason"), why), plot)
+    yield Section("All settings", file.table(columns, rows, times))
     if result.skipped:
-        yield Section("Left out", s.table({"why": ""}, s.rows("/skipped")))
+        yield Section("Settings left out", file.table({"reason": ""}, file.rows("/skipped")))
 
 
-def _control(s: Source, result: Control) -> Iterator[Section]:
-    rows = s.rows("/loops", "{fps:g} Hz")
-    columns = {"ms a period is off by, p50": "/period_error_ms/p50", "p99": "/period_error_ms/p99"}
+def _control(file: ResultFile, result: Control) -> Iterator[Section]:
+    rows = file.rows("/loops", "{fps:g} Hz")
+    columns = {"period error p50, ms": "/period_error_ms/p50", "p99": "/period_error_ms/p99"}
     columns |= {"max": "/period_error_ms/max", "ticks": "/counts/ticks", "missed": "/counts/missed"}
-    yield Section("Is the loop on time?", s.table(columns, rows), headline=True)
+    yield Section("Is the loop on time?", file.table(columns, rows))
     for run, (name, at) in zip(result.loops, rows, strict=True):
-        times = [(said, at + field) for said, field in LOOP.items() if s.at(at + field)]
-        yield Section(f"The loop at {name}", s.table(TIMES, times), plot=partial(loop, run))
-        yield Section(f"Counted at {name}", s.table({"": ""}, s.rows(f"{at}/counts")))
+        times = [(said, at + field) for said, field in LOOP.items() if file.at(at + field)]
+        yield Section(
+            f"The loop at {name}", file.table(TIMES, times), plot=partial(plots.loop, run)
+        )
+        yield Section(f"Counts at {name}", file.table({"": ""}, file.rows(f"{at}/counts")))

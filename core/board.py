@@ -130,6 +130,16 @@ def cpu_flags(root: Path = Path("/")) -> frozenset[str]:
     return frozenset(f"{info.get('flags', '')} {info.get('Features', '')}".split())
 
 
+def has_vnni(root: Path = Path("/")) -> bool:
+    """Whether this CPU adds 8-bit products in 32 bits.
+
+    An x86 CPU without VNNI adds pairs of them in 16 bits, which overflows. Other architectures do
+    not overflow.
+    """
+    vnni = {"avx512_vnni", "avx_vnni"}
+    return platform.machine() != "x86_64" or not vnni.isdisjoint(cpu_flags(root))
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(errors="replace").strip("\0\n ")

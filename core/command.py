@@ -1,20 +1,21 @@
-"""What every command line of this project does alike: exit statuses, `error:` lines, --version, --debug."""
+"""What every command line of this project does alike: exit statuses, `error:` lines, --version,
+--debug."""
 
 import importlib.metadata
 import os
-import queue
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import typer
 
 from .errors import SmolVLAError
+from .worker import Worker
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
 TWIN_SIGNAL_S = 0.5
@@ -28,7 +29,8 @@ def new_app() -> typer.Typer:
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Run `app` and exit: 0 done, 1 a check failed or a safety stop, 2 wrong input or usage, 130 interrupted.
+    """Run `app` and exit: 0 done, 1 a check failed or a safety stop, 2 wrong input or usage, 130
+    interrupted.
 
     --debug anywhere on the line shows tracebacks.
     """
@@ -76,8 +78,8 @@ def version_option() -> Any:
 def terminate_like_interrupt() -> None:
     """Every signal that ends or stops a program unwinds like Ctrl-C, so that each `finally` runs.
 
-    SIGINT too: a shell that starts a program in the background has it ignored. SIGTSTP (Ctrl-Z) and SIGQUIT would
-    leave an arm energised with nobody driving it.
+    SIGINT too: a shell that starts a program in the background has it ignored. SIGTSTP (Ctrl-Z) and
+    SIGQUIT would leave an arm energised with nobody driving it.
     """
 
     def interrupt(number: int, frame: object) -> NoReturn:
@@ -89,10 +91,11 @@ def terminate_like_interrupt() -> None:
 
 @contextmanager
 def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Within, the first signal only makes the function that is handed out true; the second interrupts at once.
+    """Within, the first signal only makes the function that is handed out true; the second
+    interrupts at once.
 
-    A shell that closes sends SIGHUP twice, and so does `timeout` with SIGTERM: only of Ctrl-C is a quick second one
-    somebody who insists.
+    A shell that closes sends SIGHUP twice, and so does `timeout` with SIGTERM: only of Ctrl-C is a
+    quick second one somebody who insists.
     """
     asked: tuple[int, float] | None = None
 
@@ -114,41 +117,23 @@ def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]
             signal.signal(number, handler)
 
 
-class _Speaker(threading.Thread):
-    """Prints lines for somebody who must not wait: a stalled or closed terminal costs lines, nothing else."""
-
-    def __init__(self) -> None:
-        super().__init__(name="speaker", daemon=True)
-        self.lines: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            line = self.lines.get()
-            if isinstance(line, threading.Event):
-                line.set()
-                continue
-            with suppress(OSError, ValueError):
-                print(line, flush=True)
-
-
-_speaker: _Speaker | None = None
+_printer: Worker | None = None
 
 
 def say(line: str) -> None:
-    """Print while motors are on: returns at once, whatever becomes of the terminal. Also from a signal handler."""
-    global _speaker
-    _speaker = _speaker or _Speaker()
-    if _speaker.lines.qsize() < UNSAID_LINES:
-        _speaker.lines.put(line)
+    """Print while motors are on: returns at once, also when the terminal stalls or is closed.
+
+    May be called from a signal handler. Lines are dropped while too many wait.
+    """
+    global _printer
+    _printer = _printer or Worker("printer", UNSAID_LINES)
+    _printer.submit(partial(print, line, flush=True))
 
 
 def said() -> None:
-    """Wait a moment for what was said to be printed, before anything is printed directly."""
-    if _speaker is not None:
-        done = threading.Event()
-        _speaker.lines.put(done)
-        done.wait(SAID_LIMIT_S)
+    """Wait a moment until every line of `say` is printed, before anything is printed directly."""
+    if _printer is not None:
+        _printer.wait(SAID_LIMIT_S)
 
 
 def _print_version(value: bool | None) -> None:

@@ -1,7 +1,7 @@
-"""camera.onnx: a raw frame of any size -> its slice of the prefix's images, on devices that take frames as they are.
+"""camera.onnx: a raw frame of any size -> its slice of the prefix's images, on the device.
 
-Resizing is two weighted gathers whose indices and weights are inputs (runtime/preprocessing.py, `resampling`), so one
-graph serves every camera, and padding is a weight of zero.
+Resizing is two weighted gathers. Their indices and weights are inputs (`resampling` in
+runtime/engines/resizing.py), so one graph serves every camera, and padding is a weight of zero.
 """
 
 from pathlib import Path
@@ -37,8 +37,12 @@ camera (
 
 
 def write_camera_graph(path: Path, size: int) -> None:
-    """frame uint8 [height, width, 3], rows and columns int32 [2, size], their weights float32 [2, size, 1, 1] and
-    [1, 2, size, 1] -> image float32 [1, 3, size, size] in [-1, 1], -1 where the weights are 0."""
+    """Write the graph.
+
+    Inputs: frame uint8 [height, width, 3], rows and columns int32 [2, size], their weights float32
+    [2, size, 1, 1] and [1, 2, size, 1].
+    Output: image float32 [1, 3, size, size] in [-1, 1], -1 where the weights are 0.
+    """
     text = _GRAPH.format(ir_version=IR_VERSION, opset=OPSET, size=size, scale=1 / 255)
     model = onnx.parser.parse_model(text)
     for node in model.graph.node:

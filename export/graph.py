@@ -54,9 +54,7 @@ def cache_names(arch: Architecture) -> list[str]:
 
 def prefix_example(arch: Architecture) -> Example:
     inputs = {
-        "images": torch.zeros(
-            len(arch.config.cameras), 3, arch.vision.image_size, arch.vision.image_size
-        ),
+        "images": torch.zeros(arch.cameras, 3, arch.vision.image_size, arch.vision.image_size),
         "tokens": torch.zeros(1, arch.token_length, dtype=torch.int32),
         "token_mask": torch.ones(1, arch.token_length, dtype=torch.bool),
         "state": torch.zeros(1, arch.config.max_state_dim),
@@ -83,7 +81,10 @@ def expert_example(arch: Architecture, recipe: Recipe) -> Example:
 def export_graph(
     view: nn.Module, example: Example, path: Path, target: contract.Target = "portable"
 ) -> None:
-    """Trace `view`, made for `target`, and write `path` with its weights in `<path>.data`. Raises GraphError."""
+    """Trace `view`, made for `target`. Write `path`, and its weights to `<path>.data`.
+
+    Raises GraphError.
+    """
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -115,7 +116,7 @@ def export_graph(
 
 
 def check_graph(path: Path, target: contract.Target = "portable") -> None:
-    """Raises GraphError that lists every operator, dtype and shape outside the bundle's contract."""
+    """Raises GraphError that lists every operator, dtype and shape that the bundle forbids."""
     model = onnx.load(path, load_external_data=False)
     allowed = {("com.microsoft", name) for name in ORT_OPERATORS} if target == "cpu" else set()
     foreign = {
@@ -156,8 +157,11 @@ def describe_graph(path: Path) -> contract.Graph:
 
 
 def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Work]:
-    """Matrix products by stage. What depends on nothing but the images is vision, the rest of the prefix language.
-    A weight that is used twice is read once."""
+    """Matrix products by stage.
+
+    Products that depend only on the images are vision. The rest of the prefix is language. A weight
+    that is used twice is read once.
+    """
     inputs = {v.name for v in graph.input}
     matrices = {t.name: _dtype(t.data_type) for t in graph.initializer if len(t.dims) > 1}
     made_of = {
@@ -170,7 +174,8 @@ def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> di
         operands = [made_of.get(name, set()) for name in node.input]
         made = set[str]().union(*operands)
         made_of |= dict.fromkeys(node.output, made)
-        if not (flops := _flops(node, shapes)):
+        flops = _flops(node, shapes)
+        if not flops:
             continue
         stage = stages[0] if made & inputs == {"images"} else stages[-1]
         weights = {name for operand in operands[:2] if not operand & inputs for name in operand}

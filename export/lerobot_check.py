@@ -10,44 +10,50 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..core.errors import ExportError
+from ..quantize.observations.sample import Sample
 from ..runtime import Policy
 from .checkpoint.checkpoint import TOKENIZER, Checkpoint
 from .checkpoint.tokens import image_special_tokens, read_tokenizer
-from .reference import Observation
+from .reference import ParityObservation
 
 
 def lerobot_actions(
-    checkpoint: Checkpoint, observations: Sequence[Observation]
+    checkpoint: Checkpoint, observations: Sequence[ParityObservation]
 ) -> list[NDArray[np.float32]]:
     """LeRobot's own answer in float32: normalised actions [1, chunk, dof] for each observation.
 
     Raises ExportError where LeRobot cannot load the checkpoint.
     """
-    import torch
-
-    names = dict(zip(checkpoint.processors.camera_names, checkpoint.config.cameras, strict=True))
     answers = []
     with tempfile.TemporaryDirectory() as scratch, vision_positions():
         policy, preprocess = load_policy(checkpoint, Path(scratch) / "vlm")
         for observation in observations:
-            batch: dict[str, Any] = {
-                names[name]: torch.from_numpy(image).permute(2, 0, 1).float() / 255
-                for name, image in observation.images.items()
-            }
-            batch |= {
-                "observation.state": torch.from_numpy(observation.state),
-                "task": observation.task,
-            }
+            batch = lerobot_batch(checkpoint, observation)
             noise = torch.from_numpy(observation.noise)
             answers.append(policy.predict_action_chunk(preprocess(batch), noise=noise).numpy())
     return answers
 
 
-def measure(checkpoint: Checkpoint, policy: Policy, observations: Sequence[Observation]) -> float:
-    """Max abs difference on normalised actions between the bundle and LeRobot over all observations."""
+def lerobot_batch(checkpoint: Checkpoint, sample: Sample) -> dict[str, Any]:
+    """One observation under LeRobot's keys.
+
+    LeRobot leaves cameras that are not in it out of the prefix.
+    """
+    images = {
+        camera.key: torch.from_numpy(sample.images[camera.name]).permute(2, 0, 1).float() / 255
+        for camera in checkpoint.cameras
+    }
+    return {**images, "observation.state": torch.from_numpy(sample.state), "task": sample.task}
+
+
+def measure(
+    checkpoint: Checkpoint, policy: Policy, observations: Sequence[ParityObservation]
+) -> float:
+    """Max abs difference on normalised actions between the bundle and LeRobot."""
     worst = 0.0
     for observation, expected in zip(
         observations, lerobot_actions(checkpoint, observations), strict=True
@@ -61,7 +67,10 @@ def measure(checkpoint: Checkpoint, policy: Policy, observations: Sequence[Obser
 
 
 def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
-    """LeRobot's policy in float32 and its preprocessor; `vlm` is a scratch folder for what it loads by name."""
+    """LeRobot's policy in float32 and its preprocessor.
+
+    vlm: a scratch folder, for the files that LeRobot loads by name.
+    """
     try:
         from lerobot.configs.policies import PreTrainedConfig
         from lerobot.policies.factory import make_pre_post_processors
@@ -71,7 +80,8 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
             vlm
         )  # as this exporter found it, so that LeRobot needs no network either
         for name in (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"):
-            if (source := checkpoint.tokenizer.with_name(name)).is_file():
+            source = checkpoint.tokenizer.with_name(name)
+            if source.is_file():
                 shutil.copyfile(source, vlm / name)
         config = PreTrainedConfig.from_pretrained(checkpoint.folder)
         config.device, config.load_vlm_weights = "cpu", False  # the checkpoint holds every weight
@@ -95,7 +105,7 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
 
 
 def _processor_stub(checkpoint: Checkpoint) -> AbstractContextManager[object]:
-    """Of the VLM's processor LeRobot uses two token ids; loading it whole needs torchvision and more files."""
+    """LeRobot uses two token ids of the VLM's processor. The whole one needs torchvision."""
     from transformers import AutoProcessor
 
     fake, whole = 0, 0  # LeRobot makes tensors of them all the same
@@ -108,8 +118,11 @@ def _processor_stub(checkpoint: Checkpoint) -> AbstractContextManager[object]:
 
 
 def vision_positions() -> AbstractContextManager[object]:
-    """Position ids 0..N-1, as trained: transformers 4.55 to 4.57 shift them by one row and column in float32
-    (huggingface/transformers#41190)."""
+    """Position ids 0..N-1, as in training.
+
+    transformers 4.55 to 4.57 shift them by one row and column in float32
+    (huggingface/transformers#41190).
+    """
     from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
     def forward(self: Any, pixel_values: Any, patch_attention_mask: Any = None) -> Any:

@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from ..core.errors import ParityError
 from ..runtime import Policy
 from ..runtime.policy.selfcheck import TOLERANCE, error
-from .reference import Observation, Stages
+from .reference import ParityObservation, Stages
 
 _QUANTIZED = ("cache", "velocity", "actions", "chunk")
 _SAMPLES = 64  # cache entries per tensor and instruction in the self-check
 
 
 def measure(
-    policy: Policy, observations: Sequence[Observation], expected: Sequence[Stages]
+    policy: Policy, observations: Sequence[ParityObservation], expected: Sequence[Stages]
 ) -> tuple[dict[str, float], list[Stages]]:
-    """-> worst error of each stage over all observations; and `expected` with what the policy answers in its place,
-    which is what an INT8 bundle must answer elsewhere too.
+    """-> the worst error of each stage over all observations, and what the policy computed.
 
-    Errors are max abs over max(1, max abs reference); 'actions' is the plain max abs on normalised actions. The
-    cache is compared where it is ever read: at valid positions.
+    The second has the form of `expected`: an INT8 bundle must compute it on every machine. Errors
+    are max abs over max(1, max abs reference). 'actions' is the max abs on normalised actions. The
+    cache is compared at valid positions: nothing reads the others.
     """
     worst: dict[str, float] = {}
     answers = []
@@ -57,8 +57,10 @@ def measure(
 
 
 def require(measured: dict[str, float], precision: str) -> None:
-    """Raises ParityError that names every stage over the precision's tolerance, first stage first. Of INT8, what
-    comes behind the first quantised layer is judged by the gate instead."""
+    """Raises ParityError that names every stage over the precision's tolerance, in their order.
+
+    The gate judges what comes after the first layer of INT8 instead.
+    """
     limit = TOLERANCE[precision]
     judged = (
         measured
@@ -68,13 +70,14 @@ def require(measured: dict[str, float], precision: str) -> None:
     over = [f"{stage} {value:.2e}" for stage, value in judged.items() if not value <= limit]
     if over:
         raise ParityError(
-            f"the graphs do not compute what the checkpoint computes: {', '.join(over)} (tolerance {limit:.0e} "
-            f"for {precision}); the first stage named is where they part. No bundle was written"
+            f"the graphs do not compute what the checkpoint computes: {', '.join(over)} "
+            f"(tolerance {limit:.0e} for {precision}). The first stage in this list causes the "
+            "others. No bundle was written"
         )
 
 
 def write_selfcheck(
-    path: Path, observations: Sequence[Observation], expected: Sequence[Stages]
+    path: Path, observations: Sequence[ParityObservation], expected: Sequence[Stages]
 ) -> None:
     """Store what runtime/selfcheck.py replays."""
     first = observations[0]

@@ -1,12 +1,12 @@
 """The checkpoint's own answer: preprocessing and the float32 views in torch, stage by stage.
 
-It shares no code with the runtime but the names of statistics, so that a mistake there shows; a mistake in the views
-themselves does not: that is what the goldens and --check-lerobot are for. Stages: images, tokens, state, cache,
-velocity, actions, chunk.
+It shares no code with the runtime except the names of statistics, so it shows a mistake there. It
+does not show a mistake in the views themselves: the goldens and --check-lerobot do. Stages: images,
+tokens, state, cache, velocity, actions, chunk.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,17 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..quantize.observations.sample import Sample, draw_image, draw_state
+from ..runtime.bundle.manifest import Target
 from ..runtime.bundle.normalization import NEEDS, Normalization
 from .checkpoint.architecture import Architecture
-from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint, architecture_of
 from .checkpoint.tokens import instructions, read_tokenizer
 from .graph import cache_names
 from .views.expert import Expert
+from .views.layers import FP32
 from .views.prefix import Prefix
+from .views.weights import build_views
 
 
 @dataclass(frozen=True)
-class Observation(Sample):
+class ParityObservation(Sample):
     """One fixed input of the parity check."""
 
     noise: NDArray[np.float32]  # [1, chunk, max_action_dim]
@@ -47,32 +50,29 @@ class Stages:
 
 def fixed_observations(
     checkpoint: Checkpoint, arch: Architecture, seed: int = 0
-) -> list[Observation]:
+) -> list[ParityObservation]:
     """The same images, state and noise with a short, a padded and a full-length instruction."""
     rng = np.random.default_rng(seed)
-    names = checkpoint.processors.camera_names
+    names = checkpoint.camera_names
     images = {name: draw_image(rng, 240 + 24 * i, 320) for i, name in enumerate(names)}
     state = draw_state(rng, checkpoint.config.state_dim, checkpoint.processors.state.statistics)
     noise = rng.standard_normal(arch.noise_shape, dtype=np.float32)
     tokenizer = read_tokenizer(checkpoint.tokenizer)
     return [
-        Observation(images, state, t, noise) for t in instructions(tokenizer, arch.token_length)
+        ParityObservation(images, state, t, noise)
+        for t in instructions(tokenizer, arch.token_length)
     ]
 
 
-class Reference:
+class TorchReference:
     """The float32 views and the checkpoint's processors, run in torch."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: Prefix, expert: Expert) -> None:
-        self.checkpoint, self.arch, self.prefix, self.expert = (
-            checkpoint,
-            prefix.arch,
-            prefix,
-            expert,
-        )
+        self.checkpoint, self.arch = checkpoint, prefix.arch
+        self.prefix, self.expert = prefix, expert
         self._tokenizer = read_tokenizer(checkpoint.tokenizer)
 
-    def run(self, observation: Observation) -> Stages:
+    def run(self, observation: ParityObservation) -> Stages:
         images, state = self._images(observation.images), self._state(observation.state)
         ids, mask, cache = self.prefill(observation)
         velocity, x = self.denoise(observation.noise, mask, cache)
@@ -116,11 +116,12 @@ class Reference:
         return np.stack(velocities), x.numpy()
 
     def robot_units(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Normalised actions [1, chunk, max_action_dim] -> [chunk, dof] (LeRobot's UnnormalizerProcessorStep)."""
-        x, n = (
-            torch.from_numpy(actions[0, :, : self.checkpoint.config.action_dim]),
-            self.checkpoint.processors.action,
-        )
+        """Normalised actions [1, chunk, max_action_dim] -> [chunk, dof].
+
+        As LeRobot's UnnormalizerProcessorStep.
+        """
+        n = self.checkpoint.processors.action
+        x = torch.from_numpy(actions[0, :, : self.checkpoint.config.action_dim])
         if n.active and n.mode == "MEAN_STD":
             x = x * torch.tensor(n.statistics["std"]) + torch.tensor(n.statistics["mean"])
         elif n.active:
@@ -131,7 +132,7 @@ class Reference:
     def _images(self, images: Mapping[str, NDArray[np.uint8]]) -> Tensor:
         """LeRobot's prepare_images: bilinear, padded left and top with 0, then to [-1, 1]."""
         size, out = self.arch.vision.image_size, []
-        for name in self.checkpoint.processors.camera_names:
+        for name in self.checkpoint.camera_names:
             pixels = torch.from_numpy(images[name]).permute(2, 0, 1)[None].float() / 255
             height, width = pixels.shape[2:]
             ratio = max(width / size, height / size)
@@ -159,6 +160,13 @@ class Reference:
         period = config.min_period * (config.max_period / config.min_period) ** fraction
         angle = 1.0 / period * 2 * torch.pi * time.double()[:, None]
         return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def reference_of(checkpoint: Checkpoint, target: Target) -> TorchReference:
+    """The float32 views as they are exported for `target`. In torch all targets are equal."""
+    recipe = replace(FP32, ort=target == "cpu")
+    views = build_views(architecture_of(checkpoint), checkpoint.tensors, recipe)
+    return TorchReference(checkpoint, *views)
 
 
 def _low_and_span(n: Normalization) -> tuple[Tensor, Tensor]:

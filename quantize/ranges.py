@@ -1,8 +1,8 @@
 """How close a graph's float16 tensors come to the largest float16.
 
-ONNX Runtime computes float16 in float32 on a CPU, so equal outputs there prove nothing about overflow. Here the
-largest magnitude of every intermediate is taken as it is computed, before it would be rounded: squares and sums that
-no float16 holds show as numbers beyond its limit.
+ONNX Runtime computes float16 in float32 on a CPU, so equal outputs there prove nothing about
+overflow. Here the largest magnitude of every intermediate is taken before it is rounded to float16:
+squares and sums that are too large for float16 show as numbers beyond its limit.
 """
 
 import ast
@@ -22,13 +22,14 @@ from ..runtime.engines.graphs import Feeds
 
 FLOAT16_MAX = 65504.0
 PROBE = "float16_range."
-HEADROOM = 4.0  # a tensor may use a quarter of the range: other observations reach further than the ones tried
+HEADROOM = 4.0  # a tensor may use a quarter of the range: other observations can reach further
 
 
 def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> dict[str, float]:
-    """-> largest magnitude of every float16 tensor of the graph at `path` over all `runs` (feeds by input name).
+    """-> the largest magnitude of every float16 tensor of the graph at `path` over all `runs`.
 
-    Infinite for a tensor that holds a NaN. Empty for a graph without float16.
+    runs: feeds by input name. The result is infinite for a tensor with a NaN, and empty for a graph
+    without float16.
     """
     model = onnx.load(path, load_external_data=False)
     half = {
@@ -36,7 +37,7 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
         for v in (*model.graph.value_info, *model.graph.output)
         if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
     }
-    # Two numbers each, taken right behind its producer: all tensors at once would need many gigabytes.
+    # Two numbers each, taken right after its producer: all tensors at once need many gigabytes.
     numbers: dict[str, list[str]] = {}
     nodes, make = [], onnx.helper.make_node
     for node in model.graph.node:
@@ -87,8 +88,10 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
 def policy_ranges(
     policy: Policy, runs: Sequence[tuple[Feeds, NDArray[np.float32]]]
 ) -> list[dict[str, float]]:
-    """`float16_ranges` of the prefix and the expert over `runs`: preprocessed observations, each with its noise
-    [1, chunk_size, max_action_dim]. The expert is looked at in its first and last step."""
+    """`float16_ranges` of the prefix and of the expert, in its first and its last step.
+
+    runs: preprocessed observations, each with its noise [1, chunk_size, max_action_dim].
+    """
     steps = policy.steps(policy.manifest.sampling.num_steps)
     expert: list[dict[str, NDArray[Any]]] = []
     for feeds, noise in runs:
@@ -110,9 +113,10 @@ def policy_ranges(
 
 
 def stages_to_pin(path: Path, largest: Mapping[str, float], stages: Collection[str]) -> set[str]:
-    """Those of `stages` (module paths) in whose nodes of the graph at `path` a tensor goes beyond the headroom.
+    """Those of `stages` (module paths) in which a tensor of the graph at `path` has no headroom.
 
-    Raises RangeError for tensors of no stage. The exporter writes the modules around each node as its metadata.
+    Raises RangeError for tensors of no stage. The exporter writes the modules of each node into the
+    node's metadata.
     """
     model = onnx.load(path, load_external_data=False)
     around: dict[str, str] = {}  # tensor -> the innermost stage it is made in
@@ -120,7 +124,8 @@ def stages_to_pin(path: Path, largest: Mapping[str, float], stages: Collection[s
         scopes = next(
             (p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]"
         )
-        if inside := [module for module in ast.literal_eval(scopes) if module in stages]:
+        inside = [module for module in ast.literal_eval(scopes) if module in stages]
+        if inside:
             around |= dict.fromkeys(node.output, str(inside[-1]))
     require_headroom(path.name, {name: v for name, v in largest.items() if name not in around})
     return {around[name] for name in _beyond(largest)}
@@ -136,6 +141,6 @@ def require_headroom(graph: str, largest: Mapping[str, float]) -> None:
     if over:
         shown = ", ".join(f"{name} {v:.0f}" for v, name in over[:8])
         raise RangeError(
-            f"{graph} is not safe in float16: {len(over)} tensors exceed {FLOAT16_MAX / HEADROOM:.0f} ({shown}). "
-            "Export with --precision fp32"
+            f"{graph} is not safe in float16: {len(over)} tensors exceed "
+            f"{FLOAT16_MAX / HEADROOM:.0f} ({shown}). Export with --precision fp32"
         )

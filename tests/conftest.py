@@ -15,6 +15,8 @@ from support.faulty_arm import FaultyArm
 from support.paths import DATA
 from support.running import POSE, WILD
 
+# Tests run beside each other: a second thread of torch would only wait for the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 TORCH = find_spec("torch") is not None
 # Without torch (make test-fast), the rooms that import it are left out.
 NEED_TORCH = [
@@ -37,13 +39,23 @@ def pytest_report_header():
     return None
 
 
+def pytest_collection_modifyitems(items):
+    from smolvla_edge.core.board import has_vnni
+
+    if not has_vnni():
+        for item in items:
+            if item.get_closest_marker("needs_vnni"):
+                item.add_marker(pytest.mark.skip(reason="needs a CPU with VNNI"))
+
+
 def export_tiny(checkpoint: Path, output: Path, precision: str, target: str) -> None:
+    from smolvla_edge.core.progress import SILENT
     from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
     from smolvla_edge.export.int8 import observations_for
     from smolvla_edge.export.writer import write_bundle
 
     loaded = load_checkpoint(str(checkpoint))
-    data = observations_for(loaded, "synthetic", 8, str) if precision == "int8" else None
+    data = observations_for(loaded, "synthetic", 8, SILENT) if precision == "int8" else None
     write_bundle(loaded, output, precision, target=target, calibration=data)
 
 

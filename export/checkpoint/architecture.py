@@ -1,4 +1,4 @@
-"""Every size of one SmolVLA: the policy's and the VLM's config, and what follows from them. Nothing is assumed."""
+"""Every size of one SmolVLA, from the policy's config and the VLM's config."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +7,15 @@ from typing import Any
 from ...core.errors import CheckpointError
 from .policy_config import PolicyConfig
 
-# Sizes of the VLM that SmolVLA checkpoints name (its config.json on the Hub), so that no network is needed.
+# The config.json of the VLM that SmolVLA checkpoints name, so that no network is needed.
 DEFAULT_VLM_CONFIG = Path(__file__).with_name("demo_checkpoint") / "vlm/config.json"
 
 
 def read_vlm_config(path: Path) -> Any:
-    """A transformers SmolVLMConfig from its JSON file. Missing fields get transformers' own defaults: the published
-    files leave some out."""
+    """A transformers SmolVLMConfig from its JSON file.
+
+    Missing fields get transformers' own defaults: the published files leave some out.
+    """
     from transformers import AutoConfig
 
     try:
@@ -34,6 +36,7 @@ class Architecture:
 
     config: PolicyConfig
     vlm: Any  # transformers' SmolVLMConfig
+    cameras: int
     token_length: int
     image_special_tokens: tuple[
         int, ...
@@ -42,8 +45,9 @@ class Architecture:
     def __post_init__(self) -> None:
         if self.config.image_size != self.vision.image_size:
             raise CheckpointError(
-                f"images are resized to {self.config.image_size}, but the vision tower's positions are for "
-                f"{self.vision.image_size}: set resize_imgs_with_padding to the VLM's image size"
+                f"images are resized to {self.config.image_size}, but the vision tower's positions "
+                f"are for {self.vision.image_size}: set resize_imgs_with_padding to the VLM's "
+                "image size"
             )
         if self.expert_width % 2:
             raise CheckpointError(
@@ -110,6 +114,5 @@ class Architecture:
     @property
     def prefix_tokens(self) -> int:
         """Rows of the prefix: images, special tokens, language, state."""
-        cameras = len(self.config.cameras)
-        special = len(self.image_special_tokens) * (cameras + self.config.empty_cameras)
-        return cameras * self.image_tokens + special + self.token_length + 1
+        special = len(self.image_special_tokens) * (self.cameras + self.config.empty_cameras)
+        return self.cameras * self.image_tokens + special + self.token_length + 1

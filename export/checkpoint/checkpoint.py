@@ -5,6 +5,7 @@ safetensors only; nothing is ever unpickled.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from torch import Tensor
 from ...core.errors import CheckpointError
 from ...core.files import sha256_of
 from ...quantize.observations.hub import from_hub, is_hub_id
-from ...runtime.bundle.manifest import Manifest
-from .architecture import DEFAULT_VLM_CONFIG, read_vlm_config
+from ...runtime.bundle.manifest import CameraSlot, Manifest
+from . import tokens
+from .architecture import DEFAULT_VLM_CONFIG, Architecture, read_vlm_config
+from .cameras import Named, choose_cameras, dataset_cameras
 from .policy_config import DEFAULT_VLM, PolicyConfig
 from .processors import Processors, read_processors
 
@@ -40,16 +43,26 @@ class Checkpoint:
     vlm: Any  # transformers' SmolVLMConfig
     tokenizer: Path  # tokenizer.json
     processors: Processors
+    cameras: tuple[CameraSlot, ...]  # those of training, in the policy's order
+    left_out: str  # one line on config.json's other cameras; empty where there are none
     joints: tuple[str, ...] | None
     fps: float | None
     demo: bool = False  # random weights: to be run and timed, never to move a robot
 
-    def unlike(self, m: Manifest) -> list[str]:
-        """What a bundle with this manifest has of another checkpoint; empty where it may be made of this one."""
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        """What the robot calls `cameras`."""
+        return tuple(camera.name for camera in self.cameras)
+
+    def differences_from(self, m: Manifest) -> list[str]:
+        """What a bundle with this manifest has of another checkpoint, in words.
+
+        Empty where the bundle can be made of this one.
+        """
         around = self.processors
         same = {
             "weights": m.source.weights_sha256 == self.weights_sha256,
-            "cameras": tuple(camera.name for camera in m.cameras) == around.camera_names,
+            "cameras": m.cameras == self.cameras,
             "tokens": m.tokens.length == around.token_length,
             "denoise steps": m.sampling == self.config.sampling,
             "statistics": (m.state.normalization, m.action.normalization)
@@ -58,12 +71,27 @@ class Checkpoint:
         return [name for name, holds in same.items() if not holds]
 
 
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """All sizes of a checkpoint."""
+    config = checkpoint.config
+    special: tuple[int, ...] = ()
+    if config.add_image_special_tokens:
+        special = tokens.image_special_tokens(tokens.read_tokenizer(checkpoint.tokenizer))
+    cameras, token_length = len(checkpoint.cameras), checkpoint.processors.token_length
+    return Architecture(config, checkpoint.vlm, cameras, token_length, special)
+
+
 def load_checkpoint(
-    name: str, *, revision: str | None = None, vlm: Path | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    vlm: Path | None = None,
+    cameras: Named | None = None,
 ) -> Checkpoint:
     """Read `name`: a folder, a training folder that holds `pretrained_model/`, or a Hub id.
 
     The VLM's config and tokenizer come from the checkpoint, from `vlm`, or from the Hub, in that order.
+    cameras: those of training, in the robot's names, where the checkpoint does not say.
     Raises CheckpointError.
     """
     folder, commit = _locate(name, revision)
@@ -102,7 +130,12 @@ def load_checkpoint(
         vlm_config = DEFAULT_VLM_CONFIG
     tokenizer = next((file for file in tokenizers if file.is_file()), None)
     processors = read_processors(folder, config, tensors)
-    joints, fps = _dataset_facts(folder, config.action_dim)
+    info = _dataset_info(folder)
+    evidence = Named("the normaliser's image statistics", processors.image_statistics)
+    used, left_out = choose_cameras(
+        config.cameras, processors.rename_map, (evidence, dataset_cameras(info)), cameras
+    )
+    joints, fps = _dataset_facts(info, config.action_dim)
     return Checkpoint(
         name=name,
         folder=folder,
@@ -113,6 +146,8 @@ def load_checkpoint(
         vlm=read_vlm_config(vlm_config or _vlm_from_hub("config.json", places, wanted)),
         tokenizer=tokenizer or _vlm_from_hub(TOKENIZER, places, wanted),
         processors=processors,
+        cameras=used,
+        left_out=left_out,
         joints=joints,
         fps=fps,
     )
@@ -184,11 +219,11 @@ def _vlm_from_hub(wanted: str, places: list[Path], vlm_name: str) -> Path:
     return hub / wanted
 
 
-def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, float | None]:
-    """Joint names and frame rate from the training set's metadata, where this machine still has it."""
+def _dataset_info(folder: Path) -> dict[str, Any]:
+    """meta/info.json of the training dataset; empty where this machine does not have it."""
     dataset = _optional_json(folder / "train_config.json").get("dataset")
     if not isinstance(dataset, dict):
-        return None, None
+        return {}
     # os.path, because Path.expanduser raises where there is no home, and that is no error here
     home = os.environ.get("HF_LEROBOT_HOME") or os.path.expanduser("~/.cache/huggingface/lerobot")  # noqa: PTH111
     root, repo, info = (
@@ -196,15 +231,21 @@ def _dataset_facts(folder: Path, dof: int) -> tuple[tuple[str, ...] | None, floa
         str(dataset.get("repo_id")),
         "meta/info.json",
     )
-    meta = _optional_json(Path(root, info)) or _optional_json(Path(home, repo, info))
+    return _optional_json(Path(root, info)) or _optional_json(Path(home, repo, info))
+
+
+def _dataset_facts(
+    info: Mapping[str, Any], dof: int
+) -> tuple[tuple[str, ...] | None, float | None]:
+    """Joint names and frame rate in a dataset's meta/info.json."""
     try:
-        names = meta["features"]["action"]["names"]
+        names = info["features"]["action"]["names"]
         if isinstance(names, dict):  # older datasets: {"motors": [...]}
             names = next(iter(names.values()))
         joints = tuple(str(name).removesuffix(".pos") for name in names)
     except (LookupError, TypeError, StopIteration):
         joints = ()
-    fps = meta.get("fps")
+    fps = info.get("fps")
     return (
         joints if len(joints) == dof else None,
         float(fps) if isinstance(fps, int | float) and 0 < fps <= 200 else None,

@@ -1,4 +1,4 @@
-"""LeRobot's pre- and postprocessor files: statistics, token length, camera names.
+"""LeRobot's pre- and postprocessor files: statistics, token length, what renames the cameras.
 
 Checkpoints before lerobot 0.4 have no such files and keep the statistics inside the weights.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core.errors import CheckpointError
 from ...core.strict import decode
 from ...runtime.bundle.normalization import Normalization
-from .policy_config import EMPTY, IMAGES, PolicyConfig
+from .policy_config import PolicyConfig
 
 STATE, ACTION = "observation.state", "action"
 _EPS = 1e-8  # LeRobot's default
@@ -46,7 +46,8 @@ class Processors:
     state: Normalization
     action: Normalization
     token_length: int
-    camera_names: tuple[str, ...]  # the robot's name of each of config.cameras
+    rename_map: dict[str, str]  # the dataset's features to the policy's
+    image_statistics: tuple[str, ...]  # the dataset's cameras, where the normaliser has theirs
 
 
 def read_processors(
@@ -63,7 +64,8 @@ def read_processors(
     try:
         before = _read_steps(folder, "preprocessor", _BEFORE, problems)
         after = _read_steps(folder, "postprocessor", _AFTER, problems)
-        rename = before.get("rename_observations_processor", _NOTHING)[0].get("rename_map") or {}
+        renaming = before.get("rename_observations_processor", _NOTHING)[0]
+        rename_map = {str(k): str(v) for k, v in (renaming.get("rename_map") or {}).items()}
         text = before.get("tokenizer_processor", _NOTHING)[0]
         token_length = int(text.get("max_length") or config.tokenizer_max_length)
         _check_tokenizer(folder, config, text, problems)
@@ -71,33 +73,23 @@ def read_processors(
         unnormalizer = after.get("unnormalizer_processor", _NOTHING) if after else ({}, old)
         state = _normalization(STATE, config.state_dim, normalizer, config, problems)
         action = _normalization(ACTION, config.action_dim, unnormalizer, config, problems)
-        robot = {policy: name for name, policy in rename.items()}
-        names = [
-            robot.get(c, c).removeprefix(IMAGES).removeprefix("observation.")
-            for c in config.cameras
+        # LeRobot keeps statistics of images, and of nothing else, as [channels, 1, 1].
+        images = [
+            path.rpartition(".")[0]
+            for path, tensor in normalizer[1].items()
+            if path.startswith("observation.") and tensor.ndim == 3
         ]
     except (ValueError, LookupError, TypeError, AttributeError, SafetensorError, OSError) as e:
         raise CheckpointError(
             f"a processor file in {folder} is damaged ({e!r}): copy the checkpoint again"
         ) from e
-    if len(robot) < len(rename):
-        problems.append(f"rename_map gives a camera two sources: {rename}")
-    problems += [
-        f"rename_map puts {robot[key]} into the empty slot {key}"
-        for key in robot
-        if key.startswith(EMPTY)
-    ]
-    if len(set(names)) < len(names):
-        problems.append(
-            f"cameras {list(config.cameras)} get the robot names {names}: two are equal"
-        )
     if token_length < _SHORTEST_INSTRUCTION:
         problems.append(
             f"instructions are cut to {token_length} tokens, expected at least {_SHORTEST_INSTRUCTION}"
         )
     if problems or state is None or action is None:
         raise CheckpointError(f"{folder} cannot be exported: {'; '.join(problems)}")
-    return Processors(state, action, token_length, tuple(names))
+    return Processors(state, action, token_length, rename_map, tuple(dict.fromkeys(images)))
 
 
 def _read_steps(

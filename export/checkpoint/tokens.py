@@ -31,7 +31,8 @@ def pad_id(path: Path, tokenizer: tokenizers.Tokenizer, fallback: int | None) ->
         except (OSError, ValueError, AttributeError):
             continue
         content = token.get("content") if isinstance(token, dict) else token
-        if content is not None and (found := tokenizer.token_to_id(content)) is not None:
+        found = None if content is None else tokenizer.token_to_id(content)
+        if found is not None:
             return int(found)
     return fallback if fallback is not None and 0 <= fallback < tokenizer.get_vocab_size() else 0
 
@@ -41,14 +42,14 @@ def image_special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[int, int, int
     fake, whole = tokenizer.token_to_id(FAKE_IMAGE), tokenizer.token_to_id(GLOBAL_IMAGE)
     if fake is None or whole is None:
         raise CheckpointError(
-            f"add_image_special_tokens is set, but the tokenizer lacks {FAKE_IMAGE} or {GLOBAL_IMAGE}: "
-            "give the VLM's own tokenizer with --vlm PATH"
+            "add_image_special_tokens is set, but the tokenizer lacks "
+            f"{FAKE_IMAGE} or {GLOBAL_IMAGE}: give the VLM's own tokenizer with --vlm PATH"
         )
     return fake, whole, fake
 
 
 def instructions(tokenizer: tokenizers.Tokenizer, length: int) -> tuple[str, str, str]:
-    """A short, a padded and a full-length instruction for a bundle of `length` tokens (newline included)."""
+    """A short, a padded and a full-length instruction for `length` tokens (newline included)."""
 
     def count(task: str) -> int:
         return len(tokenizer.encode(task + "\n", add_special_tokens=True).ids)
@@ -56,9 +57,10 @@ def instructions(tokenizer: tokenizers.Tokenizer, length: int) -> tuple[str, str
     sentence = (
         "Pick up the red cube and place it on the plate, then push the button on the left side, and"
     )
-    words, full = itertools.cycle(sentence.split()), ""
-    while count(longer := f"{full} {next(words)}".strip()) <= length:
-        full = longer
+    words = itertools.cycle(sentence.split())
+    full, longer = "", next(words)
+    while count(longer) <= length:
+        full, longer = longer, f"{longer} {next(words)}"
     while count(full + ".") <= length:  # fill what whole words left over
         full += "."
     half = full[: len(full) // 2].rsplit(" ", 1)[0] or full

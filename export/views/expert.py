@@ -12,7 +12,10 @@ from .layers import GatedMLP, Linear, Recipe, RMSNorm, attention, heads, masked,
 
 
 class ExpertLayer(nn.Module):
-    """One expert layer. A self layer sees the prefix and the earlier actions, a cross layer the prefix only."""
+    """One expert layer. A self layer sees the prefix and the earlier actions.
+
+    A cross layer sees the prefix only.
+    """
 
     def __init__(self, arch: Architecture, recipe: Recipe, *, is_self: bool) -> None:
         super().__init__()
@@ -50,8 +53,9 @@ class Expert(nn.Module):
     prev_chunk float32 [1, C, A]; prev_weights float32 [1, C, 1]; prefix_mask bool [1, P];
     key.i, value.i [1, K, P, D] -> velocity, next_actions float32 [1, C, A].
 
-    The guidance is LeRobot's: its correction is the error itself, because the velocity is computed before
-    gradients are switched on (lerobot 0.4.4, policies/rtc/modeling_rtc.py). prev_weights of 0 change nothing.
+    The guidance is LeRobot's: its correction is the error itself, because LeRobot computes the
+    velocity before it enables gradients (lerobot 0.4.4, policies/rtc/modeling_rtc.py). With
+    prev_weights of 0 there is no guidance.
     """
 
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
@@ -91,7 +95,7 @@ class Expert(nn.Module):
         *cache: Tensor,
     ) -> tuple[Tensor, Tensor]:
         arch, chunk = self.arch, self.arch.config.chunk_size
-        # concat(actions, time) @ W + b, with W cut in two: the time half is one row, not C equal ones.
+        # concat(actions, time) @ W + b, with W cut in two: the time half is one row, not C rows.
         mixed = self.time_mlp_actions(self.action_in_proj(noisy_actions)) + self.time_mlp_time(
             time_embedding
         )
@@ -103,7 +107,7 @@ class Expert(nn.Module):
         self_mask = torch.cat((hidden.expand(chunk, -1), self.later_hidden), dim=1)
         self_mask = self_mask.repeat(self.shared, 1)  # [G * C, P + C]
 
-        # In self layers the actions follow the valid prefix; in cross layers their positions start at 0.
+        # In self layers the actions follow the valid prefix. In cross layers they start at 0.
         positions = prefix_mask.to(torch.int32).sum(1, dtype=torch.int32) + torch.arange(
             chunk, dtype=torch.int32
         )

@@ -3,13 +3,14 @@
 Letters: B cameras or batch, N query tokens, M key tokens, H query heads, G query heads per KV head,
 D head dim, W width.
 
-Precision is a property of each layer. `Recipe.matmul` is the dtype of weights and of the operands of matrix
-products; `Recipe.stream` that of the residual stream, the norms and the softmax. float16 export uses float16 for
-the first and float32 for the second: trained SmolVLA activations reach 1600, their squares overflow float16, and
-a norm that squares in float16 silences the token without a NaN.
+Precision is a property of each layer. `Recipe.matmul` is the dtype of weights and of the operands
+of matrix products. `Recipe.stream` is that of the residual stream, the norms and the softmax. A
+float16 export uses float16 for the first and float32 for the second: trained SmolVLA activations
+reach 1600, their squares overflow float16, and a norm that squares in float16 makes the token zero
+without a NaN.
 
-So is the target: with `Recipe.ort` a layer is exported as ONNX Runtime's own operator where that measures better on
-a CPU (docs/log.md). Run in torch it is the same formula either way.
+The target is a property of each layer too. With `Recipe.ort` a layer is exported as ONNX Runtime's
+own operator where that measures faster on a CPU (docs/log.md). In torch both are the same formula.
 """
 
 from collections.abc import Iterable
@@ -25,8 +26,10 @@ ROPE_BASE = 10_000.0  # LeRobot's apply_rope; the VLM's own rope_theta is not us
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a view computes: dtypes, and whether ONNX Runtime's own operators may stand in its graph. `table` is the
-    dtype in which the token embeddings are stored."""
+    """How a view computes: its dtypes, and whether ONNX Runtime's own operators are in its graph.
+
+    `table` is the dtype in which the token embeddings are stored.
+    """
 
     matmul: torch.dtype
     stream: torch.dtype
@@ -43,13 +46,16 @@ def masked(dtype: torch.dtype) -> float:
     return max(-1e9, torch.finfo(dtype).min / 4)
 
 
-def both(prefix: nn.Module, expert: nn.Module) -> nn.ModuleDict:
-    """The two views as one module, so that a path names a module of either."""
+def join_views(prefix: nn.Module, expert: nn.Module) -> nn.ModuleDict:
+    """The two views as one module, whose paths begin with `prefix.` or `expert.`."""
     return nn.ModuleDict({"prefix": prefix, "expert": expert})
 
 
 def pin(view: nn.Module, stages: Iterable[str]) -> None:
-    """Let the modules at these paths of `view` compute as the residual stream does. KeyError for what is no stage."""
+    """Let the modules at these paths of `view` compute in the stream's dtype.
+
+    Raises KeyError for a path that is no stage.
+    """
     modules = dict(view.named_modules())
     for name in stages:
         modules[name].to(modules[name].recipe.stream)
@@ -59,7 +65,7 @@ def pin(view: nn.Module, stages: Iterable[str]) -> None:
 
 
 def stages(view: nn.Module) -> set[str]:
-    """Paths of the modules that `pin` takes: those that choose a dtype of their own, but for the view itself."""
+    """Paths of the modules that `pin` takes: all that have a recipe, except the view itself."""
     return {name for name, module in view.named_modules() if name and hasattr(module, "recipe")}
 
 
@@ -76,7 +82,7 @@ def exported(recipe: Recipe) -> bool:
 
 
 class Linear(nn.Linear):
-    """`x @ weight.T + bias`, in the weight's dtype, or in `compute` where the sum is too long for it."""
+    """`x @ weight.T + bias` in the weight's dtype, or in `compute` where the sum is long."""
 
     compute: torch.dtype | None = None
 
@@ -89,7 +95,10 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in the stream's dtype; in this form ONNX Runtime and TensorRT fuse it."""
+    """x / sqrt(mean(x^2) + eps) * weight in the stream's dtype.
+
+    ONNX Runtime and TensorRT fuse this form.
+    """
 
     def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -116,8 +125,10 @@ class GatedMLP(nn.Module):
 
 
 def rope_tables(positions: int, head_dim: int) -> tuple[nn.Buffer, nn.Buffer]:
-    """Cosine and sine of every position: two float32 [positions, D/2], computed as LeRobot does. Buffers of a view,
-    but no weights."""
+    """Cosine and sine of every position, as LeRobot computes them: two float32 [positions, D/2].
+
+    They are buffers of a view, not weights.
+    """
     exponent = (2.0 / head_dim) * torch.arange(head_dim // 2, dtype=torch.float32)
     radians = torch.arange(positions, dtype=torch.float32)[:, None] / ROPE_BASE**exponent
     return nn.Buffer(radians.cos(), persistent=False), nn.Buffer(radians.sin(), persistent=False)
@@ -142,7 +153,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Reci
     """Attention with grouped KV heads; -> [B, N, H * D] in the matmul dtype.
 
     q: [B, H, N, D]; k, v: [B, H / G, M, D]; mask: additive, broadcastable to [G * N, M], or None.
-    The G query heads that share a KV head are stacked as rows, so keys and values are never repeated.
+    The G query heads of one KV head are stacked as rows, so keys and values are never repeated.
     The scale is applied to the query: it is the smaller tensor, and scores stay small in float16.
     """
     batch, n_heads, n, d = q.shape

@@ -2,9 +2,9 @@
 
 Letters: B cameras, T language tokens, P prefix tokens, K KV heads, D head dim, W width.
 
-The sequence is cameras, language, state. What LeRobot masks out for good is not computed: empty cameras and the
-padding of `prefix_length` have no row here. Valid language tokens come first (right padding), so every position
-but the state's is a constant; the state's is the number of valid tokens before it.
+The sequence is cameras, language, state. Rows that LeRobot always masks are not computed: empty
+cameras and the padding of `prefix_length` have no row here. Valid language tokens come first (right
+padding), so every position is a constant, except the state's: the number of valid tokens before it.
 """
 
 import torch
@@ -60,7 +60,7 @@ class PrefixLayer(nn.Module):
 
 
 class CrossProjection(nn.Module):
-    """The expert's k_proj and v_proj of one cross layer, applied here because no denoise step changes them."""
+    """The expert's k_proj and v_proj of one cross layer: no denoise step changes their output."""
 
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
         super().__init__()
@@ -76,8 +76,10 @@ class CrossProjection(nn.Module):
 
 
 class Prefix(nn.Module):
-    """images float32 [B, 3, S, S] in [-1, 1], tokens int32 [1, T], token_mask bool [1, T] (valid tokens first),
-    state float32 [1, max_state_dim], normalised -> prefix_mask bool [1, P], then key.i and value.i [1, K, P, D].
+    """Inputs: images float32 [B, 3, S, S] in [-1, 1], tokens int32 [1, T], token_mask bool [1, T]
+    (valid tokens first), state float32 [1, max_state_dim], normalised.
+
+    Outputs: prefix_mask bool [1, P], then key.i and value.i [1, K, P, D].
     """
 
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:
@@ -121,16 +123,19 @@ class Prefix(nn.Module):
         return self.connector(self.vision_model(images))
 
     def image_tokens(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [1, rows of all camera slots, W]: scaled embeddings, wrapped in the special tokens
-        where the checkpoint has them. An empty camera keeps only its special tokens: its image is masked."""
+        """[B, 3, S, S] -> [1, rows of all camera slots, W], scaled embeddings.
+
+        Each image is between the special tokens where the checkpoint has them. An empty camera has
+        only its special tokens: its image is masked.
+        """
         arch = self.arch
         embeds = self.embed_images(images) * self.scale
         if not arch.image_special_tokens:
             return embeds.reshape(1, -1, embeds.shape[-1])
         special = self.embed(torch.tensor(arch.image_special_tokens, dtype=torch.int32))[None]
         parts: list[Tensor] = []
-        for slot in range(len(arch.config.cameras) + arch.config.empty_cameras):
-            image = [embeds[slot : slot + 1]] if slot < len(arch.config.cameras) else []
+        for slot in range(arch.cameras + arch.config.empty_cameras):
+            image = [embeds[slot : slot + 1]] if slot < arch.cameras else []
             parts += [special[:, :2], *image, special[:, 2:]]
         return torch.cat(parts, dim=1)
 

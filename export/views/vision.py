@@ -96,7 +96,7 @@ class VisionLayer(nn.Module):
 class VisionModel(nn.Module):
     """The vision tower: float32 [B, 3, S, S] in [-1, 1] -> [B, N, W] in the stream's dtype.
 
-    Position ids are 0..N-1, as in every training run; transformers 4.55 to 4.57 shift them in float32 only
+    Position ids are 0..N-1, as in training. transformers 4.55 to 4.57 shift them in float32 only
     (huggingface/transformers#41190).
     """
 
@@ -122,9 +122,9 @@ class VisionModel(nn.Module):
 
 
 class Connector(nn.Module):
-    """Pixel shuffle (K x K patches become one token) and one wide projection: [B, N, W] -> [B, N / K^2, width].
+    """Pixel shuffle and a projection: [B, N, W] -> [B, N / K^2, width]. K x K patches become one token.
 
-    The sum runs over 12,288 products, so it is kept in the stream's dtype; the weight is still stored small.
+    The sum has 12,288 products, so the stream's dtype holds it. The weight has the matmul dtype.
     """
 
     def __init__(self, arch: Architecture, recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """The checkpoint's tensors under the views' names.
 
-Every parameter of a view knows the one LeRobot key it comes from; what is missing, has another shape or would be
-ignored is reported by name, all at once.
+Every parameter of a view comes from one LeRobot key. Keys that are missing, have another shape or
+would be ignored are reported by name, all at once.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.errors import CheckpointError
 from ..checkpoint.architecture import Architecture
 from .expert import Expert
-from .layers import Recipe, both, pin
+from .layers import Recipe, join_views, pin
 from .prefix import Prefix
 
 VLM = "model.vlm_with_expert.vlm.model."
@@ -50,8 +50,8 @@ _EXPERT_KEYS = (
 )
 # Weights that inference never reads: LeRobot keeps them, the views do not have them.
 _UNUSED = re.compile(
-    r"lm_head\.|text_model\.norm\.|lm_expert\.embed_tokens\.|^(un)?normalize_(inputs|targets|outputs)\."
-    r"|rotary_emb\.inv_freq$|embeddings\.position_ids$"
+    r"lm_head\.|text_model\.norm\.|lm_expert\.embed_tokens\."
+    r"|^(un)?normalize_(inputs|targets|outputs)\.|rotary_emb\.inv_freq$|embeddings\.position_ids$"
 )
 
 
@@ -67,38 +67,39 @@ def source_key(view: nn.Module, name: str) -> str:
 def build_views(
     arch: Architecture, tensors: Mapping[str, Tensor], recipe: Recipe, pinned: Collection[str] = ()
 ) -> tuple[Prefix, Expert]:
-    """The two views with the checkpoint's weights, in eval mode. pinned: stages that stay in the stream's dtype,
-    as `prefix.<module>` or `expert.<module>`.
+    """The two views with the checkpoint's weights, in eval mode.
 
-    Raises CheckpointError that lists every missing key, wrong shape, non-finite tensor and unknown key.
+    pinned: stages that stay in the stream's dtype, as `prefix.<module>` or `expert.<module>`.
+    Raises CheckpointError that lists every missing key, wrong shape, non-finite tensor and
+    unknown key.
     """
     prefix, expert = Prefix(arch, recipe), Expert(arch, recipe)
-    views = both(prefix, expert).requires_grad_(False).eval()
+    views = join_views(prefix, expert).requires_grad_(False).eval()
     pin(views, pinned)
     problems: dict[str, str] = {}  # by LeRobot key
     expected = set()
     for view in (prefix, expert):
         for name, parameter in view.named_parameters():
-            expected.add(key := source_key(view, name))
+            key = source_key(view, name)
+            expected.add(key)
             half = _HALVES.get(name)
             rows, *columns = parameter.shape
             shape = (rows, *columns) if half is None else (rows, 2 * columns[0])
             if key not in tensors:
                 problems[key] = f"missing {key} {shape}"
-            elif (found := tuple(tensors[key].shape)) != shape:
-                problems[key] = f"{key} is {found}, the configs say {shape}"
-            elif not torch.isfinite(tensors[key]).all():
+                continue
+            tensor = tensors[key]
+            if tuple(tensor.shape) != shape:
+                problems[key] = f"{key} is {tuple(tensor.shape)}, the configs say {shape}"
+            elif not torch.isfinite(tensor).all():
                 problems[key] = f"{key} holds NaN or Inf"
-            elif (
-                recipe.matmul == torch.float16
-                and (largest := tensors[key].abs().max()) > _FLOAT16_MAX
-            ):
+            elif recipe.matmul == torch.float16 and (tensor.abs() > _FLOAT16_MAX).any():
+                largest = tensor.abs().max()
                 problems[key] = f"{key} reaches {largest:.0f}, beyond float16: use --precision fp32"
             else:
-                parameter.copy_(
-                    tensors[key] if half is None else tensors[key].chunk(2, dim=1)[half]
-                )
-    last = f"text_model.layers.{arch.layers - 1}."  # beyond its keys and values, nothing reads the last layer
+                parameter.copy_(tensor if half is None else tensor.chunk(2, dim=1)[half])
+    # Of the last layer, only its keys and values are used.
+    last = f"text_model.layers.{arch.layers - 1}."
     for key in sorted(tensors.keys() - expected):
         if not _UNUSED.search(key) and last not in key:
             problems[key] = f"unknown weight {key}, which no part of SmolVLA reads"

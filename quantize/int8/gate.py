@@ -1,8 +1,8 @@
 """The gate: how far a policy of lower precision may be from float32, in the policy's own terms.
 
-A policy answers another chunk for every noise it starts from; the spread of those chunks is what it does not care
-about. An error is judged against that spread, joint by joint, and the cache tensor by tensor, because the final
-actions alone hide much (they stay near the same with a stale cache).
+A policy makes another chunk of every noise. The spread of those chunks is what the policy leaves
+open. An error is judged against that spread, joint by joint. The cache is judged tensor by tensor,
+because the final actions alone hide much: with a stale cache they stay nearly the same.
 """
 
 import sys
@@ -20,6 +20,7 @@ else:
     import tomli as tomllib
 
 from ...core.errors import GateError, QuantizeError
+from ...core.progress import SILENT, Progress
 from ...core.strict import decode
 
 TICK_DEG = 360 / 4096  # one step of an STS3215's encoder
@@ -31,9 +32,8 @@ Array = NDArray[np.float32]
 class Gate:
     """What gate.toml may say; the defaults are the gate without one."""
 
-    action_p99: float = (
-        0.10  # 99th percentile of each joint's error, over its standard deviation across seeds
-    )
+    # 99th percentile of each joint's error, over its standard deviation across seeds
+    action_p99: float = 0.10
     seeds: int = 16
     gripper_flips: int = 0
     cache: float = 0.05  # relative L2 of each key and value tensor
@@ -63,25 +63,32 @@ def read_gate(path: Path) -> Gate:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What one policy makes of some observations: its cache for each, and its chunks [observations, seeds, chunk,
-    dof] in robot units."""
+class Outputs:
+    """What one policy computes: a cache for each observation, and all its chunks.
+
+    chunks: [observations, seeds, chunk, dof] in robot units.
+    """
 
     caches: list[Cache]
     chunks: Array
 
 
-Asked = tuple[Cache, Callable[[Array], Array]]
+# The cache of an observation, and what makes a chunk [chunk, dof] of a noise with it.
+Prefilled = tuple[Cache, Callable[[Array], Array]]
 
 
-def answers(asked: Iterable[Asked], noises: Sequence[Sequence[Array]]) -> Answers:
-    """asked: for each observation, taken one after the other, its cache and what answers a noise with a chunk
-    [chunk, dof]; noises: for each observation, the noise of each seed."""
+def outputs_of(
+    prefilled: Iterable[Prefilled],
+    noises: Sequence[Sequence[Array]],
+    progress: Progress = SILENT,
+) -> Outputs:
+    """prefilled: of each observation, one after the other; noises: of each, one for each seed."""
     caches, chunks = [], []
-    for (cache, denoise), seeds in zip(asked, noises, strict=True):
+    for (cache, denoise), seeds in zip(prefilled, noises, strict=True):
         caches.append(cache)
         chunks.append([denoise(noise) for noise in seeds])
-    return Answers(caches, np.array(chunks, np.float32))
+        progress.count(len(chunks), len(noises))
+    return Outputs(caches, np.array(chunks, np.float32))
 
 
 @dataclass(frozen=True)
@@ -112,13 +119,11 @@ class Errors:
         return max(used, float("inf") if (self.flips or 0) > gate.gripper_flips else 0.0)
 
     def table(self, joints: Sequence[str]) -> str:
-        """Lines for people: each joint's error, also in servo ticks (0.088 degrees, where that is its unit), beside
-        the spread."""
+        """Each joint's error beside the spread, also in servo ticks (0.088 degrees)."""
         rows = [f"{'joint':<16}{'p99 error':>12}{'ticks':>8}{'spread':>10}{'share':>8}"]
         for name, p99, spread in zip(joints, self.p99, self.spread, strict=True):
-            rows.append(
-                f"{name:<16}{p99:>12.4f}{p99 / TICK_DEG:>8.1f}{spread:>10.3f}{p99 / max(spread, 1e-9):>8.3f}"
-            )
+            share = p99 / max(spread, 1e-9)
+            rows.append(f"{name:<16}{p99:>12.4f}{p99 / TICK_DEG:>8.1f}{spread:>10.3f}{share:>8.3f}")
         worst = max(self.cache, key=lambda name: self.cache[name])
         flips = (
             "no joint is known to be the gripper"
@@ -130,12 +135,12 @@ class Errors:
         )
 
 
-def compare(reference: Answers, got: Answers, grippers: Sequence[int], middle: Array) -> Errors:
-    """grippers: their indices in the action; middle: [dof], where each is neither open nor closed, in robot units.
-    `got` may hold fewer observations and seeds; the spread is that of all.
+def compare(reference: Outputs, got: Outputs, grippers: Sequence[int], middle: Array) -> Errors:
+    """How far `got` is from `reference`. It may hold fewer observations and seeds.
 
-    A flip is a gripper on the other side of the middle and further from the reference than a tenth of the spread:
-    beside the middle the smallest error changes sides.
+    grippers: their indices in the action; middle: [dof], neither open nor closed, in robot units.
+    A flip is a gripper on the other side of the middle, and further from the reference than a
+    tenth of the spread: next to the middle the smallest error changes sides.
     """
     spread = np.sqrt(reference.chunks.astype(np.float64).var(axis=1).mean(axis=(0, 1)))
     n, seeds = got.chunks.shape[:2]
@@ -182,6 +187,7 @@ def missed(errors: Errors, gate: Gate, joints: Sequence[str]) -> list[str]:
 
 def require(errors: Errors, gate: Gate, joints: Sequence[str]) -> None:
     """Raises GateError that says what is over the gate."""
-    if over := missed(errors, gate, joints):
+    over = missed(errors, gate, joints)
+    if over:
         more = f" and {len(over) - 8} more" if len(over) > 8 else ""
         raise GateError(f"the gate is not met: {', '.join(over[:8])}{more}")

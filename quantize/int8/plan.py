@@ -1,15 +1,15 @@
-"""Which groups of layers become INT8: by time saved for the error that each brings, as far as the gate allows."""
+"""Which groups of layers become INT8: the most time saved for their error, within the gate."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...runtime.budget.roofline import Board, find_board
+from ...runtime.budget.roofline import BoardPeaks, find_board
 from ...runtime.bundle.manifest import Target
 from .gate import Errors, Gate
 
-# What a target is expected to run on, for the order of the groups only, and the bytes of a float weight there.
-MACHINES: dict[Target, tuple[Board, int]] = {
-    "cpu": (Board("two cores with VNNI", 0.45, 1.3, 20, "measured (docs/log.md)"), 4),
+# What a target usually runs on, for the order of the groups only, and the bytes of a float weight.
+MACHINES: dict[Target, tuple[BoardPeaks, int]] = {
+    "cpu": (BoardPeaks("two cores with VNNI", 0.45, 1.3, 20, "measured (docs/log.md)"), 4),
     "portable": (find_board("Orin Nano 8GB Super"), 2),
 }
 
@@ -27,7 +27,7 @@ class Cost:
         return self.rows * self.weights * self.runs
 
     def saved_s(self, target: Target) -> float:
-        """Seconds of a chunk that INT8 saves, each product bound by arithmetic or by reading its weights."""
+        """Seconds of a chunk that INT8 saves, bound by arithmetic or by reading weights."""
         board, float_bytes = MACHINES[target]
 
         def seconds(tera: float, weight_bytes: int) -> float:
@@ -37,7 +37,10 @@ class Cost:
 
 
 def order(measured: Mapping[str, tuple[float, Errors]], gate: Gate) -> list[str]:
-    """Groups by seconds saved per share of the gate used up, best first. measured: group -> (seconds, errors)."""
+    """Groups by seconds saved for their share of the gate, best first.
+
+    measured: group -> (seconds, errors).
+    """
     return sorted(
         measured, key=lambda g: measured[g][0] / max(measured[g][1].share(gate), 1e-6), reverse=True
     )
@@ -46,7 +49,10 @@ def order(measured: Mapping[str, tuple[float, Errors]], gate: Gate) -> list[str]
 def choose(
     groups: Sequence[str], errors_of: Callable[[list[str]], Errors], gate: Gate
 ) -> list[str]:
-    """All groups where that meets the gate, else in order each that leaves it met together with those before it."""
+    """All groups where they meet the gate together.
+
+    Else, in order, each group that meets the gate together with those before it.
+    """
     if errors_of(list(groups)).share(gate) <= 1:
         return list(groups)
     taken: list[str] = []

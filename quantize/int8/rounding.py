@@ -1,8 +1,9 @@
 """Weights to INT8, rounded so that their products with real activations change least.
 
-Rounding every weight to its nearest step leaves an error that is the same for every token and adds up over them.
-GPTQ (Frantar et al., arXiv 2210.17323) rounds one input channel after the other and lets those not yet rounded make
-up for what the activations' second moments say was lost; here it leaves about a third of the error (docs/log.md).
+Rounding every weight to its nearest step leaves an error that is the same for every token. GPTQ
+(Frantar et al., arXiv 2210.17323) rounds one input channel after the other. The channels that are
+not rounded yet correct the error, by the activations' second moments. About a third of the error
+remains here (docs/log.md).
 """
 
 import torch
@@ -27,7 +28,7 @@ def nearest(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compensated(weight: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """As `nearest`. second: sum over tokens of x x^T of the activation that is multiplied, [in, in]."""
+    """As `nearest`. second: the sum over tokens of x x^T of the activation, [in, in]."""
     _, scale = nearest(weight)
     second = second.clone()
     second.diagonal().add_(_DAMPING * second.diagonal().mean().clamp(min=1e-12))

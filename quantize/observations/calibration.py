@@ -1,16 +1,15 @@
-"""The observations that INT8 is calibrated with, and others to judge it by, from one of four sources.
+"""The observations that calibrate INT8, and those that judge it, from one of four sources.
 
     FOLDER        a LeRobot dataset (dataset.py), or what smolvla-run --record left
     user/name     a LeRobot dataset on the Hub
     synthetic     drawn ones, for trials
 
-Frames are spread over tasks, then over episodes, then over time. Those held out come from a fifth of the episodes, or
-where there is only one from its last fifth, however many frames are asked for: who judges a bundle later on the same
-source judges on what it was not calibrated with.
+Frames are spread over tasks, then over episodes, then over time. The held-out frames come from a
+fifth of the episodes; where there is only one episode, from its last fifth. This split does not
+depend on the number of frames: a later judgement on the same source does not see what calibrated.
 """
 
 import hashlib
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from typing import Literal
 import numpy as np
 
 from ...core.errors import ObservationsError
-from ...runtime.bundle.manifest import Calibration
+from ...core.progress import SILENT, Progress
+from ...runtime.bundle.manifest import CalibrationData
 from ...runtime.robot.recording import META
 from ...runtime.robot.replay import read_recording
-from .dataset import open_dataset
 from .sample import Sample, draw_samples
 
-PROGRESS_S = 5.0
+SYNTHETIC = "synthetic"
+Kind = Literal["dataset", "recording", "synthetic"]
 Episodes = Mapping[int, tuple[int, tuple[str, ...]]]  # number -> frames, tasks
 Reader = Callable[[int, Sequence[int]], list[Sample]]  # number of an episode, some of its frames
 Frames = dict[int, list[int]]  # number of an episode -> some of its frames, ascending
@@ -35,9 +35,9 @@ Frames = dict[int, list[int]]  # number of an episode -> some of its frames, asc
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What was drawn; record: of both parts together, and of nothing else (no episodes where synthetic)."""
+    """What was drawn. record: of both parts together; synthetic samples have no episodes."""
 
-    record: Calibration
+    record: CalibrationData
     calibration: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
     held_out_episodes: int
@@ -53,22 +53,22 @@ def read_calibration(
     frames: int = 32,
     held_out: int = 8,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    progress: Progress = SILENT,
 ) -> CalibrationSet:
-    """Draw `frames` observations to calibrate with and `held_out` to judge by, fewer where there are fewer.
+    """Draw `frames` observations to calibrate with and `held_out` to judge by, or all there are.
 
-    instructions, statistics: of synthetic observations, the latter mean and std of the state [dof] in robot units,
-    0 and 1 where they are missing.
-    Raises ObservationsError where the source is missing, damaged or does not fit the robot, and SettingsError where a
-    recording is damaged.
+    instructions, statistics: for synthetic observations; statistics has the mean and std of the
+    state, [dof] in robot units, else 0 and 1.
+    Raises ObservationsError where the source is missing, damaged or does not fit the robot, and
+    SettingsError where a recording is damaged.
     """
-    kind: Literal["dataset", "recording", "synthetic"] = "dataset"
+    kind = kind_of(source)
     numbers: tuple[Frames, Frames] = ({}, {})
-    if source == "synthetic":
-        kind = "synthetic"
-        say(
-            "warning: synthetic calibration: ranges come from drawn pictures, and nothing is known of the accuracy "
-            "on your robot's. For trials only: give the dataset that the policy was trained with"
+    if kind == "synthetic":
+        progress.note(
+            "warning: synthetic calibration: the ranges come from drawn pictures, so the accuracy "
+            "on your robot's pictures is unknown. For trials only: give the dataset that the "
+            "policy was trained with"
         )
         parts = (
             draw_samples(frames, cameras, state_dim, statistics, instructions, seed),
@@ -76,43 +76,49 @@ def read_calibration(
         )
     else:
         folder = Path(source).expanduser()
-        if (folder / META).is_file():
-            kind = "recording"
+        progress.stage(f"reading {source}", own_bar=not folder.exists())
+        if kind == "recording":
             episodes, read = _open_recording(folder, cameras)
         else:
-            dataset = open_dataset(source, cameras, state_dim)
-            episodes, read = (
-                {n: (e.length, e.tasks) for n, e in dataset.episodes.items()},
-                dataset.frames,
-            )
-        if (total := sum(length for length, _ in episodes.values())) < 2:
+            episodes, read = _open_dataset(source, cameras, state_dim)
+        total = sum(length for length, _ in episodes.values())
+        if total < 2:
             raise ObservationsError(
-                f"{source} has {total} frames, expected at least 2, better {frames + held_out}: record more"
+                f"{source} has {total} frames, expected at least 2, better {frames + held_out}: "
+                "record more"
             )
         numbers = choose_frames(episodes, frames, held_out, seed)
-        parts = _read(numbers, read, state_dim, source, say)
+        parts = _read(numbers, read, state_dim, source, progress)
     samples = (*parts[0], *parts[1])
     digest, size = _digest(samples)
     tasks = len({sample.task for sample in samples})
-    said = f"{len(parts[0])} observations to calibrate with, {len(parts[1])} to judge by"
     count = len(numbers[0].keys() | numbers[1])
-    say(f"{said}, from {count} episodes with {tasks} tasks")
-    return CalibrationSet(
-        Calibration(source, kind, digest, size, len(samples), count), *parts, len(numbers[1])
+    progress.note(
+        f"{len(parts[0])} observations to calibrate with, {len(parts[1])} to judge by, "
+        f"from {count} episodes with {tasks} tasks"
     )
+    return CalibrationSet(
+        CalibrationData(source, kind, digest, size, len(samples), count), *parts, len(numbers[1])
+    )
+
+
+def kind_of(source: str) -> Kind:
+    """What `source` names; a dataset can be on the Hub."""
+    if source == SYNTHETIC:
+        return "synthetic"
+    return "recording" if (Path(source).expanduser() / META).is_file() else "dataset"
 
 
 def choose_frames(
     episodes: Episodes, frames: int, held_out: int, seed: int
 ) -> tuple[Frames, Frames]:
-    """-> the frames to calibrate with, and the held-out ones. At least two frames in all are expected."""
+    """-> the frames to calibrate with, and the held-out ones, of at least two frames in all."""
     numbers = [number for number, (length, _) in episodes.items() if length]
     shuffled = [numbers[i] for i in np.random.default_rng(seed).permutation(len(numbers))]
     order = _in_turns(_by_tasks(shuffled, episodes))
     single = len(order) == 1
-    whole = (
-        episodes[order[0]][0] if single else len(order)
-    )  # what is cut in two: frames, or episodes
+    # What is cut in two: frames, or episodes.
+    whole = episodes[order[0]][0] if single else len(order)
     cut = whole - min(max(round(whole / 5), 1), whole - 1)
     spans = {number: range(episodes[number][0]) for number in order}
     first = {order[0]: range(cut)} if single else {number: spans[number] for number in order[:cut]}
@@ -153,18 +159,27 @@ def _in_turns(groups: Sequence[Sequence[int]]) -> list[int]:
     return [x for turn in zip_longest(*groups) for x in turn if x is not None]
 
 
+def _open_dataset(source: str, cameras: Sequence[str], state_dim: int) -> tuple[Episodes, Reader]:
+    from .dataset import open_dataset  # needs av and pyarrow, which other sources do not
+
+    dataset = open_dataset(source, cameras, state_dim)
+    episodes = {number: (e.length, e.tasks) for number, e in dataset.episodes.items()}
+    return episodes, dataset.frames
+
+
 def _open_recording(folder: Path, cameras: Sequence[str]) -> tuple[Episodes, Reader]:
     """A recording as one episode."""
     recording = read_recording(folder)
     meta = recording.meta
-    if missing := [camera for camera in cameras if camera not in meta.cameras]:
+    missing = [camera for camera in cameras if camera not in meta.cameras]
+    if missing:
         raise ObservationsError(
             f"{folder} has no camera {', '.join(missing)} (found {', '.join(meta.cameras)}): "
             "give a recording of the policy's robot"
         )
 
     def read(_: int, indices: Sequence[int]) -> list[Sample]:
-        seen = [recording.chunk(recording.files[i]).observation for i in indices]
+        seen = [recording.chunk(recording.files[i]).request for i in indices]
         return [
             Sample({c: o.images[c] for c in cameras}, np.asarray(o.state, np.float32), meta.task)
             for o in seen
@@ -174,14 +189,11 @@ def _open_recording(folder: Path, cameras: Sequence[str]) -> tuple[Episodes, Rea
 
 
 def _read(
-    parts: Sequence[Frames], read: Reader, state_dim: int, source: str, say: Callable[[str], None]
+    parts: Sequence[Frames], read: Reader, state_dim: int, source: str, progress: Progress
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """The samples of each part, with a line every few seconds."""
-    total, done, told_s = (
-        sum(len(indices) for part in parts for indices in part.values()),
-        0,
-        time.monotonic(),
-    )
+    """The samples of each part."""
+    total = sum(len(indices) for part in parts for indices in part.values())
+    done = 0
     result = []
     for part in parts:
         samples: list[Sample] = []
@@ -190,13 +202,12 @@ def _read(
             for i, sample in zip(indices, samples[-len(indices) :], strict=True):
                 if sample.state.shape != (state_dim,) or not np.isfinite(sample.state).all():
                     raise ObservationsError(
-                        f"{source}: the state in frame {i} of episode {number} is {sample.state.tolist()}, expected "
-                        f"{state_dim} finite numbers: remove the episode, or give data of the policy's robot"
+                        f"{source}: the state in frame {i} of episode {number} is "
+                        f"{sample.state.tolist()}, expected {state_dim} finite numbers: remove the "
+                        "episode, or give data of the policy's robot"
                     )
             done += len(indices)
-            if time.monotonic() - told_s >= PROGRESS_S:
-                told_s = time.monotonic()
-                say(f"read {done} of {total} observations")
+            progress.count(done, total)
         result.append(tuple(samples))
     return result[0], result[1]
 

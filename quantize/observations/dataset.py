@@ -1,11 +1,11 @@
-"""A LeRobot dataset, v2.0 to v3.0, from a folder or the Hub: which episodes it has, and single frames of them.
+"""A LeRobot dataset, v2.0 to v3.0, from a folder or the Hub: its episodes, and single frames.
 
-    meta/info.json                                version, fps, features, and where the files below are
-    v2   meta/episodes.jsonl, meta/tasks.jsonl    an episode has one parquet file, and one video for each camera
+    meta/info.json                                version, fps, features, and the paths of the files
+    v2   meta/episodes.jsonl, meta/tasks.jsonl    one parquet file, and a video a camera, an episode
     v3   meta/episodes/, meta/tasks.parquet       several episodes share a parquet file or a video
 
-A row of the data holds state, task index and time in the episode; pictures are in the videos or the rows.
-From the Hub comes meta/ first, and then a file when a frame of it is read.
+A row of the data has the state, the task index and the time in the episode. Pictures are in the
+videos or the rows. From the Hub, meta/ is loaded first, and each file when a frame of it is read.
 """
 
 import json
@@ -45,7 +45,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What meta/ tells of the cameras that are needed. repo: the Hub id, where it comes from there."""
+    """What meta/ says of the cameras that are needed. repo: the Hub id of a dataset from there."""
 
     root: Path
     repo: str | None
@@ -55,7 +55,7 @@ class Dataset:
     episodes: Mapping[int, Episode]
 
     def frames(self, number: int, indices: Sequence[int]) -> list[Sample]:
-        """Frames `indices` of episode `number`. Raises ObservationsError for what is missing or damaged."""
+        """Frames `indices` of episode `number`. Raises ObservationsError for damaged files."""
         episode = self.episodes[number]
         path = self._file(episode.data)
         columns = ["frame_index", "timestamp", "task_index", STATE]
@@ -66,14 +66,17 @@ class Dataset:
             path, columns, [("episode_index", "=", number), ("frame_index", "in", list(indices))]
         )
         by_index = {row["frame_index"]: row for row in found}
-        if lost := [i for i in indices if i not in by_index]:
+        missing = [i for i in indices if i not in by_index]
+        if missing:
             raise ObservationsError(
-                f"{path} lacks frames {lost} of episode {number}, expected {episode.length} frames: {_AGAIN}"
+                f"{path} lacks frames {missing} of episode {number}, expected {episode.length} "
+                f"frames: {_AGAIN}"
             )
         rows = [by_index[i] for i in indices]
-        if strange := {row["task_index"] for row in rows} - set(self.tasks):
+        unknown = {row["task_index"] for row in rows} - set(self.tasks)
+        if unknown:
             raise ObservationsError(
-                f"{path} has the tasks {strange}, meta/ only {sorted(self.tasks)}: {_AGAIN}"
+                f"{path} has the tasks {unknown}, meta/ only {sorted(self.tasks)}: {_AGAIN}"
             )
         images = {}
         for camera, feature in self.cameras.items():
@@ -102,8 +105,8 @@ class Dataset:
 def open_dataset(source: str, cameras: Sequence[str], state_dim: int) -> Dataset:
     """Read meta/ of a folder or, where there is none of that name, of a Hub id.
 
-    Raises ObservationsError where it is missing, damaged, of an unknown version, lacks one of `cameras`, or has a
-    state of another width than `state_dim`.
+    Raises ObservationsError where it is missing, damaged, of an unknown version, lacks one of
+    `cameras`, or has a state of another width than `state_dim`.
     """
     root, repo = Path(source).expanduser(), None
     if not root.exists():
@@ -114,8 +117,8 @@ def open_dataset(source: str, cameras: Sequence[str], state_dim: int) -> Dataset
         root, repo = _from_hub(source), source
     if not (root / "meta/info.json").is_file():
         raise ObservationsError(
-            f"{source} has neither meta/info.json nor run.json: give a LeRobot dataset, or a folder that "
-            "smolvla-run --record wrote"
+            f"{source} has neither meta/info.json nor run.json: give a LeRobot dataset, or a "
+            "folder that smolvla-run --record wrote"
         )
     try:
         return _read_meta(root, repo, cameras, state_dim)
@@ -130,7 +133,8 @@ def _read_meta(root: Path, repo: str | None, cameras: Sequence[str], state_dim: 
     version, features = info["codebase_version"], info["features"]
     if version not in VERSIONS:
         raise ObservationsError(
-            f"{root} has the codebase_version {version!r}, expected {', '.join(VERSIONS)}: convert it with LeRobot"
+            f"{root} has the codebase_version {version!r}, expected {', '.join(VERSIONS)}: "
+            "convert it with LeRobot"
         )
     kinds = {
         name: feature["dtype"]
@@ -139,9 +143,11 @@ def _read_meta(root: Path, repo: str | None, cameras: Sequence[str], state_dim: 
     }
     names = {name.removeprefix("observation.").removeprefix("images."): name for name in kinds}
     problems = []
-    if missing := [camera for camera in cameras if camera not in names]:
+    missing = [camera for camera in cameras if camera not in names]
+    if missing:
         problems.append(f"no camera {', '.join(missing)} (found {', '.join(names) or 'none'})")
-    if (shape := features[STATE]["shape"]) != [state_dim]:
+    shape = features[STATE]["shape"]
+    if shape != [state_dim]:
         problems.append(f"a state of shape {shape}, expected {[state_dim]}")
     if problems:
         raise ObservationsError(
@@ -239,7 +245,7 @@ def _decode(path: Path, times_s: Sequence[float], frame_s: float) -> list[NDArra
 
 def _frame_at(container: Any, time_s: float, frame_s: float) -> NDArray[np.uint8]:
     stream = container.streams.video[0]
-    # A keyframe found for a time may be decoded before it and shown after it: look for an earlier one.
+    # The keyframe found for a time can be shown after that time: look for an earlier one.
     container.seek(int((time_s - _REORDERED * frame_s) / stream.time_base), stream=stream)
     shown = next(
         (frame for frame in container.decode(stream) if frame.time > time_s - frame_s / 2), None
@@ -253,8 +259,10 @@ def _frame_at(container: Any, time_s: float, frame_s: float) -> NDArray[np.uint8
 
 
 def _from_hub(repo: str, name: str | None = None, commit: str | None = None) -> Path:
-    """meta/ of the newest commit, in a folder named by it; or one file of a commit. From the local cache where the
-    Hub does not answer."""
+    """meta/ of the newest commit, in a folder that has its name; or one file of a commit.
+
+    From the local cache where the Hub does not answer.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
 
     with from_hub(

@@ -1,4 +1,4 @@
-"""What comes from the Hugging Face Hub, or from its local cache where the Hub does not answer."""
+"""The Hugging Face Hub, or its local cache where the Hub does not answer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +11,12 @@ def is_hub_id(name: str) -> bool:
 
 @contextmanager
 def from_hub(what: str, error: type[Exception]) -> Iterator[None]:
-    """While open, whatever goes wrong in huggingface_hub becomes an `error` that says what to do."""
+    """While open, every exception of huggingface_hub becomes an `error` that says what to do."""
     try:
         yield
-    except (
-        Exception
-    ) as e:  # the library's errors span requests, httpx, OSError and its own; some have no text
+    except Exception as e:  # requests, httpx, OSError and the library's own; some have no text
+        first_line = str(e).partition("\n")[0]
         raise error(
-            f"{what} cannot be had from the Hub ({type(e).__name__}: {str(e).partition(chr(10))[0]}). "
+            f"{what} cannot be had from the Hub ({type(e).__name__}: {first_line}). "
             "Check the name and the network, or give a folder"
         ) from e

@@ -1,4 +1,4 @@
-"""One observation in the robot's terms, as calibration uses it, and drawn ones where there are none."""
+"""One observation in the robot's terms, as calibration uses it, and synthetic ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Sample:
 
 
 def draw_image(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Gradients and blocks: cheap to store, and a shift or swap of pixels shows. -> [height, width, 3]"""
+    """Gradients and blocks [height, width, 3] that compress well and show shifted pixels."""
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack(
         [255 * x / width, 255 * y / height, 127 + 120 * np.sin(x / 17) * np.cos(y / 11)], -1
@@ -44,7 +44,7 @@ def draw_samples(
     instructions: Sequence[str],
     seed: int,
 ) -> tuple[Sample, ...]:
-    """`count` different samples: mirrored, dimmed and recoloured drawings, drawn states, instructions in turns."""
+    """`count` different samples: drawn pictures and states, with the instructions in turns."""
     rng = np.random.default_rng(seed)
 
     def picture() -> NDArray[np.uint8]:

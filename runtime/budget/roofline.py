@@ -1,8 +1,9 @@
-"""How fast a chunk can be on a board: the operations and bytes of each stage over the board's dense peaks.
+"""The least time of a chunk on a board: operations and bytes of each stage over the board's peaks.
 
-A stage takes as long as its arithmetic or its reading of weights and cache, whichever is longer; the stages follow
-one another. At the full peaks that is a floor, which nothing beats; at published efficiencies a projection, which is
-not a measurement: one board's use of its peaks is assumed of another.
+A stage takes as long as its arithmetic, or as its reading of weights and cache: the longer counts.
+The stages run one after the other. With the full peaks the result is a floor. With published
+efficiencies it is a projection, not a measurement: it assumes that another board uses as much of
+its peaks as the measured one.
 """
 
 import re
@@ -16,21 +17,21 @@ from ..bundle.manifest import Work
 
 
 @dataclass(frozen=True)
-class Board:
-    """Dense peaks of a GPU, without sparsity and DLA; or what was measured of a CPU."""
+class BoardPeaks:
+    """Dense peaks of a GPU, without sparsity and DLA, or measured rates of a CPU."""
 
     name: str
     float_tflops: float  # FP16 of a GPU, float32 of a CPU
     int8_tops: float
     gb_s: float
     source: str
-    also: tuple[str, ...] = ()  # what people call it
+    also: tuple[str, ...] = ()  # other common names
 
 
-def _orin(name: str, sms: int, mhz: int, gb_s: float, *also: str) -> Board:
-    """An Ampere SM does 2048 FP16 and 4096 INT8 operations a clock (NVIDIA's Orin data sheets)."""
+def _orin(name: str, sms: int, mhz: int, gb_s: float, *also: str) -> BoardPeaks:
+    """2048 FP16 and 4096 INT8 operations a clock and SM (NVIDIA's Orin data sheets)."""
     tflops = sms * 2048 * mhz / 1e6
-    return Board(name, tflops, 2 * tflops, gb_s, f"{sms} SMs at {mhz} MHz", also)
+    return BoardPeaks(name, tflops, 2 * tflops, gb_s, f"{sms} SMs at {mhz} MHz", also)
 
 
 BOARDS = (
@@ -43,7 +44,7 @@ BOARDS = (
     _orin("Orin NX Super", 8, 1173, 102.4, "Orin NX 8GB Super", "Orin NX 16GB Super"),
     _orin("AGX Orin 32GB", 14, 930, 204.8),
     _orin("AGX Orin 64GB", 16, 1300, 204.8, "AGX Orin"),
-    Board(
+    BoardPeaks(
         "Thor T4000",
         150,
         300,
@@ -51,7 +52,7 @@ BOARDS = (
         "approximate, from 1200 sparse FP4 TFLOPS; INT8 is its FP8",
         ("T4000",),
     ),
-    Board(
+    BoardPeaks(
         "Thor T5000",
         258.5,
         517,
@@ -63,30 +64,33 @@ BOARDS = (
 _NOISE = {"nvidia", "jetson", "engineering", "reference", "developer", "kit", "module"}
 
 
-def find_board(*names: str) -> Board:
-    """The board of BOARDS that people or a device tree call by the first of `names` that is known. Raises InputError
-    that lists all."""
+def find_board(*names: str) -> BoardPeaks:
+    """The board of BOARDS that one of `names` means; the first name that is known counts.
+
+    Raises InputError that lists all boards.
+    """
     for name, board in product(names, BOARDS):
         if _words(name) in [_words(known) for known in (board.name, *board.also)]:
             return board
-    raise InputError(
-        f"board {names[-1]!r} is unknown, expected one of: {', '.join(board.name for board in BOARDS)}"
-    )
+    known = ", ".join(board.name for board in BOARDS)
+    raise InputError(f"board {names[-1]!r} is unknown, expected one of: {known}")
 
 
 def _words(name: str) -> set[str]:
-    return set(re.sub(r"(\d) +gb", r"\1gb", re.sub(r"[-_\s]+", " ", name.lower())).split()) - _NOISE
+    """The words that distinguish a board, for people's spellings and the device tree's."""
+    name = re.sub(r"[-_\s]+", " ", name.lower())
+    return set(re.sub(r"(\d) +gb", r"\1gb", name).split()) - _NOISE
 
 
-# Fitted to the best public run of SmolVLA without custom kernels: 133.6 ms with TensorRT engines from ONNX on an Orin
-# Nano 8GB Super, FP16, 2 cameras, 10 steps (eetmie/jetson-orin-nano-vla on GitHub). INT8, of which no run is public,
-# is given the same shares.
+# The shares of the peaks that the best public run of SmolVLA without custom kernels reaches:
+# 133.6 ms with TensorRT engines from ONNX on an Orin Nano 8GB Super, FP16, 2 cameras, 10 steps
+# (eetmie/jetson-orin-nano-vla on GitHub). No INT8 run is public: INT8 gets the same shares.
 ONNX_ALONE = {"vision": 0.31, "language": 0.34, "memory": 0.49}
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What one action chunk takes."""
+class ChunkWork:
+    """The work of one action chunk."""
 
     vision: Work  # all cameras
     language: Work
@@ -98,17 +102,19 @@ class Chunk:
     image_tokens: int  # of one camera
 
     def ms(
-        self, board: Board, vision: float = 1, language: float = 1, memory: float = 1
+        self, board: BoardPeaks, vision: float = 1, language: float = 1, memory: float = 1
     ) -> dict[str, float]:
-        """Stage -> milliseconds; "denoise" is all steps. Of the board's peaks, such shares are reached: by the
-        arithmetic of vision and of the language model, as which the expert's counts, and by what reads memory."""
+        """Stage -> milliseconds; "denoise" is all steps.
+
+        vision, language, memory: the shares of the board's peaks that are reached by the arithmetic
+        of vision, by that of the language model and the expert, and by reading memory.
+        """
 
         def stage(work: Work, share: float, cache_bytes: int = 0) -> float:
             int8 = work.gemm.get("int8", 0)
-            arithmetic = (
-                ((work.flops - int8) / board.float_tflops + int8 / board.int8_tops) / 1e9 / share
-            )
-            return max(arithmetic, (work.weight_bytes + cache_bytes) / board.gb_s / 1e6 / memory)
+            seconds = (work.flops - int8) / board.float_tflops + int8 / board.int8_tops  # e-12
+            read_bytes = work.weight_bytes + cache_bytes
+            return max(seconds / 1e9 / share, read_bytes / board.gb_s / 1e6 / memory)
 
         return {
             "vision": stage(self.vision, vision),
@@ -116,8 +122,8 @@ class Chunk:
             "denoise": self.steps * stage(self.expert, language, self.cache_bytes),
         }
 
-    def with_cameras(self, count: int) -> "Chunk":
-        """Computed, not counted: vision in proportion to the cameras, the rest to the prefix's tokens."""
+    def with_cameras(self, count: int) -> "ChunkWork":
+        """Scaled, not counted: vision by the cameras, the other stages by the prefix's tokens."""
         tokens = self.prefix_tokens + (count - self.cameras) * self.image_tokens
         more, images = tokens / self.prefix_tokens, count / self.cameras
         return replace(
@@ -130,15 +136,15 @@ class Chunk:
             prefix_tokens=tokens,
         )
 
-    def in_float16(self) -> "Chunk":
-        """Where float32 is stored, float16 instead, the cache included."""
-        return replace(self._stored({"float32": "float16"}), cache_bytes=self.cache_bytes // 2)
+    def in_float16(self) -> "ChunkWork":
+        """With float16 in place of float32, in the weights and in the cache."""
+        return replace(self._with_dtypes({"float32": "float16"}), cache_bytes=self.cache_bytes // 2)
 
-    def in_int8(self) -> "Chunk":
-        """Every product with weights in INT8."""
-        return self._stored({"float32": "int8", "float16": "int8"})
+    def in_int8(self) -> "ChunkWork":
+        """With every product with weights in INT8."""
+        return self._with_dtypes({"float32": "int8", "float16": "int8"})
 
-    def _stored(self, names: Mapping[str, str]) -> "Chunk":
+    def _with_dtypes(self, names: Mapping[str, str]) -> "ChunkWork":
         def renamed(counts: Mapping[str, int]) -> dict[str, int]:
             found = Counter[str]()
             for dtype, n in counts.items():
@@ -153,7 +159,7 @@ class Chunk:
 
 
 def _scaled(work: Work, gemm: float, attention: float) -> Work:
-    """`work` over more or fewer tokens: the weights are read once all the same."""
+    """`work` over more or fewer tokens; the weights are read once in any case."""
     return replace(
         work,
         gemm={dtype: round(n * gemm) for dtype, n in work.gemm.items()},
@@ -162,6 +168,9 @@ def _scaled(work: Work, gemm: float, attention: float) -> Work:
 
 
 def sustained_hz(actions: int, chunk_ms: float) -> float:
-    """The fastest control loop that never starves: the next chunk, asked for with half of the `actions` left, must
-    be there before they are used up (chunk_ms < actions * period / 2)."""
+    """The fastest control loop that always has an action.
+
+    The loop asks for the next chunk when half of the `actions` are left, so the chunk must take
+    less than actions * period / 2.
+    """
     return 1e3 * actions / (2 * chunk_ms)

@@ -1,11 +1,11 @@
 """The bundle: a read-only folder that the exporter writes and the runtime reads.
 
-manifest.json        what it is (manifest.py), with the sha256 of every other file
+manifest.json        the contract (manifest.py), with the sha256 of every other file
 prefix.onnx(.data)   images, tokens, state -> KV cache and prefix mask
 expert.onnx(.data)   one denoise step
-tokenizer.json       the tokenizers library's format
-selfcheck.npz        inputs and expected outputs (runtime/selfcheck.py)
-camera.onnx          raw frames -> images, on the device; of the target portable only
+tokenizer.json       in the format of the tokenizers library
+selfcheck.npz        inputs and expected outputs (runtime/policy/selfcheck.py)
+camera.onnx          raw frames -> images, on the device; only with the target portable
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from .manifest import MANIFEST, Manifest, export_command, parse_manifest
 
 
 class Bundle:
-    """A bundle on disk whose manifest has been read and whose files have been checked."""
+    """A bundle on disk. Its manifest has been read and its files have been checked."""
 
     def __init__(self, folder: Path, manifest: Manifest, digest: str) -> None:
         self.folder, self.manifest = folder, manifest
@@ -29,17 +29,24 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Bundle":
-        """Read and check a bundle. Hashes are computed at the first open and when a size or time has changed.
+        """Read and check a bundle.
 
-        Raises BundleError with everything that is wrong.
+        A file is hashed at the first open, and again when its size or time has changed.
+
+        Args:
+            folder: The folder that smolvla-export wrote.
+
+        Raises:
+            BundleError: The bundle is missing, damaged or of another version. The message lists
+                every problem.
         """
         folder = Path(folder)
         path = folder / MANIFEST
         try:
             text = path.read_bytes()
         except FileNotFoundError:
-            what = "has no manifest.json" if folder.is_dir() else "is not there"
-            raise BundleError(f"bundle {folder} {what}: make one with smolvla-export") from None
+            problem = "has no manifest.json" if folder.is_dir() else "does not exist"
+            raise BundleError(f"bundle {folder} {problem}: make one with smolvla-export") from None
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name
             raise BundleError(f"cannot read {path}: {e}") from e
         try:
@@ -47,7 +54,7 @@ class Bundle:
         except ValueError as e:
             raise BundleError(f"{path} is not JSON ({e}): export the checkpoint again") from e
         bundle = cls(folder, parse_manifest(raw, path), hashlib.sha256(text).hexdigest())
-        bundle._verify()
+        bundle._check_files()
         return bundle
 
     def export_command(self, target: str) -> str:
@@ -56,41 +63,44 @@ class Bundle:
 
     @property
     def cache_folder(self) -> Path:
-        """Where anything derived from this bundle is kept."""
+        """The folder for files derived from this bundle."""
         return cache_home() / self.digest
 
     def path(self, name: str) -> Path:
+        """The path of a file of the bundle."""
         return self.folder / name
 
-    def _verify(self) -> None:
-        known, now, problems = None, {}, []
-        with suppress(OSError, ValueError):
-            known = json.loads((self.cache_folder / "verified.json").read_text())
-        known = known if isinstance(known, dict) else {}
+    def _check_files(self) -> None:
+        """Raises BundleError that lists every damaged file."""
+        verified, now, problems = self._verified(), {}, []
         for name, file in self.manifest.files.items():
+            path = self.path(name)
             try:
-                info = self.path(name).lstat()
+                info = path.lstat()
             except OSError as e:
                 problems.append(f"{name} cannot be read ({e.strerror or e})")
                 continue
             if not stat.S_ISREG(info.st_mode):
                 problems.append(f"{name} is not a plain file")
-            elif info.st_size != file.bytes:
+                continue
+            if info.st_size != file.bytes:
                 problems.append(f"{name} has {info.st_size} bytes, expected {file.bytes}")
-            else:
-                now[name] = [
-                    str(self.path(name).resolve()),
-                    info.st_size,
-                    info.st_mtime_ns,
-                    info.st_ino,
-                ]
-                if known.get(name) != now[name] and sha256_of(self.path(name)) != file.sha256:
-                    problems.append(f"{name} has changed since the export (sha256 differs)")
+                continue
+            now[name] = [str(path.resolve()), info.st_size, info.st_mtime_ns, info.st_ino]
+            if verified.get(name) != now[name] and sha256_of(path) != file.sha256:
+                problems.append(f"{name} has changed since the export (sha256 differs)")
         if problems:
             raise BundleError(
                 f"bundle {self.folder} is damaged: {'; '.join(problems)}. Export or copy it again"
             )
-        with suppress(OSError):  # a read-only home only costs the hashing at the next start
-            if known != now:
+        if verified != now:
+            with suppress(OSError):  # without the file, the next start hashes again
                 self.cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 write_whole(self.cache_folder / "verified.json", json.dumps(now).encode())
+
+    def _verified(self) -> dict[str, object]:
+        """File name -> path, size, time and inode when its hash was last correct."""
+        with suppress(OSError, ValueError):
+            known = json.loads((self.cache_folder / "verified.json").read_text())
+            return known if isinstance(known, dict) else {}
+        return {}

@@ -64,7 +64,6 @@ def doctor(
     stored = Settings()
     try:
         stored = settings.read_settings(ROBOT_TOML, required=False)
-        stored.check_values()
     except SettingsError as e:
         findings.append(Finding("settings", "stop", str(e)))
     chosen = settings.override(stored, bundle=bundle, device=device, port=port)

@@ -1,7 +1,7 @@
 """smolvla-run: a bundle drives an arm."""
 
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -9,78 +9,31 @@ from ...core import command
 from ...core.errors import SettingsError
 from ..policy.policy import Policy
 from ..policy.selfcheck import TOLERANCE, require, run_selfcheck, summary
-from ..robot import settings
-from ..robot.chunks import Chunking
 from ..robot.drive import Mode, drive
 from ..robot.replay import replay
-from ..robot.settings import Guarding, Settings
+from ..robot.settings import override, read_settings
+from .options import settings_options
 
 app = command.new_app()
 
 
 @app.command()
+@settings_options
 def run(
-    context: typer.Context,
-    bundle: str | None = typer.Option(None, help="Bundle folder.  [default: bundle]"),
-    device: str | None = typer.Option(
-        None, help="cpu, cuda, jetson, or auto: CUDA where it is there, else CPU.  [default: auto]"
-    ),
-    backend: str | None = typer.Option(
-        None,
-        help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu, and no other.  [default: the device's first that works]",
-    ),
-    port: str | None = typer.Option(
-        None,
-        help="Serial port of the arm, auto, or sim: the virtual arm, which needs no other setting.",
-    ),
-    units: str | None = typer.Option(
-        None,
-        help="degrees (LeRobot 0.4.4 on) or range_m100_100 (before), as the policy was trained.",
-    ),
-    calibration: str | None = typer.Option(
-        None, help="LeRobot calibration file, or the id the arm was calibrated under."
-    ),
-    camera: list[str] | None = typer.Option(
-        None,
-        metavar="NAME=SOURCE",
-        help="Once for each camera: /dev/videoN, a number, csi:N, a picture or a video.",
-    ),
-    task: str | None = typer.Option(None, help="The instruction."),
-    seconds: float | None = typer.Option(
-        None, help="Stop so long after the first action.  [default: Ctrl-C]"
-    ),
-    fps: float | None = typer.Option(
-        None, help="Control rate.  [default: the training data's, else 30]"
-    ),
-    steps: int | None = typer.Option(None, help="Denoise steps.  [default: the checkpoint's]"),
-    seed: int | None = typer.Option(None, help="Seed of the noise.  [default: random]"),
-    chunking: Chunking | None = typer.Option(
-        None,
-        help="How chunks are joined: sync holds between them, async eases in, rtc guides.  [default: sync]",
-    ),
-    guardian: Guarding | None = typer.Option(
-        None,
-        help="What becomes of the arm should this program die: soft, off or hold.  [default: soft]",
-    ),
+    given: dict[str, Any],
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Check everything, show the first chunk, and leave."
     ),
     rehearse: bool = typer.Option(
-        False,
-        "--rehearse",
-        help="Run with the motors off, and write rehearsal.json.  [--seconds default: 10]",
-    ),
-    record: str | None = typer.Option(
-        None, metavar="DIR", help="Keep all the policy saw and said, in a new folder."
+        False, "--rehearse", help="Run with the motors off, and write rehearsal.json."
     ),
     replay_: Path | None = typer.Option(
         None, "--replay", metavar="DIR", help="Compute a recording again and compare; needs no arm."
     ),
     allow_far_start: bool = typer.Option(
-        False, "--allow-far-start", help="Start where training never was."
-    ),
-    i_know_the_unit: bool = typer.Option(
-        False, "--i-know-the-unit", help="Where the training statistics cannot confirm --units."
+        False,
+        "--allow-far-start",
+        help="Start although the arm is outside the range seen in training.",
     ),
     write_eeprom: bool = typer.Option(
         False,
@@ -89,7 +42,8 @@ def run(
     ),
     config: Path | None = typer.Option(
         None,
-        help="Settings that flags override; motion limits are set here.  [default: ./robot.toml]",
+        help="Settings, which options override; motion limits are set here.  "
+        "[default: ./robot.toml]",
     ),
     self_check: bool = typer.Option(
         False, "--self-check", help="Check the bundle on this device and leave."
@@ -99,24 +53,26 @@ def run(
 ) -> None:
     """Drive an SO-101 arm, or the virtual one, with an exported SmolVLA.
 
-    Exit status: 0 done, 1 a check failed or a safety stop, 2 something in the input is wrong, 130 interrupted.
-    The stop of a real arm is its power switch, not this program.
+    Exit status: 0 done, 1 a check failed or a safety stop, 2 something in the input is wrong, 130
+    interrupted. The stop of a real arm is its power switch, not this program.
     """
     command.terminate_like_interrupt()
-    stored = settings.read_settings(config or Path("robot.toml"), required=config is not None)
-    flags = {
-        field.name: context.params.get(field.name) for field in fields(Settings)
-    }  # by the same names
-    flags["i_know_the_unit"] = i_know_the_unit or None
-    chosen = settings.override(
-        stored, **flags | {"cameras": stored.cameras | settings.parse_cameras(camera or [])}
-    )
-    chosen.check_values()
-    if dry_run + rehearse + self_check + (replay_ is not None) > 1:
+    stored = read_settings(config or Path("robot.toml"), required=config is not None)
+    chosen = override(stored, **given)
+    if sum([dry_run, rehearse, self_check, replay_ is not None]) > 1:
         raise SettingsError("--dry-run, --rehearse, --replay and --self-check exclude each other")
     if not self_check and replay_ is None:
         mode: Mode = "dry-run" if dry_run else "rehearse" if rehearse else "drive"
-        drive(chosen, mode, far=allow_far_start, write_eeprom=write_eeprom)
+        flags = {
+            "--dry-run": dry_run,
+            "--rehearse": rehearse,
+            "--allow-far-start": allow_far_start,
+            "--write-eeprom": write_eeprom,
+        }
+        words = [flag for flag, is_given in flags.items() if is_given]
+        if config is not None:
+            words += ["--config", str(config)]
+        drive(chosen, mode, far=allow_far_start, write_eeprom=write_eeprom, words=words)
         return
     policy = Policy.load(chosen.bundle, chosen.device, backend=chosen.backend)
     if replay_ is not None:

@@ -1,114 +1,125 @@
-"""Which backend runs a bundle on this machine, and the reason for each that does not.
+"""Which backend runs a bundle on this machine, and why each of the others does not.
 
-    tensorrt      engines of our own, built on this machine (runtime/trt.py)
-    ort-tensorrt  ONNX Runtime's TensorRT provider
-    ort-cuda      ONNX Runtime's CUDA provider
-    ort-cpu       ONNX Runtime's CPU provider
+    tensorrt  TensorRT engines, built on this machine (trt.py)
+    ort-cuda  ONNX Runtime's CUDA provider
+    ort-cpu   ONNX Runtime's CPU provider
 
-A device is a list of backends; the first that loads and passes its self-check is taken (`Policy.load`).
+A device is a list of backends. `Policy.load` takes the first that loads and passes its self-check.
 """
 
 import ctypes
 import importlib.metadata
 import importlib.util
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import onnxruntime
 
+from ...core.board import has_vnni
 from ...core.errors import BackendError
 from ..bundle.bundle import Bundle
 from .graphs import Graphs
 
 Device = Literal["auto", "cpu", "cuda", "jetson"]
-Backend = Literal["tensorrt", "ort-tensorrt", "ort-cuda", "ort-cpu"]
-PROVIDER = {
-    "ort-tensorrt": "TensorrtExecutionProvider",
-    "ort-cuda": "CUDAExecutionProvider",
-    "ort-cpu": "CPUExecutionProvider",
-}
+Backend = Literal["tensorrt", "ort-cuda", "ort-cpu"]
+KNOWN: tuple[Backend, ...] = ("tensorrt", "ort-cuda", "ort-cpu")
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "auto": ("ort-cuda", "ort-cpu"),
     "cpu": ("ort-cpu",),
     "cuda": ("ort-cuda",),
-    "jetson": ("tensorrt", "ort-tensorrt", "ort-cuda"),
+    "jetson": ("tensorrt", "ort-cuda"),
+}
+PROVIDER = {"ort-cuda": "CUDAExecutionProvider", "ort-cpu": "CPUExecutionProvider"}
+_TENSORRT_MODULES = {
+    "tensorrt": "from JetPack's apt: make the environment with --system-site-packages",
+    "cuda.bindings": "pip install cuda-bindings, of this CUDA's major version",
 }
 
 
 @dataclass(frozen=True)
 class Choice:
-    """backends: to be tried in this order, at least one. reason: why the first of them, in words."""
+    """The backends to try, in order, at least one; the reason is for the first."""
 
     backends: tuple[Backend, ...]
     reason: str
 
 
 def choose(device: str = "auto", backend: str | None = None) -> Choice:
-    """What can run on this machine of what `device` stands for, or `backend` alone where it is named.
+    """The backends of `device` that this machine can run, or `backend` alone.
 
-    Raises BackendError when nothing can, with what each one needs.
+    Raises BackendError that says what each of them needs, where this machine can run none.
     """
     if device not in BACKENDS:
         raise BackendError(f"unknown device {device!r}, expected {', '.join(BACKENDS)}")
-    known = BACKENDS["jetson"] + BACKENDS["cpu"]
-    if backend is not None and backend not in known:
-        raise BackendError(f"unknown backend {backend!r}, expected {', '.join(known)}")
+    if backend is not None and backend not in KNOWN:
+        raise BackendError(f"unknown backend {backend!r}, expected {', '.join(KNOWN)}")
     if backend is not None and device == "cpu" and backend != "ort-cpu":
         raise BackendError(
             f"backend {backend} does not run on the device cpu: leave one of the two out"
         )
-    wanted = BACKENDS[device] if backend is None else tuple(b for b in known if b == backend)
-    missing = {b: lacks(b) for b in wanted}
+    wanted = BACKENDS[device] if backend is None else tuple(b for b in KNOWN if b == backend)
+    missing = {b: missing_for(b) for b in wanted}
     able = tuple(b for b in wanted if not missing[b])
-    left_out = [f"{b} needs {what}" for b, what in missing.items() if what]
+    left_out = "; ".join(f"{b} needs {what}" for b, what in missing.items() if what)
     asked = f"device {device}" if backend is None else f"backend {backend}"
     if not able:
-        other = "cpu" if lacks("ort-cuda") else "cuda"
+        other = "cpu" if missing_for("ort-cuda") else "cuda"
         raise BackendError(
-            f"{asked} cannot be had: {'; '.join(left_out)}. On this machine use --device {other}"
+            f"{asked} is not available: {left_out}. On this machine use --device {other}"
         )
-    why = (
-        f"because {'; '.join(left_out)}"
-        if left_out
-        else "as asked"
-        if device != "auto" or backend
-        else "it is there"
-    )
+    if left_out:
+        why = f"because {left_out}"
+    elif device != "auto" or backend:
+        why = "as asked"
+    else:
+        why = "it is available"
     return Choice(able, f"{asked}: {able[0]}, {why}")
 
 
 def choose_for(bundle: Bundle, device: str = "auto", backend: str | None = None) -> Choice:
-    """`choose` for a bundle: one of the target cpu runs nowhere else, a portable one anywhere."""
+    """`choose` for a bundle. A bundle of the target cpu runs on ort-cpu only."""
     cpu_only = bundle.manifest.target == "cpu"
     if cpu_only and device == "auto" and backend is None:
         command = bundle.export_command("portable")
-        choice = Choice(
-            ("ort-cpu",),
-            f"device auto: ort-cpu, which is the bundle's target. For a GPU: {command}",
-        )
+        reason = f"device auto: ort-cpu, which is the bundle's target. For a GPU: {command}"
+        choice = Choice(("ort-cpu",), reason)
     else:
         choice = choose(device, backend)
-    if cpu_only and choice.backends[0] != "ort-cpu":
-        raise BackendError(
-            f"bundle {bundle.folder} has the target cpu, whose operators {choice.backends[0]} does not have: use "
-            f"--device cpu, or export it again with {bundle.export_command('portable')}"
-        )
     if choice.backends[0] != "ort-cpu":
-        return choice
-    if bundle.manifest.precision == "int8" and _saturates():
+        if not cpu_only:
+            return choice
         raise BackendError(
-            f"bundle {bundle.folder} is INT8, and this CPU has no VNNI: it adds 8-bit products in 16 bits, which "
-            "overflow. Export it again with --precision fp32"
+            f"bundle {bundle.folder} has the target cpu, whose operators {choice.backends[0]} does "
+            "not have: use --device cpu, or export it again with "
+            f"{bundle.export_command('portable')}"
         )
-    hint = "" if cpu_only else ". On a CPU a bundle with --target cpu is faster"
+    int8, hint = bundle.manifest.precision == "int8", ""
+    if cpu_only and int8:
+        require_vnni()
+    elif int8:
+        hint = ". On a CPU the INT8 of a portable bundle is exact, but not fast: products are float"
+    elif not cpu_only:
+        hint = ". On a CPU a bundle with --target cpu is faster"
     return Choice(choice.backends, choice.reason + hint)
 
 
+def require_vnni() -> None:
+    """Raises BackendError where INT8 for the target cpu would compute wrong products."""
+    if not has_vnni():
+        raise BackendError(
+            "INT8 with the target cpu needs a CPU with VNNI. This CPU has no VNNI, so its 8-bit "
+            "products overflow. For a GPU, export with --precision int8 --target portable. For "
+            "this CPU, export with --precision fp32. Or export and run INT8 for the target cpu on "
+            "a CPU with VNNI"
+        )
+
+
 def open_graphs(bundle: Bundle, backend: Backend, *, realtime: bool = False) -> Graphs:
-    """Load the graphs of `bundle` on `backend`. realtime: leave a core to a control loop. Raises BackendError."""
-    # Only the chosen engine is imported: a CPU loads no TensorRT or CUDA code.
+    """Load the graphs of `bundle` on `backend`; realtime: leave a core to a control loop.
+
+    Raises BackendError.
+    """
+    # Import the chosen engine only: on a CPU no TensorRT or CUDA code is loaded.
     if backend == "tensorrt":
         from .trt import TrtGraphs
 
@@ -118,44 +129,29 @@ def open_graphs(bundle: Bundle, backend: Backend, *, realtime: bool = False) -> 
     return OrtGraphs(bundle, backend, realtime=realtime)
 
 
-def lacks(backend: Backend) -> str:
-    """What this machine is missing for `backend`, in words; empty when nothing is."""
+def missing_for(backend: Backend) -> str:
+    """What `backend` needs and this machine does not have; empty where it has all."""
     if backend == "ort-cpu":
         return ""
     missing = []
     if backend == "tensorrt":
         missing += [
             f"the Python module {name} ({where})"
-            for name, where in (
-                (
-                    "tensorrt",
-                    "from JetPack's apt: make the environment with --system-site-packages",
-                ),
-                ("cuda.bindings", "pip install cuda-bindings, of this CUDA's major version"),
-            )
+            for name, where in _TENSORRT_MODULES.items()
             if not _importable(name)
         ]
     elif PROVIDER[backend] not in onnxruntime.get_available_providers():
-        package = (
-            "an onnxruntime-gpu built with TensorRT, as for JetPack"
-            if backend == "ort-tensorrt"
-            else "onnxruntime-gpu in place of onnxruntime"
+        missing.append(
+            f"ONNX Runtime's {PROVIDER[backend]} (onnxruntime-gpu in place of onnxruntime)"
         )
-        missing.append(f"ONNX Runtime's {PROVIDER[backend]} ({package})")
-        installed = {
-            str(d.metadata["Name"]).lower().replace("_", "-")
-            for d in importlib.metadata.distributions()
-        }
-        if {"onnxruntime", "onnxruntime-gpu"} <= installed:
+        names = (str(d.metadata["Name"]).lower() for d in importlib.metadata.distributions())
+        if {"onnxruntime", "onnxruntime-gpu"} <= {name.replace("_", "-") for name in names}:
             missing.append(
-                "only one of onnxruntime and onnxruntime-gpu (remove both, then install onnxruntime-gpu)"
+                "only one of onnxruntime and onnxruntime-gpu "
+                "(remove both, then install onnxruntime-gpu)"
             )
     if not _loads("libcuda.so.1"):
         missing.append("the NVIDIA driver (libcuda.so.1)")
-    if backend == "ort-tensorrt" and not any(
-        _loads(f"libnvinfer.so.{version}") for version in (10, 11)
-    ):
-        missing.append("TensorRT 10.3 to 11 (libnvinfer.so.10 or .11)")
     return ", ".join(missing)
 
 
@@ -172,14 +168,3 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _saturates() -> bool:
-    """Whether this CPU adds pairs of unsigned times signed 8-bit products in 16 bits, where they do not fit: x86
-    without VNNI."""
-    flags = (
-        Path("/proc/cpuinfo").read_text().split()
-        if platform.machine() == "x86_64"
-        else ["avx_vnni"]
-    )
-    return not {"avx512_vnni", "avx_vnni"} & set(flags)

@@ -1,6 +1,7 @@
-"""The few calls of the CUDA runtime that TensorRT's buffers and graphs need, through cuda-python (`cuda.bindings`).
+"""The calls of the CUDA runtime that TensorRT's buffers and graphs need, through `cuda.bindings`.
 
-Nothing is imported before a `Stream` is made, and every call that fails raises BackendError with CUDA's own words.
+The module is imported when a `Stream` is made. A call that fails raises BackendError with CUDA's
+message.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from ...core.errors import BackendError
 
 
 def load_cuda() -> Any:
-    """The module `cuda.bindings.runtime`. Raises BackendError when it is not there."""
+    """The module `cuda.bindings.runtime`. Raises BackendError where it is missing."""
     try:
         from cuda.bindings import runtime as cudart
     except ImportError as e:
@@ -25,13 +26,13 @@ def load_cuda() -> Any:
 
 
 class Stream:
-    """One CUDA stream, the memory that work on it uses, and graphs captured from it. Everything is freed together."""
+    """One CUDA stream with its memory and its captured graphs, which are freed together."""
 
     def __init__(self, *, spin: bool = True) -> None:
-        """spin: wait for the device in a busy loop, which is quicker by microseconds and takes a core."""
+        """spin: wait in a busy loop, which is faster by microseconds and uses a core."""
         self._cudart = load_cuda()
         if not spin:
-            with suppress(BackendError):  # too late in this process: it only costs a core
+            with suppress(BackendError):  # refused after CUDA's start: waiting then uses a core
                 self._call("cudaSetDeviceFlags", self._cudart.cudaDeviceScheduleBlockingSync)
         self.handle = self._call("cudaStreamCreate")
         self._memory: list[Any] = []
@@ -39,7 +40,7 @@ class Stream:
         self._graphs: list[Any] = []
 
     def gpu(self) -> str:
-        """What distinguishes this GPU for an engine: name, compute capability, multiprocessors."""
+        """Name, compute capability and multiprocessors: an engine fits no other GPU."""
         p = self._call("cudaGetDeviceProperties", 0)
         name = p.name.decode() if isinstance(p.name, bytes) else str(p.name)
         return f"{name.rstrip(chr(0))}, compute {p.major}.{p.minor}, {p.multiProcessorCount} SM"
@@ -52,13 +53,13 @@ class Stream:
         return address
 
     def upload(self, address: int, array: NDArray[Any]) -> None:
-        """Copy a contiguous array to the device. It must not be changed before the next `wait`."""
+        """Copy a contiguous array to the device. Do not change it before the next `wait`."""
         self._held.append(array)
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.handle)
 
     def download(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """A copy of device memory, once all work before it is done."""
+        """Wait for all work, then copy device memory to a new array."""
         out: NDArray[Any] = np.empty(shape, dtype)
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", out.ctypes.data, address, out.nbytes, kind, self.handle)
@@ -66,14 +67,14 @@ class Stream:
         return out
 
     def wait(self) -> None:
-        """Until all work on the stream is done."""
+        """Wait until all work on the stream is done."""
         self._call("cudaStreamSynchronize", self.handle)
         self._held.clear()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` puts on the stream, without running it; -> a function that launches all of it at once.
+        """Capture what `work` puts on the stream, without running it; -> its launch.
 
-        `work` must have run once before: libraries prepare themselves in a first run, which cannot be captured.
+        Run `work` once before: a library's first run prepares it, and that cannot be captured.
         """
         mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self.handle, mode)
@@ -87,7 +88,7 @@ class Stream:
         return lambda: self._call("cudaGraphLaunch", executable, self.handle)
 
     def close(self) -> None:
-        """Free everything. Addresses handed out are dead afterwards."""
+        """Free everything. The allocated addresses are not valid afterwards."""
         self.wait()
         for executable in self._graphs:
             self._call("cudaGraphExecDestroy", executable)
@@ -99,7 +100,7 @@ class Stream:
     def _call(self, name: str, *arguments: Any) -> Any:
         try:
             error, *values = getattr(self._cudart, name)(*arguments)
-        except RuntimeError as e:  # how some versions say that there is no driver
+        except RuntimeError as e:  # some versions raise it where there is no driver
             raise BackendError(f"{name} failed: {e}") from e
         if error != self._cudart.cudaError_t.cudaSuccess:
             _, text = self._cudart.cudaGetErrorString(error)

@@ -1,8 +1,9 @@
-"""One TensorRT engine: built from a typed ONNX graph in a process of its own, loaded, read back, run.
+"""One TensorRT engine: built from a typed ONNX graph in a process of its own, loaded, and run.
 
-The networks are strongly typed: the graph's own types are the engine's, with no precision flag and no calibrator, so
-that TensorRT 10.3, 10.16 and 11 build the same thing. Source of the API: docs.nvidia.com, checked name by name
-against the bindings of those versions (tests/test_tensorrt_names.py).
+The networks are strongly typed: the engine has the graph's types, without precision flags or a
+calibrator. So TensorRT 10.3, 10.16 and 11 build the same engine. Source of the API:
+docs.nvidia.com.
+tests/runtime/engines/test_tensorrt_names.py compares each name with the bindings of those versions.
 """
 
 import json
@@ -23,8 +24,8 @@ from ..bundle.manifest import Tensor
 from .cuda import Stream
 
 OLDEST, NEWEST = (10, 3), (11,)
-TOLD_EVERY_S = 10.0
-# As the bundle and ONNX call the types that TensorRT's inspector and enumeration name.
+PROGRESS_EVERY_S = 10.0
+# TensorRT's name of a type -> the bundle's.
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -39,11 +40,11 @@ _NARROWEST_FIRST = {
     "float32": r"\b(float|fp32)\b",
 }
 
-Shapes = Mapping[str, tuple[int, ...]]  # of inputs that the graph leaves open
+Shapes = Mapping[str, tuple[int, ...]]  # of inputs with dynamic shapes
 
 
 def load_tensorrt() -> Any:
-    """The module `tensorrt`. Raises BackendError when it is missing or of a version that this code does not know."""
+    """The module `tensorrt`. Raises BackendError where it is missing or of another version."""
     try:
         import tensorrt
     except ImportError as e:
@@ -51,16 +52,18 @@ def load_tensorrt() -> Any:
     version = tuple(int(part) for part in tensorrt.__version__.split(".")[:2])
     if version < OLDEST or version[:1] > NEWEST:
         raise BackendError(
-            f"TensorRT {tensorrt.__version__} found, expected 10.3 to 11: it comes with JetPack 6.1 or newer"
+            f"TensorRT {tensorrt.__version__} found, expected 10.3 to 11: "
+            "it comes with JetPack 6.1 or newer"
         )
     return tensorrt
 
 
 def build(onnx: Path, plan: Path, timing: Path, shapes: Shapes, say: Callable[[str], None]) -> None:
-    """Build `plan` from `onnx` in a process of its own: its memory is the system's again afterwards, and if it is
-    killed for memory, this process lives to say so. timing: TensorRT's timing cache, read and written.
+    """Build `plan` from `onnx` in a process of its own.
 
-    Raises BackendError with what TensorRT said.
+    All memory of a build is free afterwards, and a build that the system kills for memory does not
+    end this process. timing: TensorRT's timing cache, read and written. say: receives progress.
+    Raises BackendError with TensorRT's message.
     """
     files = str(onnx), str(plan), str(timing)
     line = module_command(__name__, *files, json.dumps(dict(shapes)))
@@ -78,8 +81,9 @@ def build(onnx: Path, plan: Path, timing: Path, shapes: Shapes, say: Callable[[s
             raise
     if code < 0:
         raise BackendError(
-            f"the build of {onnx.name} was ended by {signal.Signals(-code).name}; SIGKILL means that memory ran out: "
-            "stop other programs, leave the desktop (sudo systemctl isolate multi-user.target), or add swap"
+            f"the build of {onnx.name} was ended by {signal.Signals(-code).name}; SIGKILL means "
+            "that memory ran out: stop other programs, leave the desktop (sudo systemctl isolate "
+            "multi-user.target), or add swap"
         )
     if code:
         raise BackendError(
@@ -102,14 +106,12 @@ def _build_here(trt: Any, onnx: Path, plan: Path, timing: Path, shapes: Shapes) 
             tensor.shape = tuple(shapes[tensor.name])
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # it rounds the operands of float32 products to 10 bits
-    config.profiling_verbosity = (
-        trt.ProfilingVerbosity.DETAILED
-    )  # so that the inspector can name precisions
+    # The inspector then tells the precision of each layer.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _progress(trt)
     cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-    if cache is None or not config.set_timing_cache(
-        cache, ignore_mismatch=False
-    ):  # damaged, or of another machine
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        # The cache is damaged, or of another machine.
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
@@ -125,12 +127,12 @@ class Engine:
     """A loaded engine and its execution context, on one stream."""
 
     def __init__(self, plan: bytes, stream: Stream) -> None:
-        """Raises BackendError when TensorRT does not take `plan`, as one of another version or GPU."""
+        """Raises BackendError where TensorRT refuses `plan`, as of another version or GPU."""
         trt = load_tensorrt()
         self._log, self._stream = _logger(trt), stream
         try:
             self._runtime = trt.Runtime(self._log)
-        except TypeError as e:  # how the bindings say that TensorRT cannot start
+        except TypeError as e:  # the bindings raise it where TensorRT cannot start
             raise BackendError(
                 f"TensorRT does not start ({e}): does its version fit the driver?"
             ) from e
@@ -145,9 +147,7 @@ class Engine:
                 "TensorRT has no memory for the engine's activations: stop other programs"
             )
         engine = self._engine
-        self.tensors: list[
-            Tensor
-        ] = []  # a dtype that no bundle has is caught when they are compared with the manifest
+        self.tensors: list[Tensor] = []  # a type that no bundle has is None
         for i in range(engine.num_io_tensors):
             name = engine.get_tensor_name(i)
             dtype: Any = _DTYPES.get(engine.get_tensor_dtype(name).name)
@@ -155,7 +155,7 @@ class Engine:
         self._inspector = trt.LayerInformationFormat.JSON
 
     def precisions(self) -> dict[str, int]:
-        """dtype -> how many layers write it, by TensorRT's inspector."""
+        """dtype -> number of layers, by TensorRT's inspector."""
         inspector = self._engine.create_engine_inspector()
         return count_precisions(str(inspector.get_engine_information(self._inspector)))
 
@@ -174,10 +174,10 @@ class Engine:
 
 
 def count_precisions(information: str) -> dict[str, int]:
-    """What the inspector's JSON says: dtype -> number of layers of which it is the narrowest input.
+    """The inspector's JSON -> dtype -> number of layers whose narrowest input has it.
 
-    Formats read `Half` in new versions and `Row major linear FP16 format` in old ones; layers without a
-    floating-point or int8 input, or of which nothing is told, are not counted.
+    A format is `Half` in new versions and `Row major linear FP16 format` in old ones. Layers
+    without a floating-point or int8 input, and layers without details, are not counted.
     """
     found: Counter[str] = Counter()
     for layer in json.loads(information).get("Layers", []):
@@ -191,8 +191,8 @@ def count_precisions(information: str) -> dict[str, int]:
 
 
 def _logger(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]  # of a module that mypy does not see
-        """Keeps what went wrong, for our own error messages."""
+    class Log(trt.ILogger):  # type: ignore[misc]  # mypy does not see the module
+        """Keeps TensorRT's errors for our messages."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -206,20 +206,20 @@ def _logger(trt: Any) -> Any:
 
 
 def _progress(trt: Any) -> Any:
-    class Progress(trt.IProgressMonitor):  # type: ignore[misc]  # of a module that mypy does not see
-        """A line for each outermost phase, and one every ten seconds within."""
+    class Progress(trt.IProgressMonitor):  # type: ignore[misc]  # mypy does not see the module
+        """Prints a line for each outermost phase, and one every ten seconds."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.told_s = time.monotonic()
+            self.printed_s = time.monotonic()
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
                 print(f"{phase}", flush=True)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            if time.monotonic() - self.told_s > TOLD_EVERY_S:
-                self.told_s = time.monotonic()
+            if time.monotonic() - self.printed_s > PROGRESS_EVERY_S:
+                self.printed_s = time.monotonic()
                 print(f"{phase}: step {step + 1}", flush=True)
             return True
 
@@ -230,13 +230,9 @@ def _progress(trt: Any) -> Any:
 
 
 def main() -> None:
-    """The process that builds: graph, plan, timing cache and shapes on the command line, progress on stdout."""
+    """The build process. Arguments: graph, plan, timing cache, shapes. Prints the progress."""
     try:
-        graph, made, timed = (Path(word) for word in sys.argv[1:4])
-        _build_here(load_tensorrt(), graph, made, timed, json.loads(sys.argv[4]))
-    except (
-        BackendError,
-        OSError,
-        TypeError,
-    ) as e:  # TypeError: TensorRT's objects, where it cannot start
+        graph, plan, timing = (Path(word) for word in sys.argv[1:4])
+        _build_here(load_tensorrt(), graph, plan, timing, json.loads(sys.argv[4]))
+    except (BackendError, OSError, TypeError) as e:  # TypeError: TensorRT cannot start
         sys.exit(str(e))

@@ -1,10 +1,11 @@
 """TensorRT engines of this machine, each built once: `$XDG_CACHE_HOME/smolvla-edge/engines/<key>/`.
 
-    engine.plan  what TensorRT made
-    engine.json  Record: what it was made of, where, and whether it was proved
+    engine.plan  the engine
+    engine.json  Record: its key, its layers, and the self-checks that it passed
 
-An engine is code. It is never taken from a bundle, only from a folder that this user alone may write to. Its key is
-the hash of everything that decides what it computes, so another graph, TensorRT, GPU or precision is another engine.
+An engine is code. It is never read from a bundle, only from a folder that no other user can write
+to. Its key is the hash of everything that decides what it computes: another graph, TensorRT, GPU or
+precision gives another engine.
 """
 
 import hashlib
@@ -29,12 +30,12 @@ SETTINGS = 1  # raised with every change of what `engine.build` asks TensorRT fo
 
 @dataclass(frozen=True)
 class Key:
-    """What an engine is made of."""
+    """Everything that decides what an engine computes."""
 
     graph: str  # file name in the bundle
     graph_sha256: str  # of the graph and its weights
     precision: str
-    shapes: dict[str, tuple[int, ...]]  # of inputs that the graph leaves open
+    shapes: dict[str, tuple[int, ...]]  # of inputs with dynamic shapes
     tensorrt: str
     gpu: str
     settings: int = SETTINGS
@@ -59,16 +60,20 @@ class EngineCache:
     """Engines of one bundle on one GPU."""
 
     def __init__(self, bundle: Bundle, stream: Stream, say: Callable[[str], None]) -> None:
-        """say: is told about builds, which take minutes. Raises BackendError when the cache is not ours alone."""
+        """say: receives the progress of builds, which take minutes.
+
+        Raises BackendError where another user can write to the cache.
+        """
         self.bundle, self.stream, self.say = bundle, stream, say
         self.folder = _engines_folder()
         self.tensorrt, self.gpu = str(load_tensorrt().__version__), stream.gpu()
         self.records: dict[str, Record] = {}
 
     def engine(self, graph: str, shapes: Shapes | None = None) -> Engine:
-        """The engine of the bundle's file `graph`, built if there is none that fits or the one there is damaged.
+        """The engine of the bundle's file `graph`; built where none fits, or where it is damaged.
 
-        Raises BackendError when it cannot be built, or not be loaded right after."""
+        Raises BackendError where it cannot be built or loaded.
+        """
         key = self._key(graph, dict(shapes or {}))
         folder = self.folder / key.digest
         record = _fitting(folder, key)
@@ -81,22 +86,22 @@ class EngineCache:
             engine = Engine((folder / PLAN).read_bytes(), self.stream)
         except BackendError as e:
             raise BackendError(
-                f"{e}. If it is not for memory: rm -r {folder}, and it is built again"
+                f"{e}. If memory is not the reason, build it again: rm -r {folder}"
             ) from e
         if not record.layers:
             record = replace(record, layers=engine.precisions())
             self._keep(folder, record)
-        if not shapes:  # whoever gives shapes proves the engine with them
+        if not shapes:  # an engine of one frame size is checked by its user
             self.records[graph] = record
         return engine
 
     def proof(self) -> dict[str, float] | None:
-        """The self-check that this bundle passed with the engines loaded so far; None where one was not proved."""
+        """The self-check that this bundle passed with all loaded engines, or None."""
         proofs = [record.proved.get(self.bundle.digest) for record in self.records.values()]
         return proofs[0] if proofs and all(proofs) else None
 
     def prove(self, errors: dict[str, float]) -> None:
-        """Keep a self-check that was passed with the engines loaded so far."""
+        """Keep a self-check that the bundle passed with the loaded engines."""
         for graph, record in self.records.items():
             proved = replace(record, proved=record.proved | {self.bundle.digest: errors})
             self.records[graph] = proved
@@ -106,7 +111,7 @@ class EngineCache:
         try:
             _write(folder, record)
         except OSError as e:
-            self.say(f"what was found of {record.key.graph} is not kept: {e}")
+            self.say(f"the record of {record.key.graph} cannot be written: {e}")
 
     def _key(self, graph: str, shapes: dict[str, tuple[int, ...]]) -> Key:
         m = self.bundle.manifest
@@ -131,10 +136,9 @@ class EngineCache:
                 _write(new, record)
                 new.rename(folder)
             except OSError as e:
-                if (
-                    theirs := _fitting(folder, key)
-                ) is not None:  # somebody else's build of the same was quicker
-                    return theirs
+                other = _fitting(folder, key)
+                if other is not None:  # another process has built the same engine
+                    return other
                 raise BackendError(
                     f"the engine of {key.graph} cannot be kept in {self.folder}: {e}"
                 ) from e
@@ -142,7 +146,7 @@ class EngineCache:
 
 
 def engine_records() -> list[tuple[Path, Record | str]]:
-    """Folder and record of every engine of this user, or what is wrong with it, in words; changes nothing."""
+    """Folder and record of every engine of this user, or what is wrong with it, in words."""
     found: list[tuple[Path, Record | str]] = []
     for file in sorted((cache_home() / "engines").glob(f"*/{RECORD}")):
         try:
@@ -153,13 +157,14 @@ def engine_records() -> list[tuple[Path, Record | str]]:
 
 
 def _engines_folder() -> Path:
-    """Where this user keeps engines. Raises BackendError where somebody else could put one there."""
+    """The folder of engines. Raises BackendError where another user can write to it."""
     folder = cache_home() / "engines"
     try:
         return private_folder(folder)
     except PermissionError as e:
         raise BackendError(
-            f"{e}, and an engine from it would be somebody's code: remove it, or set XDG_CACHE_HOME to another folder"
+            f"{e}: another user could put code there. Remove it, or set XDG_CACHE_HOME to another "
+            "folder"
         ) from e
     except OSError as e:
         raise BackendError(
@@ -168,7 +173,7 @@ def _engines_folder() -> Path:
 
 
 def _fitting(folder: Path, key: Key) -> Record | None:
-    """The record of an engine that is what it says it is, and of `key`; None of any other."""
+    """The record of an undamaged engine of `key`, or None."""
     try:
         record = _read(folder)
     except (OSError, ValueError):
@@ -177,7 +182,7 @@ def _fitting(folder: Path, key: Key) -> Record | None:
 
 
 def _read(folder: Path) -> Record:
-    """Raises OSError or ValueError for an engine that is not what it says it is."""
+    """Raises OSError or ValueError for a damaged engine."""
     problems: list[str] = []
     record = decode(Record, json.loads((folder / RECORD).read_text()), problems)
     if record is None:

@@ -1,4 +1,4 @@
-"""What every engine offers: the prefix and the expert graph, joined by a KV cache that stays on the device."""
+"""What every engine offers: prefix and expert graph, joined by a KV cache on the device."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -42,10 +42,10 @@ class Graphs(Protocol):
         """
 
     def cache(self) -> dict[str, NDArray[np.generic]]:
-        """Copies of what the prefix wrote: prefix_mask and every key.i and value.i."""
+        """Copies of the prefix graph's outputs: prefix_mask and every key.i and value.i."""
 
     def proof(self) -> dict[str, float] | None:
-        """The errors of a self-check that these very engines passed before; None where none is known."""
+        """The errors of a self-check that these engines passed before; None where none is known."""
 
     def keep_proof(self, errors: dict[str, float]) -> None:
         """Remember a self-check that these engines passed, where they are kept."""

@@ -1,8 +1,8 @@
 """The two graphs as TensorRT engines, joined by device buffers with fixed addresses.
 
-Nothing but frames, state, tokens and noise goes up, and nothing but the actions comes down. A chunk (frames to
-tensors, prefix, every denoise step) is captured as one CUDA graph when its number of steps is first asked for, and
-replayed by one launch from then on.
+Only frames, state, tokens and noise are uploaded, and only the actions are downloaded. A chunk
+(frames to images, prefix, every denoise step) is captured as one CUDA graph when its number of
+steps is first used. From then on one launch replays it.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,9 @@ Array = NDArray[np.float32]
 
 
 class TrtGraphs:
-    """`prefill` once per observation, then `denoise` as often as wanted against the same cache.
+    """`prefill` once per observation, then `denoise` as often as needed against the same cache.
 
-    `prefill` only uploads: the prefix runs with the first `denoise` after it, in the same CUDA graph.
+    `prefill` only uploads: the prefix runs with the next `denoise`, in the same CUDA graph.
     """
 
     provider = device = "tensorrt"
@@ -35,9 +35,11 @@ class TrtGraphs:
     def __init__(
         self, bundle: Bundle, *, realtime: bool = False, say: Callable[[str], None] = print
     ) -> None:
-        """realtime: do not spin while waiting for the GPU. say: is told about the building of engines.
+        """Load both engines, or build them first.
 
-        Raises BackendError when an engine cannot be built or loaded, or is not what the bundle's label says.
+        realtime: do not spin while waiting for the GPU. say: receives the progress of builds.
+        Raises BackendError where an engine cannot be built or loaded, or its layers contradict the
+        bundle's label.
         """
         m = bundle.manifest
         self._manifest, self._size = m, m.image_size
@@ -47,25 +49,25 @@ class TrtGraphs:
         self._prefix = self._engine(m.prefix.file, (*m.prefix.inputs, *m.prefix.outputs))
         self._expert = self._engine(m.expert.file, (*m.expert.inputs, *m.expert.outputs))
         for file, record in cache.records.items():
-            if wrong := mislabelled(m.precision, record.layers):
+            problem = mislabelled(m.precision, record.layers)
+            if problem:
                 raise BackendError(
-                    f"the engine of {file} is not {m.precision}: {wrong}. Try --backend ort-cuda"
+                    f"the engine of {file} is not {m.precision}: {problem}. Try --backend ort-cuda"
                 )
         self.reason = f"TensorRT {cache.tensorrt} on {cache.gpu}"
         self._tensors = m.tensors
         self._buffers = {name: self._stream.allocate(t.bytes) for name, t in self._tensors.items()}
-        self._steps: list[dict[str, int]] = []  # buffers of what differs between denoise steps
+        self._steps: list[dict[str, int]] = []  # buffers of the inputs of each denoise step
         self._resizers: dict[tuple[int, int], Engine] = {}  # by height and width
-        self._slots: dict[
-            tuple[int, tuple[int, int]], dict[str, int]
-        ] = {}  # buffers of a camera and size
-        self._frames: list[tuple[Engine, dict[str, int]]] = []  # runs that make images of frames
+        # By camera and by height and width of its frame: the buffers of the resizing run.
+        self._slots: dict[tuple[int, tuple[int, int]], dict[str, int]] = {}
+        self._frames: list[tuple[Engine, dict[str, int]]] = []  # one resizing run for each camera
         self._shapes: list[tuple[int, int]] = []
         self._stale = False  # the cache is not yet that of the last prefill
         self._captured: dict[tuple[int, bool], Callable[[], None]] = {}
 
     def prefill(self, feeds: Feeds) -> None:
-        """Upload what Preprocessor made: either `images`, or a raw frame for each camera."""
+        """Upload the output of Preprocessor: `images`, or a raw frame for each camera."""
         frames = [
             feeds[f"frame.{c.name}"] for c in self._manifest.cameras if f"frame.{c.name}" in feeds
         ]
@@ -78,7 +80,7 @@ class TrtGraphs:
         self._stale = True
 
     def finish_prefill(self) -> None:
-        """Run the prefix now, and wait for it: to time it alone, or to read what it wrote."""
+        """Run the prefix now and wait for it, to time it alone or to read its outputs."""
         if self._stale:
             self._run_prefix()
             self._stale = False
@@ -92,10 +94,9 @@ class TrtGraphs:
         prev_weights: Array,
         velocities: list[Array] | None = None,
     ) -> Array:
-        """Euler steps from `noise` to normalised actions, both float32 [1, chunk, max_action_dim].
+        """Euler steps from `noise` to normalised actions: see `Graphs.denoise`.
 
-        prev_chunk is normalised and padded like noise, prev_weights [1, chunk, 1]; zeros switch guidance off.
-        `velocities`, where given, collects each step's velocity, one launch a step.
+        With `velocities` every step is a launch of its own.
         """
         for name, array in (
             ("noisy_actions", noise),
@@ -117,7 +118,7 @@ class TrtGraphs:
         )
 
     def cache(self) -> dict[str, NDArray[np.generic]]:
-        """Copies of what the prefix wrote: prefix_mask and every key.i and value.i."""
+        """Copies of the prefix graph's outputs: prefix_mask and every key.i and value.i."""
         self.finish_prefill()
         return {t.name: self._download(t.name) for t in self._manifest.prefix.outputs}
 
@@ -142,13 +143,16 @@ class TrtGraphs:
         return engine
 
     def _use_frames(self, shapes: list[tuple[int, int]]) -> None:
-        """Prepare for frames of these (height, width); none: for ready images. Captured graphs end with a change."""
+        """Prepare for frames of these (height, width), or for ready images where there are none.
+
+        A change makes the captured graphs invalid.
+        """
         if shapes != self._shapes:
-            self._frames = [self._camera(i, shape) for i, shape in enumerate(shapes)]
+            self._frames = [self._resizing_run(i, shape) for i, shape in enumerate(shapes)]
             self._shapes, self._captured = shapes, {}
 
-    def _camera(self, index: int, size: tuple[int, int]) -> tuple[Engine, dict[str, int]]:
-        """The run that turns camera `index`'s frame of (height, width) into its slice of `images`."""
+    def _resizing_run(self, index: int, size: tuple[int, int]) -> tuple[Engine, dict[str, int]]:
+        """Engine and buffers that resize camera `index`'s frame into its slice of `images`."""
         if size not in self._resizers:
             self._resizers[size] = self.cache_of_engines.engine(CAMERA_GRAPH, {"frame": (*size, 3)})
         if (index, size) not in self._slots:
@@ -157,14 +161,14 @@ class TrtGraphs:
             for name, array in resampling(*size, self._size).items():
                 addresses[name] = self._stream.allocate(array.nbytes)
                 self._stream.upload(addresses[name], array)
-            self._check_camera(self._resizers[size], addresses, size)
+            self._require_host_pixels(self._resizers[size], addresses, size)
             self._slots[index, size] = addresses
         return self._resizers[size], self._slots[index, size]
 
-    def _check_camera(
+    def _require_host_pixels(
         self, resizer: Engine, addresses: dict[str, int], size: tuple[int, int]
     ) -> None:
-        """The device must resize as the host does. Raises BackendError."""
+        """Raises BackendError where the device resizes a random frame otherwise than the host."""
         frame = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
         self._stream.upload(addresses["frame"], frame)
         resizer.run(addresses)
@@ -183,20 +187,20 @@ class TrtGraphs:
                 self._stream.upload(self._steps[i][name], array)
 
     def _chunk(self, steps: int, with_prefix: bool) -> None:
-        """Run a chunk: the first time of its kind as it is, then captured, from then on by one launch."""
+        """Run a chunk. The first run of its kind is direct and is captured for the next ones."""
         kind = (steps, with_prefix)
-        if launch := self._captured.get(kind):
-            launch()
+        if kind in self._captured:
+            self._captured[kind]()
             return
-        work = partial(self._work, steps, with_prefix)
-        work()  # what a first run prepares cannot be captured
+        work = partial(self._run_all, steps, with_prefix)
+        work()  # a first run prepares the libraries, which cannot be captured
         try:
             self._captured[kind] = self._stream.capture(work)
         except BackendError as e:
             self._captured[kind] = work
             self.reason += f", without a CUDA graph ({e})"
 
-    def _work(self, steps: int, with_prefix: bool) -> None:
+    def _run_all(self, steps: int, with_prefix: bool) -> None:
         if with_prefix:
             self._run_prefix()
         for i in range(steps):
@@ -208,7 +212,7 @@ class TrtGraphs:
         self._prefix.run(self._buffers)
 
     def _step(self, i: int) -> None:
-        """Denoise step i: odd ones read where even ones wrote."""
+        """Denoise step i. Odd steps read what even steps wrote, and the reverse."""
         now, then = (
             ("noisy_actions", "next_actions") if i % 2 == 0 else ("next_actions", "noisy_actions")
         )
@@ -219,7 +223,8 @@ class TrtGraphs:
         tensor = self._tensors[name]
         if array.shape != tensor.shape or array.dtype != tensor.dtype:
             raise BackendError(
-                f"{name} is {array.dtype} {array.shape}, the graph takes {tensor.dtype} {tensor.shape}"
+                f"{name} is {array.dtype} {array.shape}, "
+                f"the graph takes {tensor.dtype} {tensor.shape}"
             )
         self._stream.upload(self._buffers[name], np.ascontiguousarray(array))
 
@@ -228,12 +233,28 @@ class TrtGraphs:
         return self._stream.download(self._buffers[name], tensor.shape, np.dtype(tensor.dtype))
 
 
+def engine_layers(bundle: Bundle, say: Callable[[str], None]) -> dict[str, dict[str, int]]:
+    """Graph -> dtype -> number of layers, by TensorRT's inspector; engines are built where needed.
+
+    Raises BackendError.
+    """
+    stream = Stream()
+    try:
+        cache = EngineCache(bundle, stream, say)
+        for graph in (bundle.manifest.prefix, bundle.manifest.expert):
+            cache.engine(graph.file)
+        return {file: record.layers for file, record in cache.records.items()}
+    finally:
+        stream.close()
+
+
 def mislabelled(precision: str, layers: dict[str, int]) -> str:
-    """What TensorRT's inspector says against a bundle's label, in words; empty when nothing does, or it is silent."""
-    told = ", ".join(f"{n} layers in {dtype}" for dtype, n in sorted(layers.items()))
-    if not layers:
-        return ""
+    """How the layers of an engine contradict the bundle's label; empty where they do not.
+
+    layers: dtype -> number of layers; empty where TensorRT's inspector tells nothing.
+    """
     wanted = {"fp32": "float32", "fp16": "float16", "int8": "int8"}[precision]
     narrower = {"fp32": ("float16", "int8"), "fp16": ("int8",), "int8": ()}[precision]
-    wrong = wanted not in layers or any(dtype in layers for dtype in narrower)
-    return f"it has {told}" if wrong else ""
+    if not layers or (wanted in layers and not any(dtype in layers for dtype in narrower)):
+        return ""
+    return "it has " + ", ".join(f"{n} layers in {dtype}" for dtype, n in sorted(layers.items()))

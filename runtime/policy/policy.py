@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...core.errors import BackendError, CheckFailed, InputError
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
-from ..engines.backend import choose_for, open_graphs
+from ..engines.backend import Backend, choose_for, open_graphs
 from ..engines.graphs import Array, Feeds, Graphs, Step
 from .preprocessing import Preprocessor
 from .sampling import RealTimeChunking, schedule
@@ -21,8 +21,10 @@ from .selfcheck import require, run_selfcheck
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of the last chunk by stage, milliseconds. On TensorRT the prefix runs with the denoise steps, in one
-    CUDA graph, and `prefix_ms` is the upload alone."""
+    """Wall time of the last chunk by stage, in milliseconds.
+
+    On TensorRT the prefix runs with the denoise steps in one CUDA graph: `prefix_ms` is the upload.
+    """
 
     preprocess_ms: float
     prefix_ms: float
@@ -51,45 +53,67 @@ class Policy:
         rtc: RealTimeChunking | None = None,
         seed: int | None = None,
     ) -> "Policy":
-        """Open and check a bundle (unless it is open already) and load its graphs.
+        """Open and check a bundle, and load its graphs.
 
-        device: auto | cpu | cuda | jetson. backend: one alone (runtime/backend.py). realtime: leave a core to a
-        control loop. rtc: settings of real-time chunking, used when `predict_chunk` is given a previous chunk. seed:
-        of the noise, random when None.
+        The first backend of the device that loads and passes the bundle's self-check is taken.
+        `graphs.reason` says why, and what was wrong with the backends before it. On an x86 CPU the
+        self-check is left out: the export has run it on one.
 
-        The first backend of the device that loads and computes the bundle's self-check is taken; `graphs.reason`
-        says why, and what was wrong with those before it. An x86 CPU is not checked: exports are proved on one.
-        Raises BundleError for the folder, BackendError for the device, CheckFailed when the last computes wrongly.
+        Args:
+            bundle: A folder, or an open bundle.
+            device: auto, cpu, cuda or jetson.
+            backend: Use this one only: tensorrt, ort-cuda or ort-cpu.
+            realtime: Leave a core to a control loop.
+            rtc: Settings of real-time chunking, for `predict_chunk` with a previous chunk.
+            seed: Of the noise; random when None.
+
+        Raises:
+            BundleError: The folder is no undamaged bundle of this version.
+            BackendError: No backend of the device runs.
+            CheckFailed: The last backend fails the self-check.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         choice = choose_for(opened, device, backend)
-        skipped: list[str] = []
+        rtc = rtc or RealTimeChunking()
+        failures: list[str] = []
         for name in choice.backends:
-            graphs: Graphs | None = None
             try:
-                graphs = open_graphs(opened, name, realtime=realtime)
-                policy = cls(opened, graphs, rtc or RealTimeChunking(), seed)
-                if name != "ort-cpu" or platform.machine() != "x86_64":
-                    policy._prove()
+                policy = cls._load_on(opened, name, realtime, rtc, seed)
             except (BackendError, CheckFailed) as e:
-                if graphs is not None:
-                    graphs.close()  # the next one needs the memory
+                failures.append(f"{name}: {e}")
                 if name == choice.backends[-1]:
-                    raise type(e)(
-                        "; ".join([*skipped, f"{name}: {e}" if skipped else str(e)])
-                    ) from e
-                skipped.append(f"{name}: {e}")
+                    raise type(e)("; ".join(failures)) from e
                 continue
-            why = choice.reason if not skipped else f"{name}, because {'; '.join(skipped)}"
-            graphs.reason = f"{why} ({graphs.reason})"
+            why = f"{name}, because {'; '.join(failures)}" if failures else choice.reason
+            policy.graphs.reason = f"{why} ({policy.graphs.reason})"
             return policy
         raise AssertionError("a choice names at least one backend")
 
+    @classmethod
+    def _load_on(
+        cls,
+        bundle: Bundle,
+        backend: Backend,
+        realtime: bool,
+        rtc: RealTimeChunking,
+        seed: int | None,
+    ) -> "Policy":
+        """Load and check one backend. On an error its memory is free again, for the next one."""
+        graphs = open_graphs(bundle, backend, realtime=realtime)
+        try:
+            policy = cls(bundle, graphs, rtc, seed)
+            if backend != "ort-cpu" or platform.machine() != "x86_64":
+                policy._prove()
+        except (BackendError, CheckFailed):
+            graphs.close()
+            raise
+        return policy
+
     def _prove(self) -> None:
-        """Run the bundle's self-check, once for engines that stay. Raises CheckFailed."""
-        proof = self.graphs.proof()
-        if proof is not None:
-            require(self.manifest.precision, proof)
+        """Run the self-check, unless these engines passed it before. Raises CheckFailed."""
+        known = self.graphs.proof()
+        if known is not None:
+            require(self.manifest.precision, known)
             return
         errors = run_selfcheck(self)
         require(self.manifest.precision, errors)
@@ -110,14 +134,24 @@ class Policy:
         prev_chunk: Array | None = None,
         delay: int = 0,
     ) -> Array:
-        """-> float32 [chunk_size, dof] in robot units, every row of the chunk.
+        """Predict the next actions.
 
-        images: camera name -> uint8 [H, W, 3] RGB, all cameras of the bundle. state: float [dof] in robot units.
-        noise: float32 [1, chunk_size, max_action_dim], drawn when None. steps: denoise steps, the checkpoint's
-        when None. prev_chunk: float32 [k, dof], the unexecuted tail of the last chunk as predicted, in robot units;
-        delay: how many of its actions will have run before this chunk starts.
+        Args:
+            images: Camera name -> uint8 [H, W, 3] RGB, for every camera of the bundle.
+            state: float [dof], in robot units.
+            task: The instruction.
+            noise: float32 [1, chunk_size, max_action_dim]; drawn when None.
+            steps: Denoise steps; as in the checkpoint when None.
+            prev_chunk: float32 [k, dof] in robot units: the actions of the last chunk that have not
+                run. The new chunk follows them by real-time chunking.
+            delay: How many actions of `prev_chunk` run before the new chunk starts.
 
-        Raises InputError before anything runs; BackendError when a graph fails.
+        Returns:
+            float32 [chunk_size, dof] in robot units.
+
+        Raises:
+            InputError: An input does not fit; nothing has run.
+            BackendError: A graph failed.
         """
         start = time.perf_counter()
         steps = self.manifest.sampling.num_steps if steps is None else steps
@@ -135,7 +169,7 @@ class Policy:
     def prefill(
         self, images: Mapping[str, NDArray[np.uint8]], state: NDArray[np.floating], task: str
     ) -> Feeds:
-        """Preprocess an observation and fill the KV cache from it; -> what the prefix graph was fed."""
+        """Preprocess an observation and fill the KV cache; -> the prefix graph's inputs."""
         feeds = self.preprocessor.feeds(images, state, task)
         self.graphs.prefill(feeds)
         return feeds
@@ -150,8 +184,8 @@ class Policy:
     ) -> Array:
         """Solve from `noise` against the current cache; -> normalised actions.
 
-        noise, prev and the result: [1, chunk_size, max_action_dim]; weights: [1, chunk_size, 1], zeros (no
-        guidance) when None. `velocities`, where given, collects each step's velocity.
+        noise, prev and the result: [1, chunk_size, max_action_dim]. weights: [1, chunk_size, 1],
+        zeros (no guidance) when None. `velocities`, where given, collects each step's velocity.
         """
         steps = self.manifest.sampling.num_steps if steps is None else steps
         prev = np.zeros_like(noise) if prev is None else prev
@@ -167,12 +201,12 @@ class Policy:
         )
 
     def steps(self, count: int, *, guided: bool = False) -> list[Step]:
-        """What the expert graph is given beside actions and cache, for each of `count` Euler steps."""
+        """The expert graph's inputs beside actions and cache, for each of `count` Euler steps."""
         width = self.manifest.tensors["time_embedding"].shape[1]
         return schedule(count, width, self.manifest.sampling, self.rtc if guided else None)
 
     def draw_noise(self) -> Array:
-        """Standard normal [1, chunk_size, max_action_dim] from the policy's own generator."""
+        """Standard normal [1, chunk_size, max_action_dim] from the policy's generator."""
         return self._random.standard_normal(self._noise_shape, dtype=np.float32)
 
     @property
@@ -182,7 +216,10 @@ class Policy:
     def _sampling_inputs(
         self, noise: Array | None, steps: int, prev_chunk: Array | None, delay: int
     ) -> tuple[Array, Array, Array]:
-        """Checked noise, padded normalised previous chunk and its weights. Raises InputError with all problems."""
+        """-> noise, the previous chunk normalised and padded, its weights.
+
+        Raises InputError that lists every problem.
+        """
         shape, problems = self._noise_shape, []
         chunk, dof = shape[1], self.manifest.action.dim
         if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= 1000:
@@ -192,11 +229,7 @@ class Policy:
         if noise is not None:
             problems += _array_problems("noise", noise, shape)
         if prev_chunk is not None:
-            tail = (
-                prev_chunk.shape[0]
-                if isinstance(prev_chunk, np.ndarray) and prev_chunk.ndim == 2
-                else 0
-            )
+            tail = len(prev_chunk) if np.ndim(prev_chunk) == 2 else 0
             problems += _array_problems("prev_chunk", prev_chunk, (min(max(tail, 1), chunk), dof))
         if problems:
             raise InputError("the chunk cannot be predicted: " + "; ".join(problems))

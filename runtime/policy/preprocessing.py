@@ -1,4 +1,4 @@
-"""An observation -> the prefix graph's feeds. One visible ordered list: check, resize, normalise, tokenise."""
+"""An observation -> the prefix graph's inputs: check, tokenise, normalise, resize."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ EXAMPLE_TASK = "Pick up the red cube and place it on the plate."
 
 
 class Preprocessor:
-    """Turns what a robot sees into what `prefix.onnx` takes, as LeRobot's SmolVLA preprocessor does."""
+    """Makes the inputs of `prefix.onnx`, as LeRobot's SmolVLA preprocessor does."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.manifest = bundle.manifest
@@ -31,10 +31,16 @@ class Preprocessor:
         *,
         raw: bool = False,
     ) -> Feeds:
-        """images: camera name -> uint8 [H, W, 3] RGB; state: float [dof] in robot units; task: the instruction.
-        raw: leave resizing to the device, and give `frame.<camera>` as they are in place of `images`.
+        """The prefix graph's inputs by name.
 
-        Raises InputError that lists everything wrong with the observation.
+        Args:
+            images: Camera name -> uint8 [H, W, 3] RGB.
+            state: float [dof], in robot units.
+            task: The instruction.
+            raw: The device resizes: give each image unchanged as `frame.<camera>`, not `images`.
+
+        Raises:
+            InputError: The observation does not fit; the message lists every problem.
         """
         m = self.manifest
         problems = self._camera_problems(images) + self._state_problems(state)
@@ -73,7 +79,8 @@ class Preprocessor:
         dim = self.manifest.state.dim
         if not isinstance(state, np.ndarray) or not np.issubdtype(state.dtype, np.floating):
             return [
-                f"state is {getattr(state, 'dtype', type(state).__name__)}, expected a float numpy array"
+                f"state is {getattr(state, 'dtype', type(state).__name__)}, "
+                "expected a float numpy array"
             ]
         if state.shape != (dim,):
             return [f"state has shape {state.shape}, expected ({dim},)"]
@@ -83,7 +90,7 @@ class Preprocessor:
 
 
 class Tokenizer:
-    """The checkpoint's own tokenizer, read by the `tokenizers` library."""
+    """The checkpoint's tokenizer."""
 
     def __init__(self, path: Path, tokens: Tokens) -> None:
         try:
@@ -97,15 +104,15 @@ class Tokenizer:
     def encode(self, task: str) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """-> ids int32 [1, length] and mask bool [1, length], valid tokens first.
 
-        A newline is added unless the task ends with one, as in LeRobot. Raises InputError for an instruction
-        longer than the bundle's length: cutting it costs task success without a word.
+        A newline is added unless the task ends with one, as in LeRobot. Raises InputError for an
+        instruction that is too long: a policy that gets a cut one fails without a message.
         """
         if (
             not isinstance(task, str)
             or not task.strip()
             or any("\ud800" <= c <= "\udfff" for c in task)
         ):
-            # A lone surrogate is what Python makes of bytes on the command line that are not UTF-8.
+            # Python makes lone surrogates of bytes on the command line that are not UTF-8.
             raise InputError(
                 f"the task is {task!r}, expected an instruction such as 'Pick up the red cube.'"
             )
@@ -113,8 +120,8 @@ class Tokenizer:
         if len(ids) > self._length:
             shown = task if len(task) <= 80 else task[:77] + "..."
             raise InputError(
-                f"the task is {len(ids)} tokens long, this bundle takes {self._length}: shorten it "
-                f"(the policy was trained on at most {self._length} too): {shown!r}"
+                f"the task is {len(ids)} tokens long, this bundle takes {self._length}, as many as "
+                f"the policy was trained on: shorten it: {shown!r}"
             )
         tokens = np.full((1, self._length), self._pad_id, np.int32)
         tokens[0, : len(ids)] = ids

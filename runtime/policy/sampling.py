@@ -1,4 +1,4 @@
-"""The host's share of flow matching: the step schedule, the time embedding, real-time chunking's weights."""
+"""Flow matching on the host: step schedule, time embedding, weights of real-time chunking."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Schedule = Literal["zeros", "ones", "linear", "exp"]
 
 @dataclass(frozen=True)
 class RealTimeChunking:
-    """How strongly a new chunk follows the unexecuted tail of the previous one (LeRobot's RTCConfig)."""
+    """How strongly a new chunk follows the rest of the previous one (LeRobot's RTCConfig)."""
 
     schedule: Schedule = "exp"
     execution_horizon: int = 10
@@ -35,15 +35,17 @@ class RealTimeChunking:
             )
         if not 0 < self.max_guidance_weight < math.inf:
             wrong.append(
-                f"max_guidance_weight is {self.max_guidance_weight}, expected a finite number above 0"
+                f"max_guidance_weight is {self.max_guidance_weight}, "
+                "expected a finite number above 0"
             )
         if wrong:
             raise InputError("real-time chunking: " + "; ".join(wrong))
 
     def prefix_weights(self, delay: int, tail: int, chunk: int) -> NDArray[np.float32]:
-        """Weight of each of `chunk` actions: 1 for the first `delay`, falling to 0 at the horizon; [chunk].
+        """Weight of each of `chunk` actions, [chunk]: 1 for the first `delay`, then falling to 0.
 
-        Source: RTCProcessor.get_prefix_weights, lerobot 0.4.4; the horizon ends with the tail at the latest.
+        It is 0 from the horizon on, and from the end of the tail on. Source:
+        RTCProcessor.get_prefix_weights, lerobot 0.4.4.
         """
         end = min(self.execution_horizon, tail, chunk)
         start = min(delay, end)

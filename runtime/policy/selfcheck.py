@@ -1,8 +1,9 @@
-"""Does this bundle compute on this machine what the checkpoint computed where it was exported?
+"""Checks that a bundle computes on this machine what the checkpoint computed at export.
 
-`selfcheck.npz` holds one observation, three instructions (short, padded, full-length), the actions that the
-checkpoint answers, normalised and in robot units, and a sample of every KV tensor: actions hide a stale cache. An
-INT8 bundle holds its own answers instead: how far they are from the checkpoint's was judged at export.
+`selfcheck.npz` holds one observation, three instructions (short, padded, full-length), and the
+checkpoint's actions for them, normalised and in robot units. It also holds a sample of every KV
+tensor, because actions alone can hide a wrong cache. An INT8 bundle holds its own actions instead:
+the export's gate has compared them with the checkpoint's.
 """
 
 import zipfile
@@ -20,7 +21,7 @@ from ..engines.graphs import Array, Graphs
 Picture = NDArray[np.uint8]
 
 FILE = "selfcheck.npz"
-# Largest error that is still this policy, by precision; actions are normalised, of order 1.
+# The largest accepted error, by precision. Normalised actions are of order 1.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 5e-2}
 
 
@@ -51,8 +52,11 @@ class Subject(Protocol):
 
 
 def run_selfcheck(subject: Subject) -> dict[str, float]:
-    """-> stage -> worst error over the instructions, in the order of computation: every tensor of the cache, the
-    normalised `actions`, the `chunk` in robot units. Raises BundleError for a damaged file."""
+    """-> stage -> largest error over the instructions, in the order of computation.
+
+    The stages are every tensor of the cache, the normalised `actions`, and the `chunk` in robot
+    units. Raises BundleError for a damaged file.
+    """
     m = subject.bundle.manifest
     kv = [t.name for t in m.prefix.outputs if t.name != "prefix_mask"]
     stages = (*kv, "actions", "chunk")
@@ -71,7 +75,7 @@ def run_selfcheck(subject: Subject) -> dict[str, float]:
 
 
 def _read(bundle: Bundle, stages: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The arrays of the file, all of them there."""
+    """The arrays of the file. Raises BundleError where it is damaged or one is missing."""
     path = bundle.path(FILE)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -82,25 +86,26 @@ def _read(bundle: Bundle, stages: Sequence[str]) -> dict[str, NDArray[Any]]:
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as e:
         raise BundleError(f"{path} is damaged ({e!r}): export the checkpoint again") from e
     if missing:
-        raise BundleError(f"{path} lacks {', '.join(missing[:5])}: export the checkpoint again")
+        names = ", ".join(missing[:5])
+        raise BundleError(f"{path} does not have {names}: export the checkpoint again")
     return data
 
 
 def summary(errors: dict[str, float]) -> dict[str, float]:
-    """run_selfcheck's errors with the tensors of the cache as one: the worst."""
+    """run_selfcheck's errors, with the largest of the cache's tensors as `cache`."""
     ends = {stage: errors[stage] for stage in ("actions", "chunk")}
     return {"cache": max(e for stage, e in errors.items() if stage not in ends)} | ends
 
 
 def require(precision: Precision, errors: dict[str, float]) -> None:
-    """Raises CheckFailed that names the first stage to leave what the checkpoint computes."""
+    """Raises CheckFailed that names the first stage with too large an error."""
     limit = TOLERANCE[precision]
     over = {stage: value for stage, value in errors.items() if not value <= limit}
     if over:
         stage, value = next(iter(over.items()))
         wider = " Try a bundle of --precision fp32, or" if precision != "fp32" else " Try"
         raise CheckFailed(
-            f"self-check failed: {stage} is the first to differ from its checkpoint, by {value:.2e} (at most "
-            f"{limit:.0e}), {len(over)} of {len(errors)} stages do; actions by {errors['actions']:.2e}.{wider} "
-            "another --backend"
+            f"self-check failed: {stage} is the first to differ from its checkpoint, by "
+            f"{value:.2e} (at most {limit:.0e}), {len(over)} of {len(errors)} stages do; actions by "
+            f"{errors['actions']:.2e}.{wider} another --backend"
         )

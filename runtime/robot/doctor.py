@@ -23,14 +23,14 @@ from ..budget.budget import measure, report
 from ..budget.roofline import find_board
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
-from ..engines.backend import BACKENDS, choose, choose_for, lacks
+from ..engines.backend import BACKENDS, choose, choose_for, missing_for
 from ..engines.engine_cache import engine_records
 from ..policy.policy import Policy
-from ..policy.preprocessing import EXAMPLE_TASK
 from . import settings
 from .checkup import Finding, Status, cameras, machine, ports, servos
 from .preflight import units_evidence
 from .settings import Settings
+from .settings_text import as_toml
 
 OVERHEAD_BYTES = 700e6  # of a run beside weights and cache, measured on a CPU
 BUILD_FACTOR = 2.5  # memory of a TensorRT build over the larger graph's weights: an estimate
@@ -184,7 +184,7 @@ def _software(bundle: Bundle | None, chosen: Settings, board: Board, gpu: Gpu) -
         "python", "ok", f"{packages}; providers {', '.join(onnxruntime.get_available_providers())}"
     )
     for backend in BACKENDS["jetson"]:
-        missing = lacks(backend)
+        missing = missing_for(backend)
         text = f"{backend} needs {missing}" if missing else f"{backend} would be tried"
         yield Finding("backend", "warning" if missing and gpu.name else "ok", text)
     asked = chosen.device, chosen.backend
@@ -269,43 +269,34 @@ def draft(
         )
         units = seen if seen in ("degrees", "range_m100_100") else None
     held = None if calibration is None else str(Path(calibration.source).absolute())
-    lines = [
-        _line("bundle", chosen.bundle if manifest else None, "bundle", "none was found"),
-        _line("device", chosen.device, "auto", ""),
-        _line("port", port, "/dev/ttyACM0", "no arm was found"),
-        _line("units", units, "degrees", "or range_m100_100: what the policy was trained with"),
-        _line(
-            "calibration",
-            chosen.calibration or held,
-            "my_arm",
-            "an id or a file; smolvla-calibrate makes one",
-        ),
-        _line("task", chosen.task, EXAMPLE_TASK, "the instruction"),
-        _line(
-            "fps",
-            chosen.fps or (manifest and manifest.fps),
-            settings.DEFAULT_FPS,
-            "the rate of the training data",
-        ),
-        "",
-        "[cameras]",
-    ]
     free = [
         node.link for node in nodes if not node.problem and node.link not in chosen.cameras.values()
     ]
     names = [c.name for c in manifest.cameras] if manifest else list(chosen.cameras) or ["front"]
     missing = [name for name in names if name not in chosen.cameras]
-    for name in names:
-        sure = (
-            free[0] if len(missing) == len(free) == 1 else None
-        )  # which of two is which, a machine cannot know
-        source = chosen.cameras.get(name, sure)
-        lines.append(
-            _line(settings.toml(name), source, "/dev/video0", f"found: {', '.join(free) or 'none'}")
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _line(key: str, value: object, example: object, wanted: str) -> str:
-    text = f"{key} = {settings.toml(example if value is None else value)}"
-    return f"# {text}  # {wanted}" if value is None else text
+    # Which of two cameras is which, a machine cannot know.
+    found = {missing[0]: free[0]} if len(missing) == len(free) == 1 else {}
+    values = {
+        "port": port,
+        "units": units,
+        "calibration": chosen.calibration or held,
+        "task": chosen.task,
+        "fps": chosen.fps or (manifest.fps if manifest else None),
+    }
+    hints: dict[str, tuple[Any, str]] = {
+        name: (description.example, description.needed)
+        for name, description in settings.descriptions().items()
+    }
+    hints["bundle"] = ("bundle", "none was found")
+    hints["fps"] = (settings.DEFAULT_FPS, "the rate of the training data")
+    unknown = [name for name, value in values.items() if value is None]
+    if manifest is None:
+        unknown.append("bundle")
+    source = f"found: {', '.join(free) or 'none'}"
+    return as_toml(
+        settings.override(chosen, **values, cameras=found),
+        {
+            "": {name: hints[name] for name in unknown},
+            "cameras": {n: ("/dev/video0", source) for n in missing if n not in found},
+        },
+    )

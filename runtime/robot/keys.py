@@ -15,7 +15,8 @@ HELP = "space or Esc: stop and hold (again: motors off), r: go on, q or Ctrl-C: 
 
 
 class Operator:
-    """Reads single keys, without waiting; the terminal is as before afterwards. `present`: whether there are any."""
+    """Reads single keys, without waiting; the terminal is as before afterwards. `present`: whether
+    there are any."""
 
     def __init__(self) -> None:
         self._fd = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None

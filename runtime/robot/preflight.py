@@ -1,7 +1,9 @@
-"""What the training statistics say before anything moves: do the units fit, is the arm where the policy knows it?
+"""What the training statistics say before anything moves: do the units fit, is the arm where the
+policy knows it?
 
-No LeRobot file records the units of a dataset, so the numbers are asked (state and action, body joints first, the
-gripper last). Statistics may hold min and max, or mean and standard deviation only.
+No LeRobot file records the units of a dataset, so the numbers are asked (state and action, body
+joints first, the gripper last). Statistics may hold min and max, or mean and standard deviation
+only.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ from numpy.typing import NDArray
 from ..bundle.normalization import Normalization
 
 SPREAD = 5.0  # standard deviations that count as known territory
-SLACK = 5.0  # robot units beyond it: a joint that never moved in training has no spread, yet never stands the same
+# Robot units beyond it: a joint that never moved in training has no spread.
+SLACK = 5.0
 RANGE_END, TOUCHES = 100.5, 99.5
 RADIANS = 7.0
 
@@ -22,7 +25,8 @@ Vector = NDArray[np.float64]
 def units_evidence(
     normalizations: Sequence[Normalization], joints: Sequence[str]
 ) -> tuple[str, str]:
-    """What units the statistics look like: degrees, range_m100_100, other, or "" where they fit either; and why."""
+    """What units the statistics look like: degrees, range_m100_100, other, or "" where they fit
+    either; and why."""
     extremes = [found for n in normalizations if (found := _pair(n, "min", "max"))]
     # The root mean square: some value was at least as large.
     reached = [np.hypot(*found) for n in normalizations if (found := _pair(n, "mean", "std"))]
@@ -83,8 +87,9 @@ def preflight(
     first_chunk: NDArray[np.float32],
     jump: Vector,
 ) -> tuple[str, list[str]]:
-    """Compare where the arm is, [dim], with the training range and the first chunk, [rows, dim]. jump: how far the
-    first target may be away, [dim]; all in robot units. -> a table, one line a joint, and why not to start here."""
+    """Compare where the arm is, [dim], with the training range and the first chunk, [rows, dim].
+    jump: how far the first target may be away, [dim]; all in robot units. -> a table, one line a
+    joint, and why not to start here."""
     known = seen_range(state)
     problems = []
     lines = [f"{'':<16}{'now':>9}{'trained on':>20}{'first target':>14}{'first chunk':>20}"]

@@ -1,7 +1,8 @@
-"""A recording (runtime/recording.py) asked again: does a policy answer now what was answered then?
+"""Replay: does a policy answer now what was recorded (recording.py)?
 
-Every recorded observation goes through the policy with the recorded noise, steps, previous chunk, delay and real-time
-chunking. The same bundle must agree as closely as a self-check asks; another one is compared, not judged.
+Every recorded observation goes through the policy with the recorded noise, steps, previous chunk,
+delay and real-time chunking. The same bundle must agree within the tolerance of a self-check;
+another one is compared, not judged.
 """
 
 import io
@@ -18,20 +19,21 @@ from ...core.errors import CheckFailed, InputError, SettingsError
 from ...core.strict import decode
 from ..policy.policy import Policy, Timing
 from ..policy.selfcheck import TOLERANCE
-from .chunks import Ask
-from .inference import Chunk, Observation
+from .chunks import Continuation
+from .inference import ActionChunk, ChunkRequest
 from .recording import CHUNKS, FORMAT, META, VERSION, RunMeta
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What a run left in a folder; its chunks are read when they are asked for."""
+    """A recording in a folder; `chunk` reads one of its chunks."""
 
     meta: RunMeta
     files: tuple[Path, ...]  # one .npz per finished chunk, in the order they were asked for
 
-    def chunk(self, file: Path) -> Chunk:
-        """As it was asked and answered; its timing is not known. Raises SettingsError for a damaged file."""
+    def chunk(self, file: Path) -> ActionChunk:
+        """As requested and answered; the timing is zero. Raises SettingsError for a damaged
+        file."""
         path, images = file, {}
         try:
             for camera in self.meta.cameras:
@@ -45,9 +47,9 @@ class Recording:
                 rest = {
                     name: value if value.ndim else value.item() for name, value in stored.items()
                 }
-            ask = Ask(0, rest.pop("prev_chunk", None), rest.pop("delay"))
-            seen = Observation(images, rest.pop("state"), ask, rest.pop("time_s"))
-            return Chunk(observation=seen, timing=Timing(0.0, 0.0, 0.0), **rest)
+            continuation = Continuation(0, rest.pop("prev_chunk", None), rest.pop("delay"))
+            request = ChunkRequest(images, rest.pop("state"), continuation, rest.pop("time_s"))
+            return ActionChunk(request=request, timing=Timing(0.0, 0.0, 0.0), **rest)
         except Exception as e:  # numpy and OpenCV have a dozen kinds for a damaged file
             raise SettingsError(
                 f"{path} is damaged ({e}): remove the chunk {file.stem}.* to replay the rest"
@@ -55,7 +57,8 @@ class Recording:
 
 
 def read_recording(folder: Path) -> Recording:
-    """Raises SettingsError for a folder that holds no recording, or none that this version reads."""
+    """Raises SettingsError for a folder that holds no recording, or none that this version
+    reads."""
     path = folder / META
     try:
         raw = json.loads(path.read_text())
@@ -79,8 +82,8 @@ def read_recording(folder: Path) -> Recording:
 def differences(
     recording: Recording, policy: Policy
 ) -> Iterator[tuple[Path, NDArray[np.float64], float]]:
-    """-> for each chunk its file, the largest difference of each joint in robot units [dof], and the scale to judge
-    it by: max(1, largest magnitude recorded), as in a self-check.
+    """-> for each chunk its file, the largest difference of each joint in robot units [dof], and
+    the scale to judge it by: max(1, largest magnitude recorded), as in a self-check.
 
     Raises InputError where the recording does not fit the policy's bundle.
     """
@@ -91,16 +94,21 @@ def differences(
         ("actions' dimensions", len(meta.joints) or m.action.dim, m.action.dim),
         ("units", meta.units, m.units or meta.units),
     ]
-    if wrong := [
-        f"its {what} are {was}, the bundle has {now}" for what, was, now in fits if was != now
-    ]:
+    wrong = [f"its {what} are {was}, the bundle has {now}" for what, was, now in fits if was != now]
+    if wrong:
         raise InputError(f"the recording does not fit {policy.bundle.folder}: {'; '.join(wrong)}")
     policy.rtc = meta.rtc
     for file in recording.files:
         chunk = recording.chunk(file)
-        seen, ask = chunk.observation, chunk.observation.ask
+        request, continuation = chunk.request, chunk.request.continuation
         got = policy.predict_chunk(
-            seen.images, seen.state, meta.task, chunk.noise, chunk.steps, ask.prev_chunk, ask.delay
+            request.images,
+            request.state,
+            meta.task,
+            chunk.noise,
+            chunk.steps,
+            continuation.prev_chunk,
+            continuation.delay,
         ).astype(np.float64)
         was = chunk.actions.astype(np.float64)
         if got.shape != was.shape:
@@ -116,8 +124,8 @@ def differences(
 def replay(folder: Path, policy: Policy) -> None:
     """Print how far the policy's answers are from the recorded ones.
 
-    Raises SettingsError for the folder, InputError where it does not fit the bundle, and CheckFailed where the very
-    bundle that was recorded answers something else.
+    Raises SettingsError for the folder, InputError where it does not fit the bundle, and
+    CheckFailed where the recorded bundle itself answers something else.
     """
     recording = read_recording(folder)
     meta, same = recording.meta, recording.meta.bundle_digest == policy.bundle.digest
@@ -132,7 +140,10 @@ def replay(folder: Path, policy: Policy) -> None:
     for file, apart, scale in differences(recording, policy):
         joint = int(apart.argmax())
         if not failed and apart[joint] > limit * scale:
-            failed = f"chunk {file.stem} by {apart[joint]:.1e} in {names[joint]} (at most {limit * scale:.0e})"
+            failed = (
+                f"chunk {file.stem} by {apart[joint]:.1e} in {names[joint]} "
+                f"(at most {limit * scale:.0e})"
+            )
         for i in np.flatnonzero(apart > worst):
             worst[i], where[i] = apart[i], file.stem
     print(f"{'joint':<16}{'largest difference':>20}  in chunk")

@@ -1,11 +1,15 @@
-"""Deployment settings: `robot.toml`, overridden by flags. What is missing is listed once, with the way to give it."""
+"""The settings of a deployment: `robot.toml`, overridden by options.
+
+The fields of Settings are the only description of them. The options of smolvla-run
+(commands/options.py), the reader and the writer of robot.toml, the printed command
+(settings_text.py) and the draft of smolvla-doctor are made from it. So a new setting is a new
+field.
+"""
 
 import dataclasses
-import json
 import math
-import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,48 +31,139 @@ DEFAULT_FPS = 30.0
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One deployment. None means: not said anywhere."""
+class Description:
+    """What is known of a setting beside its name, type and default.
 
-    bundle: str = "bundle"
-    device: str = "auto"
-    backend: str | None = None
-    port: str | None = None
-    units: str | None = None
-    calibration: str | None = None
-    task: str | None = None
-    fps: float | None = None
-    seconds: float | None = None
-    steps: int | None = None
-    seed: int | None = None
-    chunking: Chunking = "sync"
-    guardian: Guarding = "soft"
-    i_know_the_unit: bool = False
-    record: str | None = None
-    cameras: dict[str, str] = dataclasses.field(default_factory=dict)
-    limits: dict[str, float] = dataclasses.field(default_factory=dict)
+    help: of the option; empty: the setting is in robot.toml only. default_text: where the default
+    is not the value of the field. allowed: which values, and the same in words. needed: what a real
+    arm needs it for; example: the value to show then. metavar: of the option, and for a table
+    `NAME=VALUE`, of an option that is given once for each entry. option: another name for it.
+    """
+
+    help: str = ""
+    default_text: str = ""
+    allowed: tuple[Callable[[Any], bool], str] | None = None
+    needed: str = ""
+    example: str = ""
+    metavar: str | None = None
+    option: str = ""
+
+
+def _setting(default: Any, text: str = "", **more: Any) -> Any:
+    metadata = {"description": Description(text, **more)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One deployment, checked on construction. None: not given anywhere."""
+
+    bundle: str = _setting("bundle", "Bundle folder.")
+    device: str = _setting("auto", "cpu, cuda, jetson, or auto: CUDA where it is there, else CPU.")
+    backend: str | None = _setting(
+        None,
+        "One backend of the device, such as tensorrt, ort-cuda or ort-cpu, and no other.",
+        default_text="the device's first that works",
+    )
+    port: str | None = _setting(
+        None,
+        "Serial port of the arm, auto, or sim: the virtual arm, which needs no other setting.",
+        needed="the serial port of the arm, or 'sim'",
+        example="/dev/ttyACM0",
+    )
+    units: str | None = _setting(
+        None,
+        "degrees (LeRobot 0.4.4 on) or range_m100_100 (before), as the policy was trained.",
+        needed="degrees or range_m100_100: what the policy was trained with; no file records it",
+        example="degrees",
+    )
+    calibration: str | None = _setting(
+        None,
+        "LeRobot calibration file, or the id the arm was calibrated under.",
+        needed="a LeRobot calibration file, or the id of one",
+        example="my_arm",
+    )
+    task: str | None = _setting(
+        None, "The instruction.", needed="the instruction", example=EXAMPLE_TASK
+    )
+    fps: float | None = _setting(
+        None,
+        "Control rate in Hz.",
+        default_text="the training data's, else 30",
+        allowed=(lambda v: 0 < v <= 200, "above 0 and at most 200"),
+    )
+    seconds: float | None = _setting(
+        None,
+        "Stop this long after the first action.",
+        default_text="Ctrl-C; with --rehearse 10",
+        allowed=(lambda v: 0 < v < math.inf, "above 0"),
+    )
+    steps: int | None = _setting(
+        None,
+        "Denoise steps.",
+        default_text="the checkpoint's",
+        allowed=(lambda v: 1 <= v <= 1000, "1 to 1000"),
+    )
+    seed: int | None = _setting(
+        None, "Seed of the noise.", default_text="random", allowed=(lambda v: v >= 0, "0 or more")
+    )
+    chunking: Chunking = _setting(  # noqa: RUF009
+        "sync",
+        "How chunks are joined: sync holds between them, async blends them, "
+        "rtc lets the policy continue the last one.",
+    )
+    guardian: Guarding = _setting(  # noqa: RUF009
+        "soft", "Action if this program crashes or hangs: soft (lower the torque first), off, hold."
+    )
+    i_know_the_unit: bool = _setting(
+        False, "Run although the training statistics cannot confirm --units."
+    )
+    record: str | None = _setting(
+        None, "Keep everything that the policy gets and answers, in a new folder.", metavar="DIR"
+    )
+    log_mb: float = _setting(
+        200.0,
+        "Limit in MB for the logs of all runs together; the oldest are deleted.",
+        allowed=(lambda v: 1 <= v <= 1e6, "1 to 1000000"),
+    )
+    cameras: dict[str, str] = _setting(  # noqa: RUF009
+        {},
+        "Once for each camera: /dev/videoN, a number, csi:N, a picture or a video.",
+        metavar="NAME=SOURCE",
+        option="--camera",
+    )
+    limits: dict[str, float] = _setting({})  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError with every value out of its range."""
+        wrong = []
+        for name, description in descriptions().items():
+            value = getattr(self, name)
+            if value is None or description.allowed is None:
+                continue
+            allows, expected = description.allowed
+            if not allows(value):
+                wrong.append(f"{name} is {value}, expected {expected}")
+        if wrong:
+            raise SettingsError("settings cannot be used: " + "; ".join(wrong))
 
     @property
     def simulated(self) -> bool:
         return self.port == SIM
 
-    def check_values(self) -> None:
-        """Raises SettingsError with every value that cannot be."""
-        wrong = []
-        if self.fps is not None and not 0 < self.fps <= 200:
-            wrong.append(f"fps is {self.fps}, expected above 0 and at most 200")
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            wrong.append(f"seconds is {self.seconds}, expected above 0")
-        if self.steps is not None and not 1 <= self.steps <= 1000:
-            wrong.append(f"steps is {self.steps}, expected 1 to 1000")
-        if self.seed is not None and self.seed < 0:
-            wrong.append(f"seed is {self.seed}, expected 0 or more")
-        if wrong:
-            raise SettingsError("settings cannot be used: " + "; ".join(wrong))
+
+def descriptions() -> dict[str, Description]:
+    """Every setting, in the order of the fields."""
+    return {f.name: f.metadata["description"] for f in dataclasses.fields(Settings)}
 
 
 def read_settings(path: Path, *, required: bool) -> Settings:
-    """Read `robot.toml`. An absent file is empty settings unless `required`. Raises SettingsError."""
+    """Read `robot.toml`. An absent file is default settings unless `required`.
+
+    Raises SettingsError.
+    """
     try:
         raw = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -80,119 +175,68 @@ def read_settings(path: Path, *, required: bool) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise SettingsError(f"{path} is not TOML: {e}") from e
     problems: list[str] = []
-    settings = decode(Settings, raw, problems)
+    try:
+        settings = decode(Settings, raw, problems)
+    except SettingsError as e:
+        raise SettingsError(f"{path}: {e}") from e
     if settings is None:
-        known = ", ".join(f.name for f in dataclasses.fields(Settings))
+        known = ", ".join(descriptions())
         raise SettingsError(f"{path}: {'; '.join(problems)} (known fields: {known})")
     return settings
 
 
-def parse_cameras(pairs: Sequence[str]) -> dict[str, str]:
-    """`front=/dev/video0` as often as there are cameras. Raises SettingsError."""
-    cameras: dict[str, str] = {}
+def override(settings: Settings, **given: Any) -> Settings:
+    """`settings` with every value that was given (is not None); tables are merged."""
+    values = {name: value for name, value in given.items() if value is not None}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            values[name] = getattr(settings, name) | value
+    return dataclasses.replace(settings, **values)
+
+
+def parse_table(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    """`front=/dev/video0` and more -> a table. Raises SettingsError."""
+    table: dict[str, str] = {}
     for pair in pairs:
-        name, equals, source = pair.partition("=")
-        if not (name and equals and source):
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
             raise SettingsError(
-                f"--camera {pair!r}, expected NAME=SOURCE such as front=/dev/video0"
+                f"{option} {pair!r}, expected NAME=SOURCE such as front=/dev/video0"
             )
-        if name in cameras:
-            raise SettingsError(f"camera '{name}' is given twice")
-        cameras[name] = source
-    return cameras
-
-
-def override(settings: Settings, **flags: Any) -> Settings:
-    """`settings` with every flag that was given (is not None) in their place."""
-    return dataclasses.replace(settings, **{k: v for k, v in flags.items() if v is not None})
-
-
-def require_complete(
-    settings: Settings, manifest: Manifest | None, problems: Sequence[str]
-) -> None:
-    """Raises one SettingsError that lists `problems` and every setting missing for a real arm, and prints a complete
-    command and the file that would hold it. manifest: None where the bundle itself is one of the problems."""
-    wanted = {
-        "port": "the serial port of the arm, or 'sim'",
-        "units": "degrees or range_m100_100: what the policy was trained with; no file records it",
-        "calibration": "a LeRobot calibration file, or the id of one",
-        "task": "the instruction",
-    }  # an empty string is a shell variable that was not set
-    missing = [f"{name} ({why})" for name, why in wanted.items() if not getattr(settings, name)]
-    names = [c.name for c in manifest.cameras] if manifest else list(settings.cameras) or ["NAME"]
-    missing += [f"camera '{n}'" for n in names if n not in settings.cameras and manifest]
-    unknown = [n for n in settings.cameras if n not in names]
-    found = list(problems)
-    if missing:
-        found.append("missing " + ", ".join(missing))
-    if unknown:
-        found.append(
-            f"the bundle has no camera {', '.join(map(repr, unknown))}, it has {', '.join(names)}"
-        )
-    sources = list(settings.cameras.values())
-    found += [
-        f"two cameras share {x}" for x in sorted({x for x in sources if sources.count(x) > 1})
-    ]
-    if not found:
-        return
-    headline = f"the arm on {settings.port} cannot be run" if settings.port else "no arm was named"
-    listed = "\n  ".join(found)
-    if not missing:
-        raise SettingsError(f"{headline}:\n  {listed}")
-    full = dataclasses.replace(
-        settings,
-        port=settings.port or "/dev/ttyACM0",
-        units=settings.units or "degrees",
-        calibration=settings.calibration or "my_arm",
-        task=settings.task or EXAMPLE_TASK,
-        cameras={n: settings.cameras.get(n, f"/dev/video{2 * i}") for i, n in enumerate(names)},
-    )
-    raise SettingsError(
-        f"{headline}:\n  {listed}\n"
-        f"A complete command (--port sim, the virtual arm, needs only --bundle):\n  {_as_command(full)}\n"
-        f"The same settings in ./robot.toml:\n{_as_toml(full)}"
-    )
-
-
-def _as_command(s: Settings) -> str:
-    words = ["smolvla-run", "--bundle", s.bundle, "--device", s.device, "--port", str(s.port)]
-    words += ["--units", str(s.units), "--calibration", str(s.calibration)]
-    for name, source in s.cameras.items():
-        words += ["--camera", f"{name}={source}"]
-    return shlex.join([*words, "--task", str(s.task)])
-
-
-def _as_toml(s: Settings) -> str:
-    lines = [
-        f"{n} = {toml(getattr(s, n))}"
-        for n in ("bundle", "device", "port", "units", "calibration", "task")
-    ]
-    lines += ["[cameras]", *(f"{toml(n)} = {toml(source)}" for n, source in s.cameras.items())]
-    return "\n".join("  " + line for line in lines)
-
-
-def toml(value: object) -> str:
-    """JSON's strings and numbers are TOML's too, but for halves of characters."""
-    return json.dumps(value, ensure_ascii=False)
+        if name in table:
+            raise SettingsError(f"{option.removeprefix('--')} '{name}' is given twice")
+        table[name] = value
+    return table
 
 
 def refusals(manifest: Manifest, joints: Sequence[str]) -> list[str]:
-    """Why this bundle must not move a real arm with these joints, in order; empty when it may."""
+    """Why this bundle must not move a real arm with these joints; empty when it may."""
     found = []
     if manifest.source.demo:
         found.append("it is a demo: its weights are random")
     for name, vector in (("state", manifest.state), ("action", manifest.action)):
         if not vector.normalization.active:
             found.append(
-                f"no statistics match its {name}, so its outputs are not joint angles (fine-tune it first)"
+                f"no statistics match its {name}, so its outputs are not joint angles "
+                "(fine-tune it first)"
             )
-        if vector.dim != len(joints):
-            found.append(f"its {name} has {vector.dim} values, the arm has {len(joints)} joints")
+    found += wrong_widths(manifest, joints)
     if manifest.joints is not None and tuple(manifest.joints) != tuple(joints):
         found.append(
-            f"it was trained on the joints {', '.join(manifest.joints)}, the arm has {', '.join(joints)}"
+            f"it was trained on the joints {', '.join(manifest.joints)}, "
+            f"the arm has {', '.join(joints)}"
         )
     return found
+
+
+def wrong_widths(manifest: Manifest, joints: Sequence[str]) -> list[str]:
+    """Vectors of the policy that have not one value for each joint."""
+    vectors = {"state": manifest.state.dim, "action": manifest.action.dim}
+    return [
+        f"its {name} has {dim} values, the arm has {len(joints)} joints"
+        for name, dim in vectors.items()
+        if dim != len(joints)
+    ]
 
 
 def choose_fps(settings: Settings, manifest: Manifest) -> tuple[float, str]:
@@ -203,5 +247,5 @@ def choose_fps(settings: Settings, manifest: Manifest) -> tuple[float, str]:
         return manifest.fps, f"{manifest.fps:g} fps: the rate of the training data"
     return DEFAULT_FPS, (
         f"{DEFAULT_FPS:g} fps: assumed, the bundle does not record the training rate "
-        "(a policy trained at 15 fps would run at double speed; say --fps)"
+        "(a policy trained at 15 fps would run at double speed; give --fps)"
     )

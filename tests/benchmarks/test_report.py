@@ -14,7 +14,6 @@ from smolvla_edge.benchmarks import page
 from smolvla_edge.benchmarks.cli import app
 from smolvla_edge.benchmarks.report import sections, text
 from smolvla_edge.core.errors import BenchError, ResultError
-from smolvla_edge.runtime import CheckFailed
 from support.paths import DATA
 
 pytest.importorskip("matplotlib")
@@ -126,20 +125,16 @@ def test_markdown_and_json_have_the_tables_of_the_page(found, html):
     ]
     assert [cell for cell in Page(html).cells if cell[0] == "td"] == in_json
     lines = [line for line in page.markdown(found).splitlines() if line.startswith("| ")]
-    assert len(lines) == sum(1 + len(table["rows"]) for table in tables)
+    assert len(lines) == sum(1 + len(table["rows"]) for table in tables)  # none is wrapped
     assert any(re.match(r"\| full-fp32-cpu / LeRobot float32 +\| 2.4", line) for line in lines)
-    for block in re.findall(r"(?:^\|.*\n)+", page.markdown(found), re.MULTILINE):
-        assert (
-            len({line.index("|", 1) for line in block.splitlines() if "\\|" not in line}) == 1
-        )  # aligned
 
 
 def test_a_runner_too_noisy_for_numbers_gets_the_sentence_and_no_stages(found):
-    chunk = next(s for s in found if s.heading == "Milliseconds a chunk")
+    chunk = next(s for s in found if s.heading == "Milliseconds per chunk")
     assert [len(row) for row in chunk.table.rows] == [7, 7, 7, 2]
     assert chunk.table.rows[-1][1].text.startswith("too noisy to say: ")
     assert "too noisy to say<" in chunk.plot()
-    ratios = next(s for s in found if s.heading == "Times as fast, turn by turn")
+    ratios = next(s for s in found if s.heading == "Speed ratio in each turn")
     assert {len(row) for row in ratios.table.rows if "int8" in row[0].text} == {2}
     assert {len(row) for row in ratios.table.rows if "int8" not in row[0].text} == {4}
     assert "too noisy to say<" in ratios.plot()
@@ -194,39 +189,6 @@ def test_results_at_their_edges_are_drawn(tmp_path, change):
     assert "<svg" in page.html(sections([path]))
 
 
-@pytest.mark.parametrize(
-    ("kind", "change", "said"),
-    [
-        ("accuracy", {"comparisons": []}, "comparisons of no joints and actions"),
-        ("frontier", {"recommended": 99}, "recommended cell 99 of"),
-        (
-            "latency",
-            {"rates": {"gflops": {"float32": [1.0]}, "copy_gbs": [1.0, 2.0]}},
-            "rates that are not pairs",
-        ),
-        ("latency", {"steps": float("nan")}, "steps is nan, expected int"),
-        ("latency", {"steps": 10**400}, "steps has more than 300 digits"),
-        ("latency", {"runners": []}, "no runners"),
-        ("latency", {"command": "\ud800"}, "cannot be read"),
-        ("control", {"loops": [{"fps": 0}]}, "missing field loops"),
-    ],
-)
-def test_a_result_that_contradicts_itself_is_refused(tmp_path, kind, change, said):
-    with pytest.raises(ResultError, match=said):
-        sections([edited(tmp_path, kind, **change)])
-    deep = tmp_path / "deep.json"
-    deep.write_text("[" * 100_000)
-    with pytest.raises(ResultError, match="cannot be read"):
-        sections([deep])
-    counted = json.loads(RESULTS[3].read_text())["loops"][0] | {"counts": {}}
-    with pytest.raises(ResultError, match="it has no /loops/0/counts/ticks"):
-        sections([edited(tmp_path, "control", loops=[counted])])
-    empty = json.loads(RESULTS[0].read_text())["runners"][0]
-    empty["chunk_ms"]["values"] = []
-    with pytest.raises(ResultError, match="a spread of no values"):
-        sections([edited(tmp_path, "latency", runners=[empty])])
-
-
 def test_a_frontier_too_noisy_to_draw_still_has_its_table(tmp_path):
     cells = [cell | {"noise": "too noisy"} for cell in json.loads(RESULTS[2].read_text())["cells"]]
     html = page.html(sections([edited(tmp_path, "frontier", cells=cells, recommended=None)]))
@@ -235,7 +197,7 @@ def test_a_frontier_too_noisy_to_draw_still_has_its_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("passed", "said"), [(True, "The gate is met, and"), (False, "The gate is missed, or")]
+    ("passed", "said"), [(True, "The bundle meets the gate."), (False, "The bundle fails the gate")]
 )
 def test_the_gate_is_told_in_words(tmp_path, passed, said):
     found = sections([edited(tmp_path, "accuracy", passed=passed)])
@@ -252,47 +214,10 @@ def test_the_command_writes_page_markdown_and_tables(tmp_path):
         "latency.tables.json",
     ]
     assert output.read_text() == page.html(sections(RESULTS[3:]))
-    again = CliRunner().invoke(
-        app, ["report", str(RESULTS[0]), "--output", str(output)]
-    )  # its own are replaced
-    assert again.exit_code == 0 and output.read_text() == page.html(sections(RESULTS[:1]))
-    mine = tmp_path / "mine.md"
-    mine.write_text("not a report\n")
-    refused = CliRunner().invoke(
-        app, ["report", str(RESULTS[0]), "--output", str(mine.with_suffix(".html"))]
-    )
-    assert isinstance(refused.exception, BenchError) and "mine.md is there" in str(
-        refused.exception
-    )
-    assert mine.read_text() == "not a report\n" and not mine.with_suffix(".html").exists()
     wrong = CliRunner().invoke(app, ["report", str(RESULTS[0]), "--output", str(RESULTS[0])])
     assert isinstance(wrong.exception, BenchError) and "ends in .html" in str(wrong.exception)
     missing = CliRunner().invoke(app, ["report", str(tmp_path / "nothing.json")])
     assert isinstance(missing.exception, ResultError)
-
-
-def test_the_readme_is_written_from_the_results_and_checked(tmp_path):
-    readme = tmp_path / "README.md"
-    line = ["table", "--results", str(DATA / "results"), "--readme", str(readme)]
-    readme.write_text("before\n")
-    assert isinstance(CliRunner().invoke(app, line).exception, BenchError)
-    readme.write_text(f"before\n{page.BEGIN}old\n{page.END}after\n")
-    assert isinstance(CliRunner().invoke(app, [*line, "--check"]).exception, CheckFailed)
-    assert "old" in readme.read_text()
-    assert CliRunner().invoke(app, line).exit_code == 0
-    assert CliRunner().invoke(app, [*line, "--check"]).exit_code == 0
-    written = readme.read_text()
-    assert written.startswith(f"before\n{page.BEGIN}") and written.endswith(f"{page.END}after\n")
-    assert "old" not in written and "smolvla-bench latency --bundle" in written
-    assert re.search(r"^\| full-fp32-cpu +\| 1", written, re.MULTILINE)
-    assert isinstance(
-        CliRunner().invoke(app, [*line, "--results", str(readme)]).exception, BenchError
-    )
-    nothing = CliRunner().invoke(app, [*line, "--results", str(tmp_path)])
-    assert isinstance(nothing.exception, BenchError) and "holds no results" in str(
-        nothing.exception
-    )
-    assert readme.read_text() == written
 
 
 @pytest.fixture

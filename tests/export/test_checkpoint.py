@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smolvla_edge.core.errors import CheckpointError, ExportError
-from smolvla_edge.export.checkpoint.checkpoint import WEIGHTS, load_checkpoint
+from smolvla_edge.core.errors import CheckpointError
+from smolvla_edge.export.checkpoint.checkpoint import WEIGHTS, architecture_of, load_checkpoint
 from smolvla_edge.export.checkpoint.tokens import read_tokenizer
 from smolvla_edge.export.views.layers import FP16, FP32
 from smolvla_edge.export.views.weights import build_views
-from smolvla_edge.export.writer import architecture_of, write_bundle
 from smolvla_edge.runtime.bundle.normalization import Normalization
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -55,14 +54,14 @@ def test_a_training_folder_is_read_through_pretrained_model(tiny_checkpoint):
     run = tiny_checkpoint.parent / "last"
     run.mkdir()
     tiny_checkpoint.rename(run / "pretrained_model")
-    assert load_checkpoint(str(run)).processors.camera_names == ("front", "wrist")
+    assert load_checkpoint(str(run)).camera_names == ("front", "wrist")
 
 
 def test_a_whole_training_run_is_read_at_its_last_step(tiny_checkpoint):
     run = tiny_checkpoint.parent / "run"
     (run / "checkpoints" / "last").mkdir(parents=True)
     tiny_checkpoint.rename(run / "checkpoints" / "last" / "pretrained_model")
-    assert load_checkpoint(str(run)).processors.camera_names == ("front", "wrist")
+    assert load_checkpoint(str(run)).camera_names == ("front", "wrist")
 
 
 def test_a_vlm_folder_that_is_gone_is_named_with_the_way_to_give_it(tiny_checkpoint, tmp_path):
@@ -121,7 +120,7 @@ def test_statistics_under_other_keys_match_nothing(tiny_checkpoint):
 
 def test_cameras_get_the_names_the_robot_gives_them(tiny_checkpoint):
     rename_cameras(tiny_checkpoint, top="front")
-    assert load_checkpoint(str(tiny_checkpoint)).processors.camera_names == ("top", "wrist")
+    assert load_checkpoint(str(tiny_checkpoint)).camera_names == ("top", "wrist")
 
 
 def test_old_image_keys_keep_what_follows_observation(tiny_checkpoint):
@@ -130,7 +129,7 @@ def test_old_image_keys_keep_what_follows_observation(tiny_checkpoint):
         features["observation.image2"] = features.pop("observation.images.front")
 
     edit_json(tiny_checkpoint / "config.json", old)
-    assert load_checkpoint(str(tiny_checkpoint)).processors.camera_names == ("wrist", "image2")
+    assert load_checkpoint(str(tiny_checkpoint)).camera_names == ("wrist", "image2")
 
 
 def test_frame_rate_and_joint_names_come_from_the_dataset(tiny_checkpoint, tmp_path):
@@ -326,37 +325,6 @@ def test_a_revision_of_a_folder_makes_no_sense(tiny_checkpoint):
         load_checkpoint(str(tiny_checkpoint), revision="main")
 
 
-def test_an_existing_output_is_refused_and_untouched(tiny_checkpoint, tmp_path):
-    output = tmp_path / "mine"
-    output.mkdir()
-    (output / "thesis.tex").write_text("years of work")
-    checkpoint = load_checkpoint(str(tiny_checkpoint))
-    (output / "manifest.json").write_text('{"name": "my web app"}')
-    for force, message in ((False, "exists"), (True, "holds what no bundle holds .*thesis.tex")):
-        with pytest.raises(ExportError, match=message):
-            write_bundle(checkpoint, output, "fp32", force=force)
-    assert sorted(p.name for p in output.iterdir()) == ["manifest.json", "thesis.tex"]
-
-
-def test_force_replaces_a_bundle_but_not_what_somebody_put_into_it(tiny_bundle, tiny_checkpoint):
-    checkpoint = load_checkpoint(str(tiny_checkpoint))
-    (tiny_bundle / "notes.txt").write_text("mine")
-    with pytest.raises(ExportError, match=r"notes\.txt"):
-        write_bundle(checkpoint, tiny_bundle, "fp32", force=True)
-    (tiny_bundle / "notes.txt").unlink()
-    write_bundle(checkpoint, tiny_bundle, "fp32", force=True)
-
-
-@pytest.mark.parametrize("output", [".", "", "/proc/x/y", "file/x"])
-def test_an_output_that_cannot_be_is_refused_at_once(
-    tiny_checkpoint, tmp_path, monkeypatch, output
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match=r"expected the name of a new folder|cannot be made"):
-        write_bundle(load_checkpoint(str(tiny_checkpoint)), Path(output), "fp32")
-
-
 def test_an_export_that_is_terminated_leaves_nothing_behind(tiny_checkpoint, tmp_path):
     command = [
         str(Path(sys.executable).with_name("smolvla-export")),
@@ -373,17 +341,6 @@ def test_an_export_that_is_terminated_leaves_nothing_behind(tiny_checkpoint, tmp
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_failed_export_leaves_nothing_behind(tiny_checkpoint, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("smolvla_edge.export.writer.run_selfcheck", fail)
-    output = tmp_path / "deep" / "bundle"
-    with pytest.raises(OSError, match="No space"):
-        write_bundle(load_checkpoint(str(tiny_checkpoint)), output, "fp32")
-    assert list(output.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10"])

@@ -6,9 +6,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from smolvla_edge.core.errors import GraphError
-from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
+from smolvla_edge.export.checkpoint.checkpoint import architecture_of, load_checkpoint
 from smolvla_edge.export.graph import FORBIDDEN, ORT_OPERATORS, check_graph, describe_graph
-from smolvla_edge.export.writer import architecture_of
 from support.paths import DATA
 
 
@@ -116,7 +115,7 @@ def test_vision_is_what_depends_on_the_images_alone(export_case):
     arch = architecture_of(load_checkpoint(str(DATA / "tiny" / "checkpoint")))
     text, cameras, vision_layers = (
         arch.text,
-        len(arch.config.cameras),
+        arch.cameras,
         arch.vision.num_hidden_layers,
     )
     patches, width, wide = (

@@ -12,8 +12,7 @@ from smolvla_edge.export.checkpoint import demo
 from smolvla_edge.export.checkpoint.architecture import DEFAULT_VLM_CONFIG
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
 from smolvla_edge.export.checkpoint.tokens import pad_id, read_tokenizer
-from smolvla_edge.export.reference import fixed_observations
-from smolvla_edge.export.writer import reference_of
+from smolvla_edge.export.reference import fixed_observations, reference_of
 from support.paths import DATA
 
 pytest.importorskip("lerobot", reason="LeRobot is not installed beside this package")

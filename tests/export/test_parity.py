@@ -8,16 +8,19 @@ import pytest
 from smolvla_edge.core.errors import ParityError
 from smolvla_edge.export import parity
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
-from smolvla_edge.export.reference import fixed_observations
-from smolvla_edge.export.writer import reference_of
+from smolvla_edge.export.reference import fixed_observations, reference_of
 from smolvla_edge.runtime import Policy
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, error, run_selfcheck, summary
 from support.paths import DATA
 
 
 @pytest.fixture(scope="module")
-def references():
-    reference = reference_of(load_checkpoint(str(DATA / "tiny" / "checkpoint")), "portable")
+def reference():
+    return reference_of(load_checkpoint(str(DATA / "tiny" / "checkpoint")), "portable")
+
+
+@pytest.fixture(scope="module")
+def references(reference):
     observations = fixed_observations(reference.checkpoint, reference.arch)
     return observations, [reference.run(o) for o in observations]
 
@@ -44,9 +47,8 @@ def test_the_instructions_are_short_padded_and_of_full_length(policy, references
 
 
 @pytest.mark.parametrize("task", ["Go.", "Go.\n", "Go.\n\n"])
-def test_the_reference_ends_an_instruction_as_the_runtime_does(policy, task):
-    reference = reference_of(load_checkpoint(str(DATA / "tiny" / "checkpoint")), "portable")
-    observation = replace(fixed_observations(reference.checkpoint, reference.arch)[0], task=task)
+def test_the_reference_ends_an_instruction_as_the_runtime_does(policy, reference, references, task):
+    observation = replace(references[0][0], task=task)
     feeds = policy.prefill(observation.images, observation.state, task)
     assert reference.prefill(observation)[0] == feeds["tokens"][feeds["token_mask"]].tolist()
 

@@ -1,4 +1,4 @@
-"""Observations to calibrate with: from datasets that these tests write, from recordings, and drawn ones."""
+"""Observations to calibrate with: from datasets, from recordings, and synthetic ones."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from smolvla_edge.core.errors import ObservationsError
-from smolvla_edge.quantize.observations import calibration
+from smolvla_edge.core.progress import Progress
 from smolvla_edge.quantize.observations.calibration import choose_frames, read_calibration
 from smolvla_edge.runtime import SettingsError
-from smolvla_edge.runtime.robot.recording import Recorder
 from support.datasets import (
     CAMERAS,
     EPISODES,
@@ -31,7 +29,7 @@ from support.datasets import (
     write_video,
 )
 from support.hub import COMMIT
-from support.recordings import META, some_chunk
+from support.recordings import record, some_chunk
 
 VERSIONS = ("v2.1", "v3.0")
 TASKS = ["Pick.", "Place."]
@@ -52,9 +50,7 @@ def made(tmp_path_factory):
 
 
 def read(source, cameras=("wrist", "front"), state_dim=6, **options):
-    return read_calibration(
-        str(source), cameras, state_dim, TASKS, **{"say": lambda _: None} | options
-    )
+    return read_calibration(str(source), cameras, state_dim, TASKS, **options)
 
 
 def require_right(drawn, episodes=EPISODES):
@@ -183,34 +179,38 @@ def test_no_task_is_held_out_alone_where_others_have_episodes_to_spare():
     assert all(0 in choose_frames(episodes, 8, 2, seed)[0] for seed in range(9))
 
 
-def test_progress_is_told_now_and_then_and_the_outcome_once(made, monkeypatch):
+class Counted(Progress):
+    """Keeps what is counted."""
+
+    def __init__(self, say):
+        super().__init__(say)
+        self.counts = []
+
+    def count(self, done, total):
+        self.counts.append((done, total))
+
+
+def test_what_is_read_is_counted_and_the_outcome_is_told_once(made):
     said = []
-    read(made["v2.1"], frames=9, held_out=3, say=said.append)
-    assert said == ["9 observations to calibrate with, 3 to judge by, from 4 episodes with 2 tasks"]
-    monkeypatch.setattr(calibration, "PROGRESS_S", 0.0)
-    read(made["v2.1"], frames=9, held_out=3, say=said.append)
-    done = [
-        int(line.removeprefix("read ").removesuffix(" of 12 observations")) for line in said[1:-1]
+    progress = Counted(said.append)
+    read(made["v2.1"], frames=9, held_out=3, progress=progress)
+    assert said == [
+        f"reading {made['v2.1']}",
+        "9 observations to calibrate with, 3 to judge by, from 4 episodes with 2 tasks",
     ]
-    assert done == sorted(set(done)) and len(done) == 4 and done[-1] == 12
+    done = [done for done, _ in progress.counts]
+    assert done == sorted(set(done)) and len(done) == 4
+    assert progress.counts[-1] == (12, 12)
 
 
 # Recordings and drawings
-
-
-def record(folder, chunks=10):
-    recorder = Recorder(folder, replace(META, task="Push."))
-    for i in range(chunks):
-        recorder.answered(some_chunk(seed=i))
-    recorder.close()
-    return folder
 
 
 def test_a_recording_is_one_episode_of_what_the_policy_saw(tmp_path):
     drawn = read(record(tmp_path / "run"), frames=8, held_out=2)
     assert (drawn.record.kind, drawn.record.frames, drawn.record.episodes) == ("recording", 10, 1)
     for i, sample in enumerate((*drawn.calibration, *drawn.held_out)):
-        seen = some_chunk(seed=i).observation
+        seen = some_chunk(seed=i).request
         assert all(np.array_equal(sample.images[c], seen.images[c]) for c in ("front", "wrist"))
         assert (
             np.array_equal(sample.state, seen.state.astype(np.float32))
@@ -242,7 +242,9 @@ def test_a_recording_that_does_not_fit_or_is_damaged_is_refused(tmp_path):
 def test_synthetic_observations_differ_in_everything_and_come_with_a_warning():
     said = []
     statistics = {"mean": [100, 0, 0, 0, 0, 0], "std": [1, 1, 1, 1, 1, 0]}
-    drawn = read("synthetic", frames=6, held_out=2, statistics=statistics, say=said.append)
+    drawn = read(
+        "synthetic", frames=6, held_out=2, statistics=statistics, progress=Progress(said.append)
+    )
     assert said[0].startswith("warning: synthetic calibration")
     assert (drawn.record.kind, drawn.record.frames, drawn.record.episodes) == ("synthetic", 8, 0)
     assert (len(drawn.calibration), len(drawn.held_out)) == (6, 2)

@@ -1,7 +1,7 @@
-"""float16 that survives trained activations: judged by ranges and by an evaluator that computes in float16.
+"""float16 with trained activations, judged by ranges and by an evaluator that computes in float16.
 
-ONNX Runtime computes float16 in float32 on a CPU, so it cannot be the judge here; torch's half arithmetic rounds
-every intermediate to float16.
+ONNX Runtime computes float16 in float32 on a CPU, so it cannot be the judge here. torch's half
+arithmetic rounds every intermediate to float16.
 """
 
 from dataclasses import replace
@@ -13,12 +13,13 @@ import torch
 from onnx import TensorProto, helper
 
 from smolvla_edge.core.errors import RangeError
-from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
+from smolvla_edge.core.progress import Progress
+from smolvla_edge.export.checkpoint.checkpoint import architecture_of, load_checkpoint
 from smolvla_edge.export.graph import export_graph, prefix_example
-from smolvla_edge.export.reference import Reference, fixed_observations
+from smolvla_edge.export.reference import TorchReference, fixed_observations
 from smolvla_edge.export.views.layers import FP16, FP32, Recipe
 from smolvla_edge.export.views.weights import build_views
-from smolvla_edge.export.writer import architecture_of, write_bundle
+from smolvla_edge.export.writer import write_bundle
 from smolvla_edge.quantize.ranges import FLOAT16_MAX, HEADROOM, float16_ranges, require_headroom
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE
 from support.paths import DATA
@@ -29,8 +30,10 @@ MLP = "model.vlm_with_expert.vlm.model.text_model.layers.{}.mlp."
 
 @pytest.fixture(scope="module")
 def spiked():
-    """tiny_outliers with its language spike moved from layer 3 to layer 1: of the last layer nothing but keys and
-    values is read, so only an earlier spike is ever normalised again."""
+    """tiny_outliers with its language spike in layer 1 instead of layer 3.
+
+    Only keys and values of the last layer are read, so only an earlier spike is normalised again.
+    """
     checkpoint = load_checkpoint(str(DATA / "tiny_outliers" / "checkpoint"))
     tensors = dict(checkpoint.tensors)
     for name in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
@@ -40,7 +43,7 @@ def spiked():
 
     def run(recipe):
         views = build_views(arch, tensors, recipe)
-        return Reference(checkpoint, *views).run(observation), views[0]
+        return TorchReference(checkpoint, *views).run(observation), views[0]
 
     return run, arch
 
@@ -96,7 +99,7 @@ def test_typed_float16_passes_the_range_pass_on_the_same_spike(spiked, tmp_path)
 
 
 def amplified(checkpoint, layer, factor):
-    """The same policy with a larger product inside one gated MLP of the VLM, to be taken back by what follows."""
+    """The same policy with a larger product inside one gated MLP, which the next weight reverses."""
     tensors = dict(checkpoint.tensors)
     tensors[MLP.format(layer) + "up_proj.weight"] = (
         tensors[MLP.format(layer) + "up_proj.weight"].float() * factor
@@ -114,7 +117,7 @@ def test_a_stage_too_large_for_float16_is_kept_in_float32_and_reported(
     checkpoint = amplified(load_checkpoint(str(DATA / "tiny_outliers" / "checkpoint")), 1, 2**12)
     said = []
     manifest = write_bundle(
-        checkpoint, tmp_path / "bundle", "fp16", target=target, say=said.append
+        checkpoint, tmp_path / "bundle", "fp16", target=target, progress=Progress(said.append)
     ).manifest
     assert manifest.pinned == ("prefix.layers.1.mlp",)
     assert manifest.float16_largest < FLOAT16_MAX / HEADROOM

@@ -5,11 +5,11 @@ import pytest
 
 from smolvla_edge.core.errors import GateError, QuantizeError
 from smolvla_edge.quantize.int8.gate import (
-    Answers,
     Errors,
     Gate,
-    answers,
+    Outputs,
     compare,
+    outputs_of,
     read_gate,
     relative_l2,
     require,
@@ -21,7 +21,7 @@ def some(seed=0, observations=3, seeds=8, chunk=10, dof=2):
     caches = [
         {"key.0": rng.standard_normal((1, 2, 5, 4)).astype(np.float32)} for _ in range(observations)
     ]
-    return Answers(
+    return Outputs(
         caches, rng.standard_normal((observations, seeds, chunk, dof)).astype(np.float32)
     )
 
@@ -57,7 +57,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_errors_are_told_against_the_spread_of_the_reference_alone():
     reference = some(seeds=4000, observations=1)
-    got = Answers(reference.caches, reference.chunks + np.float32([0.05, -0.2]))
+    got = Outputs(reference.caches, reference.chunks + np.float32([0.05, -0.2]))
     found = compare(reference, got, [], np.zeros(2))
     assert np.allclose(found.p99, [0.05, 0.2], atol=1e-4)
     assert np.allclose(found.spread, 1.0, atol=0.03)
@@ -68,7 +68,7 @@ def test_errors_are_told_against_the_spread_of_the_reference_alone():
 
 def test_fewer_seeds_are_judged_by_the_spread_of_all():
     reference = some(seeds=400)
-    few = Answers(reference.caches[:1], reference.chunks[:1, :1] + np.float32(0.1))
+    few = Outputs(reference.caches[:1], reference.chunks[:1, :1] + np.float32(0.1))
     found = compare(reference, few, [], np.zeros(2))
     assert np.allclose(found.p99, 0.1, atol=1e-4)
     assert np.allclose(found.spread, 1.0, atol=0.1)
@@ -78,7 +78,7 @@ def test_the_worst_observation_speaks_for_a_cache_tensor():
     reference = some()
     caches = [dict(c) for c in reference.caches]
     caches[1]["key.0"] = caches[1]["key.0"] * 1.25
-    assert compare(reference, Answers(caches, reference.chunks), [], np.zeros(2)).cache == {
+    assert compare(reference, Outputs(caches, reference.chunks), [], np.zeros(2)).cache == {
         "key.0": pytest.approx(0.25, rel=1e-5)
     }
 
@@ -91,14 +91,14 @@ def test_a_gripper_on_the_other_side_is_a_flip_unless_it_was_on_the_edge():
     middle = np.full(3, 5.0, np.float32)
     got = reference.chunks.copy()
     got[0, 0, 0] = 9.0  # all three: closed -> open
-    assert compare(reference, Answers(reference.caches, got), [2], middle).flips == 1
-    assert compare(reference, Answers(reference.caches, got), [0, 2], middle).flips == 2
+    assert compare(reference, Outputs(reference.caches, got), [2], middle).flips == 1
+    assert compare(reference, Outputs(reference.caches, got), [0, 2], middle).flips == 2
     edge = reference.chunks.copy()
     edge[0, 0, 0] = 4.99
     near = edge.copy()
     near[0, 0, 0] = 5.01
     assert (
-        compare(Answers(reference.caches, edge), Answers(reference.caches, near), [2], middle).flips
+        compare(Outputs(reference.caches, edge), Outputs(reference.caches, near), [2], middle).flips
         == 0
     )
 
@@ -107,7 +107,7 @@ def test_what_is_not_finite_is_infinitely_wrong():
     reference = some()
     broken = reference.chunks.copy()
     broken[0, 0, 0, 0] = np.nan
-    found = compare(reference, Answers(reference.caches, broken), [], np.zeros(2))
+    found = compare(reference, Outputs(reference.caches, broken), [], np.zeros(2))
     assert found.p99[0] == np.inf
     assert relative_l2(np.ones(3), np.array([1, np.inf, 1])) == np.inf
     assert relative_l2(np.array([1, np.nan, 1]), np.ones(3)) == np.inf
@@ -137,7 +137,7 @@ def test_each_observation_is_asked_with_its_own_noises():
     def ask(i):
         return {"key.0": np.full(2, i)}, lambda noise: np.full((1, 1), 10 * i + noise)
 
-    found = answers(map(ask, range(2)), [[1, 2], [3, 4]])
+    found = outputs_of(map(ask, range(2)), [[1, 2], [3, 4]])
     assert [cache["key.0"][0] for cache in found.caches] == [0, 1]
     assert found.chunks[..., 0, 0].tolist() == [[1, 2], [13, 14]]
 

@@ -1,10 +1,10 @@
 """The full-size policy in counts."""
 
-from smolvla_edge.runtime.budget.roofline import Chunk
+from smolvla_edge.runtime.budget.roofline import ChunkWork
 from smolvla_edge.runtime.bundle.manifest import Work
 
-# As the exporter counts the full-size policy: 2 cameras, 48 tokens, so 177 prefix tokens; K and V hoisted.
-FULL = Chunk(
+# The exporter's counts: 2 cameras, 48 tokens, so 177 prefix tokens; K and V hoisted.
+FULL = ChunkWork(
     vision=Work({"float32": 353328168960}, 77309411328, {"float32": 97320960}),
     language=Work({"float32": 52996976640}, 1804550400, {"float32": 149739520}),
     expert=Work({"float32": 9767692800}, 620544000, {"float32": 98184960}),

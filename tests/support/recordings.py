@@ -1,12 +1,14 @@
 """A recording's description, and chunks that no policy computed."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from smolvla_edge.runtime import RealTimeChunking
 from smolvla_edge.runtime.policy.policy import Timing
-from smolvla_edge.runtime.robot.chunks import Ask
-from smolvla_edge.runtime.robot.inference import Chunk, Observation
-from smolvla_edge.runtime.robot.recording import RunMeta
+from smolvla_edge.runtime.robot.chunks import Continuation
+from smolvla_edge.runtime.robot.inference import ActionChunk, ChunkRequest
+from smolvla_edge.runtime.robot.recording import Recorder, RunMeta
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 
@@ -15,7 +17,7 @@ META = RunMeta(
     bundle="bundle",
     bundle_digest="0" * 64,
     precision="fp32",
-    device="CPUExecutionProvider",
+    device="cpu",
     task="Pick up the red cube.",
     fps=30.0,
     units="degrees",
@@ -29,8 +31,8 @@ META = RunMeta(
 
 def chunk(images, state, noise, steps, prev_chunk, delay, actions, time_s, latency_s):
     """What the writer takes, of what a reader gives back."""
-    seen = Observation(images, state, Ask(0, prev_chunk, delay), time_s)
-    return Chunk(actions, noise, steps, seen, latency_s, Timing(0.0, 0.0, 0.0))
+    request = ChunkRequest(images, state, Continuation(0, prev_chunk, delay), time_s)
+    return ActionChunk(actions, noise, steps, request, latency_s, Timing(0.0, 0.0, 0.0))
 
 
 def some_chunk(seed=0, height=6, width=8, rows=50):
@@ -47,3 +49,12 @@ def some_chunk(seed=0, height=6, width=8, rows=50):
         time_s=123456.789,
         latency_s=0.25,
     )
+
+
+def record(folder, task="Push.", chunks=10):
+    """A recording of `chunks` chunks; -> its folder."""
+    recorder = Recorder(folder, replace(META, task=task))
+    for i in range(chunks):
+        recorder.answered(some_chunk(seed=i))
+    recorder.close()
+    return folder

@@ -1,11 +1,17 @@
-"""Floors and projections against tables that were computed apart from this code; words people use for boards."""
+"""Floors and projections against tables that another program computed; names of boards."""
 
 from dataclasses import replace
 
 import pytest
 
 from smolvla_edge.runtime import InputError
-from smolvla_edge.runtime.budget.roofline import BOARDS, ONNX_ALONE, Board, find_board, sustained_hz
+from smolvla_edge.runtime.budget.roofline import (
+    BOARDS,
+    ONNX_ALONE,
+    BoardPeaks,
+    find_board,
+    sustained_hz,
+)
 from smolvla_edge.runtime.bundle.manifest import Work
 from support.full_size import FULL
 
@@ -17,8 +23,8 @@ MIXED = replace(
     expert=replace(FULL.expert, weights=INT8.expert.weights),
 )
 
-# performance.md 3.3: milliseconds for 1, 2 and 3 cameras at 100 % of the peaks in FP16, mixed and INT8, computed from
-# the model's sizes alone; 3 % is what its rounding and small layers may differ by.
+# performance.md 3.3: milliseconds for 1, 2 and 3 cameras at 100 % of the peaks in FP16, mixed and
+# INT8, computed from the model's sizes alone; rounding and small layers may differ by 3 %.
 FLOORS = {
     "Orin Nano 4GB": ((109, 153, 200), (78, 125, 171), (59, 85, 112)),
     "Orin Nano 4GB Super": ((71, 97, 125), (49, 78, 106), (38, 54, 70)),
@@ -37,7 +43,7 @@ VISION_PLUGIN = {
     "language": 0.34,
     "memory": 0.52,
 }  # of the best public run with a custom kernel for vision attention
-# performance.md 3.4b: FP16 at the efficiencies of the two best public runs, without and with that kernel.
+# performance.md 3.4b: FP16 at the efficiencies of the two best public runs, without and with it.
 PROJECTIONS = {
     "Orin Nano 8GB Super": ((87, 132, 178), (71, 102, 133)),
     "Orin NX 16GB": ((92, 143, 193), (74, 109, 144)),
@@ -84,7 +90,7 @@ def test_int8_counts_as_much_as_it_is_of_a_stage():
     half = {"float16": 60 * 10**9, "int8": 40 * 10**9}
     work = Work(half, 10 * 10**9, {"float16": 10, "int8": 30})
     chunk = replace(FULL, vision=work, language=work, expert=work, cache_bytes=8 * 10**6)
-    board = Board("toy", float_tflops=1.0, int8_tops=4.0, gb_s=1e-3, source="")
+    board = BoardPeaks("toy", float_tflops=1.0, int8_tops=4.0, gb_s=1e-3, source="")
     assert work.weight_bytes == 50
     assert chunk.ms(board)["vision"] == pytest.approx(60 + 10 + 40 / 4)
     assert chunk.ms(board)["denoise"] == pytest.approx(10 * (8e6 + 50) / 1e3)

@@ -1,10 +1,11 @@
-"""The CUDA path, as far as it shows without a GPU: a stand-in for ONNX Runtime's CUDA provider computes on the CPU.
+"""The CUDA path without a GPU: a stand-in for ONNX Runtime's CUDA provider.
 
-It sits at the outermost border: it records what is asked of ONNX Runtime and hands it to real sessions on the CPU.
+It records the calls to ONNX Runtime and hands them to real sessions on the CPU.
 """
 
 import gc
 import threading
+import weakref
 from typing import ClassVar
 
 import numpy as np
@@ -12,11 +13,10 @@ import onnxruntime
 import pytest
 
 from smolvla_edge.core.errors import BackendError, CheckFailed
-from smolvla_edge.core.files import cache_home
 from smolvla_edge.runtime import Bundle, Policy
 from smolvla_edge.runtime.engines.ort import OrtGraphs
 
-TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 TASK = "Pick up the red cube."
 
 
@@ -54,15 +54,36 @@ class StandIn:
 RealSession = onnxruntime.InferenceSession
 
 
+class Alive:
+    """Sessions that something still references, and the largest number there ever was."""
+
+    def __init__(self):
+        self.sessions, self.most = weakref.WeakSet(), 0
+
+    def append(self, session):
+        self.sessions.add(session)
+        self.most = max(self.most, len(self.sessions))
+
+
+@pytest.fixture
+def alive(cuda, monkeypatch):
+    """Counts sessions; the collector of reference cycles is off: memory must not wait for it."""
+    counted = Alive()
+    monkeypatch.setattr(cuda, "made", counted)
+    gc.disable()
+    yield counted
+    gc.enable()
+
+
 @pytest.fixture
 def cuda(export_case, monkeypatch):
-    """ONNX Runtime as on a machine with an NVIDIA card; the tiny bundle has been exported before."""
+    """ONNX Runtime as on a machine with an NVIDIA GPU; the tiny bundle is exported before."""
     export_case("tiny", "fp32")
     on_cpu = onnxruntime.OrtValue.ortvalue_from_numpy
     monkeypatch.setattr(
         onnxruntime.OrtValue, "ortvalue_from_numpy", lambda array, device, index: on_cpu(array)
     )
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(onnxruntime, "InferenceSession", StandIn)
     monkeypatch.setattr("smolvla_edge.runtime.engines.backend._loads", lambda _: True)
     monkeypatch.setattr(StandIn, "made", [])
@@ -131,23 +152,42 @@ def test_where_capture_fails_it_runs_without_and_says_why(
     wait_for_no_cuda_thread()
 
 
+@pytest.mark.parametrize("where", ["load", "run"])
+def test_after_a_failed_capture_the_weights_are_never_in_memory_twice(
+    cuda, alive, export_case, monkeypatch, where
+):
+    monkeypatch.setattr(cuda, "refuse", where)
+    graphs = OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "ort-cuda")
+    assert "without CUDA graphs" in graphs.reason
+    assert (len(alive.sessions), alive.most) == (3, 3)
+
+
+def test_closing_frees_every_session_and_ends_the_thread(cuda, alive, export_case):
+    policy = Policy.load(export_case("tiny", "fp32"), device="cuda")
+    assert len(alive.sessions) == 3
+    policy.graphs.close()
+    assert len(alive.sessions) == 0
+    assert "cuda" not in [t.name for t in threading.enumerate()]
+
+
+def test_a_backend_that_fails_leaves_no_session_to_the_next(cuda, alive, export_case, monkeypatch):
+    def fail(self, binding, options=None):
+        if not self.captures and self.get_providers()[0] == CUDA:
+            raise RuntimeError("CUDA failure 2: out of memory")
+        run(self, binding, options)
+
+    run = cuda.run_with_iobinding
+    monkeypatch.setattr(cuda, "run_with_iobinding", fail)  # camera.onnx is not captured
+    monkeypatch.setattr(cuda, "refuse", "run")
+    policy = Policy.load(export_case("tiny", "fp32"), device="auto")
+    assert policy.graphs.reason.startswith("ort-cpu, because ort-cuda: ONNX Runtime failed to run")
+    assert (len(alive.sessions), alive.most) == (2, 3)
+
+
 def test_a_profile_is_of_single_runs_without_cuda_graphs(cuda, export_case, tmp_path):
     graphs = OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "ort-cuda", profile=tmp_path)
     assert "CUDA graphs" not in graphs.reason
     assert [s.providers[0][1]["enable_cuda_graph"] for s in cuda.made] == ["0", "0", "0"]
-
-
-def test_tensorrt_has_its_own_path_and_what_it_leaves_to_cuda_is_float32_too(cuda, export_case):
-    OrtGraphs(Bundle.open(export_case("tiny", "fp32")), "ort-tensorrt")
-    prefix, expert, camera = cuda.made
-    left = [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "0"}), (CPU, {})]
-    assert camera.providers == left, "TensorRT would resize in float16"
-    for session in (prefix, expert):
-        (first, options), *rest = session.providers
-        assert rest == left
-        assert first == TENSORRT
-        assert options["trt_fp16_enable"] == options["trt_int8_enable"] == "0"
-        assert options["trt_engine_cache_path"] == str(cache_home() / "engines-ort")
 
 
 def test_a_backend_that_computes_something_else_is_refused(cuda, export_case, monkeypatch):
@@ -167,7 +207,7 @@ def test_a_backend_that_computes_something_else_is_refused(cuda, export_case, mo
 def test_a_device_that_resizes_otherwise_than_the_host_is_refused(cuda, export_case, monkeypatch):
     policy = Policy.load(export_case("tiny", "fp32"), device="cuda")
     monkeypatch.setattr(
-        "smolvla_edge.runtime.policy.preprocessing.resize_with_pad", lambda frame, size: np.zeros(1)
+        "smolvla_edge.runtime.engines.resizing.resize_with_pad", lambda frame, size: np.zeros(1)
     )
     for _ in range(2):
         with pytest.raises(BackendError, match="resizes frames of 64 x 48 otherwise than the host"):

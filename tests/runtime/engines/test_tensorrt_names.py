@@ -73,7 +73,9 @@ def users():
     """Files of the runtime that import TensorRT or CUDA."""
     pattern = re.compile(r"^\s*(import|from) (tensorrt|cuda)\b", re.MULTILINE)
     return [
-        path for path in sorted((ROOT / "runtime").glob("*.py")) if pattern.search(path.read_text())
+        path
+        for path in sorted((ROOT / "runtime").rglob("*.py"))
+        if pattern.search(path.read_text())
     ]
 
 

@@ -1,6 +1,7 @@
-"""TensorRT's path, as far as it shows without a GPU: stand-ins at the outermost border (tests/standins/README.md).
+"""The TensorRT path without a GPU: stand-ins at the outermost border (tests/standins/README.md).
 
-Which calls, in which order, on which memory; what is kept and rebuilt; what fails and how. No number of TensorRT's.
+Tested are the calls, their order and memory, what is kept and built again, and failures. Nothing here
+is a result of TensorRT.
 """
 
 import json
@@ -20,30 +21,8 @@ from smolvla_edge.runtime.engines import engine_cache, trt
 from smolvla_edge.runtime.engines.engine import count_precisions
 from smolvla_edge.runtime.robot import drive
 from smolvla_edge.runtime.robot.settings import Settings
-from support.paths import STANDINS
 
 TASK = "Pick up the red cube."
-
-
-@pytest.fixture
-def board(monkeypatch, tmp_path):
-    """-> a function that says how the stand-ins behave from now on; the engine cache is empty."""
-    monkeypatch.syspath_prepend(str(STANDINS))
-    monkeypatch.setenv("PYTHONPATH", str(STANDINS), prepend=":")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("smolvla_edge.runtime.engines.backend._loads", lambda _: True)
-
-    def behave(**said):
-        monkeypatch.setenv("STANDIN", json.dumps(said))
-        forget()
-
-    def forget():
-        for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "cuda")]:
-            del sys.modules[name]
-
-    forget()
-    yield behave
-    forget()
 
 
 @pytest.fixture(scope="session")
@@ -181,12 +160,14 @@ def test_a_damaged_engine_is_built_again(board, bundle, capsys, file):
     [
         (
             "parse",
-            r"could not build prefix.onnx: its parser refuses the graph: In node 3: UNSUPPORTED_NODE",
+            r"could not build prefix.onnx: its parser refuses the graph: "
+            r"In node 3: UNSUPPORTED_NODE",
         ),
         ("build", r"could not build prefix.onnx: no implementation for node MatMul_7"),
         (
             "killed",
-            r"the build of prefix.onnx was ended by SIGKILL; SIGKILL means that memory ran out: stop other",
+            r"the build of prefix.onnx was ended by SIGKILL; SIGKILL means that memory ran out: "
+            r"stop other",
         ),
     ],
 )
@@ -247,7 +228,7 @@ def test_an_engine_that_computes_something_else_is_refused_before_the_arm_is_tou
     board, bundle, monkeypatch
 ):
     touched = []
-    monkeypatch.setattr(drive, "_hardware", lambda *_: touched.append(1))
+    monkeypatch.setattr(drive, "open_hardware", lambda *_: touched.append(1))
     for wrong, stage in (
         (("key.1", 0.5), "key.1"),
         (("velocity", 0.5), None),
@@ -366,3 +347,12 @@ def test_a_bundle_in_the_engines_record_is_for_people_only(board, bundle):
     record = engine_cache.engine_records()[0][1]
     assert record.bundle == str(bundle.folder)
     assert replace(record.key, graph_sha256="0").digest != record.key.digest
+
+
+def test_a_build_imports_nothing_from_the_current_folder(board, bundle, monkeypatch, tmp_path):
+    """A folder with a robot.toml can come from anywhere; the build process must not run it."""
+    for name in ("serial", "json", "numpy", "tensorrt"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the local {name}.py ran')")
+    monkeypatch.chdir(tmp_path)
+    trt.TrtGraphs(bundle)
+    assert len(engine_cache.engine_records()) == 2

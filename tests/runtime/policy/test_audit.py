@@ -1,7 +1,6 @@
-"""The audit: what a bundle stores, what ONNX Runtime ran, and which labels that refuses."""
+"""The audit: what an engine ran, and which labels that contradicts."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +10,16 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from typer.testing import CliRunner
 
-from smolvla_edge.runtime import Bundle, CheckFailed
+from smolvla_edge.runtime import Bundle
+from smolvla_edge.runtime.engines.ort_profile import OperatorRuns, last_runs, multiply_adds
 from smolvla_edge.runtime.policy.audit import (
     CPU,
     CUDA,
-    TENSORRT,
-    Audit,
-    Row,
-    app,
+    OrtAudit,
+    TrtAudit,
     audit,
     contradictions,
-    last_runs,
-    multiply_adds,
-    stored_weights,
 )
 
 
@@ -44,15 +38,14 @@ def run_at(ts):
 
 
 def simulated(provider, *events):
-    """An audit of what these events tell, as much as the manifest would expect."""
-    rows, ms = last_runs("prefix", [run_at(0), *events], 1)
-    stored = {"prefix": {"float16": 10}}
-    return Audit(provider, tuple(rows), ms, sum(row.multiply_adds for row in rows), stored, (0, 0))
+    """An audit of these events, which are as much as the manifest expects."""
+    operators, ms = last_runs("prefix", [run_at(0), *events], 1)
+    return OrtAudit(provider, tuple(operators), ms, sum(o.multiply_adds for o in operators), 0)
 
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
-    """A product of [3, 64] and [64, 8] that onnxruntime.quantization made int8: its file and its profile."""
+    """A product of [3, 64] and [64, 8] that onnxruntime.quantization made int8: its profile."""
     folder = tmp_path_factory.mktemp("quantized")
     weight = numpy_helper.from_array(
         np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32), "w"
@@ -74,76 +67,48 @@ def quantized(tmp_path_factory):
     session = onnxruntime.InferenceSession(folder / "int8.onnx", options, providers=[CPU])
     for _ in range(3):
         session.run(None, {"x": np.ones((3, 64), np.float32)})
-    return folder / "int8.onnx", json.loads(Path(session.end_profiling()).read_text())
+    return json.loads(Path(session.end_profiling()).read_text())
 
 
 @pytest.mark.parametrize("target", ["portable", "cpu"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_bundle_is_what_its_label_says_and_no_other_label_is_believed(
-    precision, target, export_case
-):
+def test_a_bundle_computes_what_its_manifest_says(precision, target, export_case):
     found = audit(Bundle.open(export_case("tiny", precision, target)))
     assert found.multiply_adds == pytest.approx(found.expected, rel=1e-3)
     assert sum(found.shares()[CPU].values()) == pytest.approx(1)
-    assert {n.graph for n in found.rows if n.precision} == {"prefix", "expert"}
-    assert 0 < sum(n.ms for n in found.rows) <= found.chunk_ms
-    assert ("MultiHeadAttention" in {n.operator for n in found.rows if n.precision}) == (
-        target == "cpu"
-    )
+    assert {o.graph for o in found.operators if o.precision} == {"prefix", "expert"}
+    assert 0 < sum(o.ms for o in found.operators) <= found.chunk_ms
+    products = {o.operator for o in found.operators if o.precision}
+    assert ("MultiHeadAttention" in products) == (target == "cpu")
     assert found.elsewhere() == {}
     assert contradictions(found, precision) == []
-    other = "fp16" if precision == "fp32" else "fp32"
-    assert any(f"labelled {other}, but stored are" in text for text in contradictions(found, other))
-    (refused,) = contradictions(found, "int8")
-    assert refused.startswith("labelled int8, but stored are float")
-
-
-def test_what_is_stored_is_what_onnx_reads(export_case):
-    folder = export_case("tiny", "fp16")
-    for name in ("prefix.onnx", "expert.onnx"):
-        found: dict[str, int] = {}
-        for t in onnx.load(folder / name, load_external_data=False).graph.initializer:
-            kind = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}.get(t.data_type)
-            if kind and len(t.dims) > 1:
-                found[kind] = found.get(kind, 0) + math.prod(t.dims)
-        assert stored_weights(folder / name) == found
-        assert found["float16"] > 10 * found["float32"]
 
 
 def test_a_dynamically_quantized_product_counts_as_int8(quantized):
-    file, events = quantized
-    rows, ms = last_runs("prefix", events, 1)
-    (product,) = [n for n in rows if n.precision]
+    operators, ms = last_runs("prefix", quantized, 1)
+    (product,) = [o for o in operators if o.precision]
     assert (product.precision, product.multiply_adds) == ("int8", 3 * 64 * 8)
-    assert stored_weights(file) == {"int8": 64 * 8}
-    found = Audit(
-        CPU,
-        tuple(rows),
-        ms,
-        product.multiply_adds,
-        {"prefix": stored_weights(file)},
-        (512, 3 * 64 * 8),
-    )
+    count = product.multiply_adds
+    found = OrtAudit(CPU, tuple(operators), ms, count, claimed_int8=count)
     assert contradictions(found, "int8") == []
-    assert len(contradictions(found, "fp32")) == 2  # stored and computed
+    (refused,) = contradictions(found, "fp32")
+    assert "labelled fp32, but computed on CPUExecutionProvider were int8 100.0 %" in refused
 
 
 def test_less_int8_than_the_manifest_claims_is_not_int8():
     small = event("MatMulInteger", [[4, 8], [8, 4]], [[4, 4]], kind="uint8")
     large = event("MatMul", [[4, 10], [10, 4]], [[4, 4]])
-    ran = replace(simulated(CPU, small, large), stored={"prefix": {"int8": 32, "float32": 40}})
-    (refused,) = contradictions(replace(ran, claimed=(32, 288)), "int8")
+    ran = simulated(CPU, small, large)
+    (refused,) = contradictions(replace(ran, claimed_int8=288), "int8")
     assert "float32 55.6 %, int8 44.4 % of the multiply-adds" in refused
-    (refused,) = contradictions(replace(ran, claimed=(31, 128)), "int8")
-    assert "stored are float32 55.6 %, int8 44.4 % of the weights" in refused
-    assert contradictions(replace(ran, claimed=(32, 128)), "int8") == []
+    assert contradictions(replace(ran, claimed_int8=128), "int8") == []
 
 
 def test_only_the_last_runs_count():
     runs = [run_at(ts) for ts in (0, 10_000, 20_000)]
     events = [event("MatMul", [[4, 8]], [[4, 4]], ts=ts + 100) for ts in (0, 10_000, 20_000)]
-    rows, ms = last_runs("expert", [*runs, *events], 2)
-    assert (rows, ms) == ([Row("expert", "MatMul", CPU, "float32", 2, 256, 4.0)], 16)
+    operators, ms = last_runs("expert", [*runs, *events], 2)
+    assert (operators, ms) == ([OperatorRuns("expert", "MatMul", CPU, "float32", 2, 256, 4.0)], 16)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +129,7 @@ def test_multiply_adds_follow_from_shapes(operator, inputs, output, expected):
     assert multiply_adds(operator, inputs, output) == expected
 
 
-def test_float32_on_cuda_is_no_float16_and_strangers_are_named():
+def test_float32_on_cuda_is_no_float16_and_operators_elsewhere_are_named():
     product = event("MatMul", [[4, 8]], [[4, 4]], CUDA)
     stray = event("Gather", [[4, 8], [1]], [[1, 8]], CPU)
     found = simulated(CUDA, product, stray, stray)
@@ -177,31 +142,11 @@ def test_float32_on_cuda_is_no_float16_and_strangers_are_named():
     assert contradictions(simulated(CUDA, product, half), "fp16") == []
 
 
-def test_what_tensorrt_does_inside_is_not_invented():
-    taken = [event(f"TRTKernel_graph_{i}", [[4, 8]], [[4, 4]], TENSORRT) for i in (0, 1, 0)]
-    found = simulated(TENSORRT, *taken, event("MemcpyToHost", [[4]], [[4]], TENSORRT))
-    found = replace(found, expected=10**9)
-    assert (found.untold, found.multiply_adds, found.shares()) == (2, 0, {})
+def test_every_engine_is_held_against_the_label():
+    found = TrtAudit({"prefix.onnx": {"float16": 9}, "expert.onnx": {"float32": 4, "float16": 5}})
     assert contradictions(found, "fp16") == []
-
-
-def test_the_command_prints_both_truths(export_case):
-    folder = str(export_case("tiny", "fp16", "cpu"))
-    done = CliRunner().invoke(app, ["--bundle", folder, "--device", "cpu"])
-    assert done.exit_code == 0, done.output
-    assert "stored    prefix: float16 98.0 %" in done.output
-    assert f"computed  {CPU}: float" in done.output
-    assert "note" not in done.output
-    rows = done.output.splitlines()[done.output.splitlines().index("") + 2 :]
-    times = [float(row.split()[-2]) for row in rows]
-    assert times == sorted(times, reverse=True) and times[0] > 0
-
-
-def test_the_command_refuses_a_bundle_that_does_other_work_than_its_manifest_says(tiny_bundle):
-    manifest = json.loads((tiny_bundle / "manifest.json").read_text())
-    manifest["expert"]["stages"]["expert"]["gemm"]["float32"] *= 2
-    (tiny_bundle / "manifest.json").write_text(json.dumps(manifest))
-    done = CliRunner().invoke(app, ["--bundle", str(tiny_bundle), "--device", "cpu"])
-    assert isinstance(done.exception, CheckFailed)
-    assert "is not what it says: a chunk has 0." in str(done.exception)
-    assert "counted   0.219223 G multiply-adds a chunk" in done.output
+    assert contradictions(found, "fp32") == [
+        "the engine of prefix.onnx is not fp32: it has 9 layers in float16",
+        "the engine of expert.onnx is not fp32: it has 5 layers in float16, 4 layers in float32",
+    ]
+    assert contradictions(TrtAudit({"prefix.onnx": {}}), "int8") == []

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
-from smolvla_edge.export.reference import Observation, Reference
+from smolvla_edge.export.checkpoint.checkpoint import architecture_of, load_checkpoint
+from smolvla_edge.export.reference import ParityObservation, TorchReference
 from smolvla_edge.export.views.layers import FP16
 from smolvla_edge.export.views.weights import build_views
-from smolvla_edge.export.writer import architecture_of, write_bundle
+from smolvla_edge.export.writer import write_bundle
 from smolvla_edge.runtime import Policy
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, error
 from support.goldens import Golden, stage_errors
@@ -69,8 +69,8 @@ def test_float16_computed_in_float16_equals_lerobot_at_full_size(checkpoint):
     """Torch's half arithmetic rounds every intermediate to float16; ONNX Runtime on a CPU would not."""
     name, folder = checkpoint
     loaded, golden = load_checkpoint(str(folder), vlm=SHARED / "smolvlm2"), Golden(REFERENCE / name)
-    views = Reference(loaded, *build_views(architecture_of(loaded), loaded.tensors, FP16))
-    got = views.run(Observation(golden.images, golden.state, golden.task, golden.noise))
+    views = TorchReference(loaded, *build_views(architecture_of(loaded), loaded.tensors, FP16))
+    got = views.run(ParityObservation(golden.images, golden.state, golden.task, golden.noise))
     worst = error(got.actions[:, :, :6], golden["actions_normalized"])
     print(f"\n{name}: float16 in float16 {worst:.1e}")
     assert worst < TOLERANCE["fp16"]

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from smolvla_edge.export.checkpoint.checkpoint import load_checkpoint
-from smolvla_edge.export.writer import reference_of
+from smolvla_edge.export.reference import reference_of
 from smolvla_edge.runtime import Policy
 from smolvla_edge.runtime.policy.selfcheck import TOLERANCE, error, run_selfcheck
 from support.goldens import Golden, stage_errors

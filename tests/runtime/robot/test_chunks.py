@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolvla_edge.runtime.robot import chunks
-from smolvla_edge.runtime.robot.chunks import JOIN_ROWS, ChunkQueue, LatencyTracker
+from smolvla_edge.runtime.robot.chunks import BLEND_ROWS, CHUNKINGS, ChunkQueue, LatencyTracker
 
 FPS = 30.0
 PERIOD_S = 1 / FPS
@@ -22,7 +22,7 @@ def tracker(*seconds):
 
 
 def queue_of(chunking, rows=50, latency_s=0.2):
-    return ChunkQueue(chunking, rows, PERIOD_S, tracker(latency_s))
+    return ChunkQueue(CHUNKINGS[chunking], rows, PERIOD_S, tracker(latency_s))
 
 
 def line(first, rows=50, step=1.0):
@@ -40,12 +40,12 @@ def execute(queue, count):
 
 
 def halfway(chunking, meanwhile=6, first=None):
-    """A queue that has executed half of line(0), asked, and then executed `meanwhile` more; -> (it, the ask, the last
-    action)."""
+    """A queue that has executed half of line(0), asked, and then executed `meanwhile` more; -> (it,
+    the ask, the last action)."""
     queue = queue_of(chunking)
-    queue.join(line(0) if first is None else first, queue.ask(), 0.0)
+    queue.join(line(0) if first is None else first, queue.continuation(), 0.0)
     execute(queue, 25)
-    ask = queue.ask()
+    ask = queue.continuation()
     done = execute(queue, meanwhile)
     return queue, ask, done[-1] if meanwhile else line(0)[24]
 
@@ -53,7 +53,7 @@ def halfway(chunking, meanwhile=6, first=None):
 def test_sync_executes_every_row_and_asks_when_none_is_left():
     queue = queue_of("sync", rows=3)
     assert queue.wants_chunk
-    queue.join(line(0), queue.ask(), 5.0)
+    queue.join(line(0), queue.continuation(), 5.0)
     assert [a.due_s for a in queue._actions] == pytest.approx(
         [5.0, 5.0 + PERIOD_S, 5.0 + 2 * PERIOD_S]
     )
@@ -61,15 +61,16 @@ def test_sync_executes_every_row_and_asks_when_none_is_left():
     assert not queue.wants_chunk
     assert execute(queue, 1)[:, 0].tolist() == [2]
     assert queue.wants_chunk
-    assert queue.ask().prev_chunk is None
+    assert queue.continuation().prev_chunk is None
 
 
 @pytest.mark.parametrize("chunking", ["sync", "async", "rtc"])
 @pytest.mark.parametrize("periods", [1, 40, 1000])
 def test_from_standstill_a_chunk_starts_at_its_first_row_however_late_it_is(chunking, periods):
-    """F23: LeRobot has taken a slow first inference for executed steps and skipped 21 of 30 actions."""
+    """F23: LeRobot has taken a slow first inference for executed steps and skipped 21 of 30
+    actions."""
     queue = queue_of(chunking)
-    queue.join(line(7), queue.ask(), periods * PERIOD_S)
+    queue.join(line(7), queue.continuation(), periods * PERIOD_S)
     assert len(queue) == 50
     assert execute(queue, 50)[:, 0].tolist() == line(7)[:, 0].tolist()
 
@@ -96,9 +97,9 @@ def test_rows_are_counted_in_executed_actions(chunking, meanwhile):
 
 
 def test_a_chunk_that_comes_after_all_of_its_rows_leaves_nothing_to_do():
-    queue = ChunkQueue("async", 10, PERIOD_S, tracker(0.1))
-    queue.join(line(0), queue.ask(), 0.0)
-    ask = queue.ask()
+    queue = ChunkQueue(CHUNKINGS["async"], 10, PERIOD_S, tracker(0.1))
+    queue.join(line(0), queue.continuation(), 0.0)
+    ask = queue.continuation()
     execute(queue, 10)
     assert queue.join(line(0), ask, 0.0) is None
     assert queue.wants_chunk
@@ -112,13 +113,13 @@ def test_async_eases_in_from_the_last_executed_action():
     assert plain.tolist() == [23, 23]  # what a plain replacement would do in one tick
     assert seam.gap.tolist() == [-22, -22]
     assert seam.step.tolist() == pytest.approx(
-        [1 + 22 / (JOIN_ROWS + 1)] * 2
+        [1 + 22 / (BLEND_ROWS + 1)] * 2
     )  # as it will be executed
-    done = execute(queue, JOIN_ROWS + 5)
+    done = execute(queue, BLEND_ROWS + 5)
     steps = np.abs(np.diff(np.vstack([last, done]), axis=0))
-    assert steps.max() == pytest.approx(1 + 22 / (JOIN_ROWS + 1), abs=1e-4)
+    assert steps.max() == pytest.approx(1 + 22 / (BLEND_ROWS + 1), abs=1e-4)
     assert np.array_equal(
-        done[JOIN_ROWS:], other[6 + JOIN_ROWS :][:5]
+        done[BLEND_ROWS:], other[6 + BLEND_ROWS :][:5]
     )  # and then it is the new chunk, exactly
 
 
@@ -135,7 +136,7 @@ def test_a_chunk_so_fast_that_nothing_was_executed_meanwhile_is_eased_in_too():
     queue, ask, last = halfway("async", meanwhile=0)
     queue.join(line(25 + 22), ask, 0.0)
     steps = np.abs(np.diff(np.vstack([last, execute(queue, 20)]), axis=0))
-    assert steps.max() <= 1 + 22 / (JOIN_ROWS + 1) + 1e-4
+    assert steps.max() <= 1 + 22 / (BLEND_ROWS + 1) + 1e-4
 
 
 @given(
@@ -151,7 +152,7 @@ def test_an_async_seam_is_bounded_by_the_chunks_own_step_and_a_share_of_the_gap(
     queue.join(second, ask, 0.0)
     own = abs(second[meanwhile] - second[meanwhile - 1])
     gap = abs(last - second[meanwhile - 1])
-    assert abs(queue.next.values - last) <= own + gap / (JOIN_ROWS + 1) + 1e-3
+    assert abs(queue.next.values - last) <= own + gap / (BLEND_ROWS + 1) + 1e-3
 
 
 def test_sync_never_eases():
@@ -161,11 +162,11 @@ def test_sync_never_eases():
 
 
 def test_rtc_hands_over_the_unexecuted_tail_as_predicted_and_the_p95_delay():
-    queue = ChunkQueue("rtc", 20, PERIOD_S, tracker(0.11))  # executes 20 of 50 rows
-    assert queue.ask().prev_chunk is None
-    queue.join(line(0), queue.ask(), 0.0)
+    queue = ChunkQueue(CHUNKINGS["rtc"], 20, PERIOD_S, tracker(0.11))  # executes 20 of 50 rows
+    assert queue.continuation().prev_chunk is None
+    queue.join(line(0), queue.continuation(), 0.0)
     execute(queue, 12)
-    ask = queue.ask()
+    ask = queue.continuation()
     assert ask.prev_chunk.dtype == np.float32
     assert np.array_equal(ask.prev_chunk, line(0)[12:])  # also what is predicted and never executed
     assert ask.delay == math.ceil(0.11 * FPS) == 4
@@ -176,7 +177,7 @@ def test_the_tail_is_not_what_easing_made_of_it():
     other = line(60)
     queue.join(other, ask, 0.0)
     assert not np.array_equal(queue.next.values, other[12])
-    assert np.array_equal(queue.ask().prev_chunk, other[12:])
+    assert np.array_equal(queue.continuation().prev_chunk, other[12:])
 
 
 def test_rtc_eases_only_a_chunk_that_came_later_than_it_was_told():
@@ -189,15 +190,15 @@ def test_rtc_eases_only_a_chunk_that_came_later_than_it_was_told():
 
 
 def test_the_delay_is_never_longer_than_the_tail():
-    queue = ChunkQueue("rtc", 50, PERIOD_S, tracker(10.0))
-    queue.join(line(0), queue.ask(), 0.0)
+    queue = ChunkQueue(CHUNKINGS["rtc"], 50, PERIOD_S, tracker(10.0))
+    queue.join(line(0), queue.continuation(), 0.0)
     execute(queue, 47)
-    assert queue.ask().delay == 3
+    assert queue.continuation().delay == 3
 
 
 def test_a_starved_rtc_asks_without_a_tail():
     queue, _, _ = halfway("rtc", meanwhile=25)
-    assert queue.ask() == chunks.Ask(executed=50, prev_chunk=None, delay=0)
+    assert queue.continuation() == chunks.Continuation(executed=50, prev_chunk=None, delay=0)
 
 
 def test_what_the_arm_rejected_was_not_executed():
@@ -212,7 +213,7 @@ def test_what_the_arm_rejected_was_not_executed():
 
 def test_while_the_arm_is_on_its_way_the_whole_schedule_waits():
     queue = queue_of("sync", rows=3)
-    queue.join(line(0), queue.ask(), 5.0)
+    queue.join(line(0), queue.continuation(), 5.0)
     for _ in range(7):
         queue.wait()
     assert [a.due_s for a in queue._actions] == pytest.approx(
@@ -227,14 +228,15 @@ def test_after_a_stop_nothing_of_the_past_is_left(chunking):
     queue.clear()
     assert len(queue) == 0
     assert queue.wants_chunk
-    ask = queue.ask()
+    ask = queue.continuation()
     assert ask.prev_chunk is None
     assert queue.join(line(500), ask, 0.0) is None  # no seam
     assert queue.next.values[0] == 500  # no easing: the arm approaches it slowly
 
 
 def run_queue(queue, latencies_s, *, work_s=0.005):
-    """One action a tick, asking and joining like the control loop; -> ticks without an action since the first."""
+    """One action a tick, asking and joining like the control loop; -> ticks without an action since
+    the first."""
     starved, now_s, under_way, acted = 0, 0.0, None, False
     latencies = iter(latencies_s)
     while True:
@@ -252,7 +254,7 @@ def run_queue(queue, latencies_s, *, work_s=0.005):
             latency_s = next(latencies, None)
             if latency_s is None:
                 return starved
-            under_way = queue.ask(), now_s + work_s + latency_s, latency_s
+            under_way = queue.continuation(), now_s + work_s + latency_s, latency_s
         now_s += PERIOD_S
 
 
@@ -261,11 +263,12 @@ def run_queue(queue, latencies_s, *, work_s=0.005):
     ("share", "spike"), [(0.02, 0.51), (0.2, 0.51), (0.3, 0.59), (0.4, 0.58), (0.47, 0.51)]
 )
 def test_no_tick_starves_where_a_chunk_takes_under_half_of_what_it_lasts(chunking, share, spike):
-    """300 chunks around `share` of the 1.67 s that one lasts, every 40th a spike of more than half of it."""
+    """300 chunks around `share` of the 1.67 s that one lasts, every 40th a spike of more than half
+    of it."""
     lasts_s = 50 * PERIOD_S
     latencies = lasts_s * share * np.random.default_rng(1).uniform(0.8, 1.04, 300)
     latencies[39::40] = spike * lasts_s
-    queue = ChunkQueue(chunking, 50, PERIOD_S, tracker(latencies[0]))
+    queue = ChunkQueue(CHUNKINGS[chunking], 50, PERIOD_S, tracker(latencies[0]))
     assert run_queue(queue, latencies) == 0
 
 
@@ -282,7 +285,7 @@ def test_an_early_spike_starves_once_and_not_for_the_next_twenty_chunks():
 def test_where_a_chunk_takes_longer_than_half_the_next_is_asked_for_when_none_is_left():
     queue = queue_of("async", latency_s=0.51 * 50 * PERIOD_S)
     assert not queue.keeps_up
-    queue.join(line(0), queue.ask(), 0.0)
+    queue.join(line(0), queue.continuation(), 0.0)
     execute(queue, 49)
     assert not queue.wants_chunk
     execute(queue, 1)
@@ -293,7 +296,7 @@ def test_nothing_is_known_before_the_first_latency():
     latency = LatencyTracker()
     assert latency.p95_s == math.inf
     assert not latency.is_late(60.0)
-    assert not ChunkQueue("async", 50, PERIOD_S, latency).keeps_up
+    assert not ChunkQueue(CHUNKINGS["async"], 50, PERIOD_S, latency).keeps_up
 
 
 def test_p95_follows_the_newest_fifty():

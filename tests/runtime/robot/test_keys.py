@@ -14,7 +14,7 @@ import pytest
 from smolvla_edge.runtime.robot.keys import Operator
 
 LIMIT_S = 30.0
-# Takes argv[1] as its controlling terminal, as a program started from a shell has it, and tells the keys it sees.
+# Takes argv[1] as its controlling terminal, as a program of a shell does; prints the keys.
 ON_A_TERMINAL = """
 import os, signal, sys, time
 os.dup2(os.open(sys.argv[1], os.O_RDWR), 0)
@@ -178,7 +178,8 @@ def test_a_terminal_that_goes_away_takes_the_operator_along_and_raises_nothing(s
 
 def test_leaving_a_terminal_that_is_gone_raises_nothing(start):
     person, program = os.openpty()
-    leave = "with Operator() as o:\n    tell(o.present)\n    while not hung_up:\n        time.sleep(0.01)\ntell('left')"
+    leave = "with Operator() as o:\n    tell(o.present)\n    while not hung_up:\n"
+    leave += "        time.sleep(0.01)\ntell('left')"
     child = start(ON_A_TERMINAL + leave, os.ttyname(program))
     assert child.line() == "True"
     os.close(program)

@@ -1,7 +1,7 @@
 """The control loop with an arm, cameras, keys and a policy that misbehave on purpose.
 
-The clock is wound by hand, so that every tick of every test is the same on any machine; the policy computes in its
-own thread as always, and is answered for at the tick that its latency says.
+The clock is wound by hand, so that every tick of every test is the same on any machine; the policy
+computes in its own thread as always, and is answered for at the tick that its latency says.
 """
 
 import itertools
@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from smolvla_edge.core.errors import BackendError, SafetyStop
+from smolvla_edge.core.errors import BackendError, DeviceError, SafetyStop
 from smolvla_edge.runtime.policy.policy import Timing
-from smolvla_edge.runtime.robot import inference
+from smolvla_edge.runtime.robot import camera_monitor, inference
 from smolvla_edge.runtime.robot import loop as control
-from smolvla_edge.runtime.robot.chunks import ChunkQueue, LatencyTracker
+from smolvla_edge.runtime.robot.chunks import CHUNKINGS, ChunkQueue, LatencyTracker
 from smolvla_edge.runtime.robot.inference import InferenceThread
-from smolvla_edge.runtime.robot.loop import ControlLoop, Rig
+from smolvla_edge.runtime.robot.loop import ControlLoop, LoopParts
+from smolvla_edge.runtime.robot.run_statistics import RunStatistics
 
 FPS, ROWS = 20.0, 8
 PERIOD_S = 1 / FPS
@@ -29,7 +30,7 @@ LIMIT_S = 30.0  # real time, for what must happen at all
 BAD = np.full((ROWS, 2), np.nan, np.float32)
 
 
-class ArmFailed(Exception):
+class ArmFailed(DeviceError):
     pass
 
 
@@ -51,7 +52,8 @@ class Clock:
 
 
 class ScriptedPolicy:
-    """The n-th answer is a chunk of n, n + 0.01, ...; `answers` replaces the first ones. latencies_s: of each."""
+    """The n-th answer is a chunk of n, n + 0.01, ...; `answers` replaces the first ones.
+    latencies_s: of each."""
 
     timing = Timing(1.0, 2.0, 3.0)
 
@@ -167,19 +169,18 @@ class Bench:
         usual_s=0.12,
     ):
         self.clock = Clock()
-        for module in (control, inference):
+        for module in (control, camera_monitor, inference):
             monkeypatch.setattr(module, "time", self.clock)
         self.policy = ScriptedPolicy(self.clock, latencies_s, list(answers))
         self.arm = RecordingArm(self.clock, self.answer_policy)
         self.pressed, self.asked_to_end, self.problem = [], False, ""
         self.keys = SimpleNamespace(present=True, keys=self._keys)
         self.said, self.ticks, self.recorded = [], [], []
-        self.queue = ChunkQueue(chunking, ROWS, PERIOD_S, LatencyTracker())
+        self.queue = ChunkQueue(CHUNKINGS[chunking], ROWS, PERIOD_S, LatencyTracker())
         self.queue.latency.add(usual_s)
         self.thread = InferenceThread(self.policy, "task", None)
-        self.thread.start()
         image = np.zeros((2, 2, 3), np.uint8)
-        rig = Rig(
+        parts = LoopParts(
             arm=self.arm,
             cameras=SimpleNamespace(
                 look=lambda: {
@@ -192,15 +193,16 @@ class Bench:
             ),
             inference=self.thread,
             queue=self.queue,
-            faults=(ArmFailed,),
-            keys=self.keys,
+            operator=self.keys,
             say=self.said.append,
-            asked_to_end=lambda: self.asked_to_end,
+            interrupted=lambda: self.asked_to_end,
             watch=self._watch,
             answered=self.recorded.append,
             patience_s=patience_s,
         )
-        self.loop = ControlLoop(rig, fps=FPS, seconds=seconds)
+        self.loop = ControlLoop(
+            parts, fps=FPS, seconds=seconds, statistics=RunStatistics.keeping_values()
+        )
 
     def _watch(self, tick):
         self.ticks.append(tick)
@@ -218,7 +220,7 @@ class Bench:
 
     @property
     def _answered(self):
-        return not self.thread._answers.empty()
+        return self.thread.busy and self.thread._answer.done()
 
     def _wait(self, condition):
         until = time.monotonic() + LIMIT_S
@@ -320,22 +322,20 @@ def real_run(arm_class=RecordingArm, policy_class=ScriptedPolicy, fps=100.0, sec
     policy = policy_class(clock, [], [])
     policy.answer_now = SimpleNamespace(wait=lambda _: True, clear=lambda: None)
     thread = InferenceThread(policy, "task", None)
-    thread.start()
     view = SimpleNamespace(image=np.zeros((2, 2, 3), np.uint8), problem="", time_s=time.monotonic())
     arm = arm_class(clock, lambda: None)
-    rig = Rig(
+    parts = LoopParts(
         arm=arm,
         cameras=SimpleNamespace(look=lambda: {"front": view}, warnings=list),
         inference=thread,
-        queue=ChunkQueue("sync", ROWS, 1 / fps, LatencyTracker()),
-        faults=(ArmFailed,),
-        keys=SimpleNamespace(present=True, keys=lambda: ["quit"] * (time.monotonic() > until)),
+        queue=ChunkQueue(CHUNKINGS["sync"], ROWS, 1 / fps, LatencyTracker()),
+        operator=SimpleNamespace(present=True, keys=lambda: ["quit"] * (time.monotonic() > until)),
         say=lambda _: None,
-        asked_to_end=lambda: False,
+        interrupted=lambda: False,
         patience_s=LIMIT_S,
     )
     try:
-        return ControlLoop(rig, fps=fps, seconds=seconds).run().counts
+        return ControlLoop(parts, fps=fps, seconds=seconds).run().counts
     finally:
         thread.stop()
 
@@ -379,18 +379,15 @@ def test_periods_and_lateness_are_told_apart_from_starvation(bench):
     log = b.loop.run()
     assert log.counts.starved > 0
     assert log.counts.missed == 0
-    assert max(log.busy_ms) == pytest.approx(20)
-    assert max(log.late_ms) == pytest.approx(0, abs=1e-6)  # 20 ms of 50: the next tick is in time
-    assert max(log.period_error_ms) == pytest.approx(0, abs=1e-6)
+    assert log.busy_ms.max == pytest.approx(20)
+    assert log.late_ms.max == pytest.approx(0, abs=1e-6)  # 20 ms of 50: the next tick is in time
+    assert log.period_error_ms.max == pytest.approx(0, abs=1e-6)
 
 
-def test_pictures_are_not_kept_for_the_summary_but_are_for_the_recording(bench):
-    """Two pictures a chunk would be gigabytes in an hour."""
+def test_the_recording_gets_the_pictures_of_each_chunk(bench):
     b = bench(seconds=1.0)
-    log = b.loop.run()
-    assert log.chunks
-    assert all(not chunk.observation.images for chunk in log.chunks)
-    assert [set(chunk.observation.images) for chunk in b.recorded[:2]] == [{"front", "wrist"}] * 2
+    b.loop.run()
+    assert [set(chunk.request.images) for chunk in b.recorded[:2]] == [{"front", "wrist"}] * 2
 
 
 def test_warnings_are_said_and_kept(bench):
@@ -410,8 +407,8 @@ def test_where_chunks_come_early_enough_the_arm_never_holds_again(bench, chunkin
     b = bench(chunking=chunking, seconds=20.0, latencies_s=[0.12, 0.02, 0.18, 0.14] * 99)
     log = b.loop.run()
     assert log.counts.starved == 0
-    assert len(log.chunks) > 60
-    assert len(log.seams_deg) == len(log.chunks) - 1
+    assert len(log.chunk_ms) > 60
+    assert len(log.seams_deg) == len(log.chunk_ms) - 1
 
 
 def test_rtc_hands_the_policy_the_rest_of_the_last_chunk_and_how_much_of_it_will_run(bench):
@@ -441,8 +438,8 @@ def test_after_starvation_the_chunk_goes_on_where_the_arm_stopped(bench):
     assert sent[:8] == rows_of(1)
     assert log.counts.starved == 10
     assert sent[8] == pytest.approx(6 - 10 / 11 * (5 - 1.07), abs=1e-4)  # row 6, eased in
-    assert log.gaps_deg[0] == pytest.approx(5 - 1.07)
-    assert log.seams_deg[0] == pytest.approx(sent[8] - 1.07, abs=1e-4)
+    assert log.gaps_deg.values[0] == pytest.approx(5 - 1.07)
+    assert log.seams_deg.values[0] == pytest.approx(sent[8] - 1.07, abs=1e-4)
 
 
 def test_a_chunk_that_took_far_too_long_is_thrown_away_and_remembered(bench):
@@ -451,7 +448,7 @@ def test_a_chunk_that_took_far_too_long_is_thrown_away_and_remembered(bench):
     assert log.counts.late_chunks == 2  # a third one is how it is now
     assert b.spoken("thrown away: it came after 1.5") == 2
     assert b.arm.of("send")[:24] == rows_of(1, 4, 5)
-    assert len(log.chunks) == len(b.recorded) == log.counts.late_chunks + len(log.seams_deg) + 1
+    assert len(log.chunk_ms) == len(b.recorded) == log.counts.late_chunks + len(log.seams_deg) + 1
 
 
 def test_a_chunk_that_waited_for_a_loop_that_was_held_up_is_just_as_late(bench):
@@ -547,7 +544,7 @@ def test_a_picture_with_a_problem_is_never_shown_to_the_policy(bench):
     b.set(20, problem="")
     log = b.loop.run()
     assert log.counts.blind == 20
-    assert log.picture_age_ms == pytest.approx([40.0] * 14)  # until the arm is parked
+    assert log.picture_age_ms.values == pytest.approx([40.0] * 14)  # until the arm is parked
     assert b.policy.asked[0].time_s == pytest.approx(1000 + 20 * PERIOD_S)
 
 
@@ -616,7 +613,7 @@ def test_a_chunk_asked_for_before_a_stop_is_not_executed_after_it(bench, answere
     b.press(10, "resume")
     log = b.loop.run()
     assert b.arm.of("send")[0] == 2.0
-    assert len(log.chunks) == len(b.recorded) == len(b.policy.asked) - 1
+    assert len(log.chunk_ms) == len(b.recorded) == len(b.policy.asked) - 1
     assert b.doing(10, 12) == {"hold"}
 
 
@@ -659,7 +656,7 @@ def test_without_an_operator_a_stop_ends_the_run(bench):
         b.loop.run()
     assert not stopped.value.at_once
     assert not b.loop.parked
-    assert b.loop.log.counts.stops == 1
+    assert b.loop.statistics.counts.stops == 1
     assert b.spoken("r goes on") == 0
 
 
@@ -670,7 +667,7 @@ def test_an_operator_who_goes_away_during_a_stop_ends_the_run(bench):
     b.arm.at(20, lambda: setattr(b.keys, "present", False))
     with pytest.raises(SafetyStop, match="gripper: overheat"):
         b.loop.run()
-    assert b.loop.log.counts.stops == 1
+    assert b.loop.statistics.counts.stops == 1
 
 
 def test_resume_is_refused_where_a_servo_is_off(bench):

@@ -14,14 +14,10 @@ import numpy as np
 import pytest
 
 from smolvla_edge.runtime import CheckFailed, InputError, Policy, RealTimeChunking, SettingsError
-from smolvla_edge.runtime.robot import recording
-from smolvla_edge.runtime.robot.recording import (
-    QUEUE_LIMIT,
-    Recorder,
-    RunLog,
-    default_log_path,
-)
+from smolvla_edge.runtime.robot import run_log
+from smolvla_edge.runtime.robot.recording import Recorder
 from smolvla_edge.runtime.robot.replay import differences, read_recording, replay
+from smolvla_edge.runtime.robot.run_log import QUEUE_LIMIT, RunLog
 from support.paths import TESTS
 from support.recordings import JOINTS, META, chunk, some_chunk
 
@@ -38,7 +34,8 @@ def lines(path):
 
 
 def record(folder, policy, shaped=lambda noise: noise):
-    """Two chunks of `policy`, the second following the tail of the first; pictures of unequal size."""
+    """Two chunks of `policy`, the second following the tail of the first; pictures of unequal
+    size."""
     policy.rtc = META.rtc
     meta = dataclasses.replace(META, bundle_digest=policy.bundle.digest)
     recorder, rng, prev, delay = Recorder(folder, meta), np.random.default_rng(3), None, 0
@@ -379,14 +376,19 @@ def test_what_was_recorded_before_the_disk_was_full_stays_readable(tmp_path, big
 
 
 def assert_equal(a, b):
-    x, y = a.observation, b.observation
+    x, y = a.request, b.request
     assert {n: i.tolist() for n, i in x.images.items()} == {
         n: i.tolist() for n, i in y.images.items()
     }
     for one, other in ((x.state, y.state), (a.noise, b.noise), (a.actions, b.actions)):
         assert one.dtype == other.dtype
         assert np.array_equal(one, other)
-    assert (a.steps, a.latency_s, x.ask, x.time_s) == (b.steps, b.latency_s, y.ask, y.time_s)
+    assert (a.steps, a.latency_s, x.continuation, x.time_s) == (
+        b.steps,
+        b.latency_s,
+        y.continuation,
+        y.time_s,
+    )
 
 
 KILLED = """
@@ -432,12 +434,13 @@ def test_a_folder_that_is_removed_ends_the_recording_and_not_the_run(tmp_path, c
 
 
 def test_a_disk_that_is_too_slow_costs_lines_and_chunks_that_are_counted(tmp_path, capsys):
-    """A pipe that nobody empties stands in for the disk, where the first chunk's first file goes."""
+    """A pipe that nobody empties stands in for the disk, where the first chunk's first file
+    goes."""
     recorder = Recorder(tmp_path / "run", META)
     pipe = tmp_path / "run" / "chunks" / f".000000.front.png.{os.getpid()}.part"
     os.mkfifo(pipe)
     recorder.answered(some_chunk(0))
-    wait_until(recorder._queue.empty)  # the writer has it, and is stuck
+    wait_until(lambda: recorder.worker.waiting == 0)  # the writer has it, and is stuck
     for i in range(QUEUE_LIMIT - 1):
         recorder.write({"tick": i})
     recorder.answered(some_chunk(1))
@@ -448,7 +451,7 @@ def test_a_disk_that_is_too_slow_costs_lines_and_chunks_that_are_counted(tmp_pat
         recorder.answered(some_chunk(2 + i))
     assert (recorder.dropped, recorder.dropped_chunks) == (3, 2)
     pipe.read_bytes()  # the disk answers again
-    wait_until(recorder._queue.empty)
+    wait_until(lambda: recorder.worker.waiting == 0)
     recorder.answered(some_chunk(4))
     assert recorder.problem == ""
     recorder.close()
@@ -463,7 +466,7 @@ def test_a_disk_that_is_too_slow_costs_lines_and_chunks_that_are_counted(tmp_pat
 
 
 def test_a_disk_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recording, "CLOSE_LIMIT_S", 0.1)
+    monkeypatch.setattr(run_log, "CLOSE_LIMIT_S", 0.1)
     recorder = Recorder(tmp_path / "run", META)
     pipe = tmp_path / "run" / "chunks" / f".000000.front.png.{os.getpid()}.part"
     os.mkfifo(pipe)
@@ -476,26 +479,41 @@ def test_a_disk_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkeypat
     assert "the disk has not answered for 0.1 s" in recorder.problem
     assert capsys.readouterr().err.count("incomplete") == 1
     pipe.read_bytes()  # lets the thread go
-    wait_until(recorder._queue.empty)
+    assert recorder.worker.stop(30)
     recorder.close()
-    wait_until(lambda: not recorder._thread.is_alive())
 
 
-def test_the_newest_twenty_logs_are_kept_and_nothing_else_is_touched(tmp_path, monkeypatch):
+def test_the_logs_of_all_runs_stay_under_their_limit_and_the_oldest_go_first(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     runs = tmp_path / "smolvla-edge" / "runs"
     runs.mkdir(parents=True)
-    (runs / "mine.jsonl").touch()
-    made = [default_log_path() for _ in range(25)]
-    assert sorted(runs.iterdir()) == sorted([*made[-20:], runs / "mine.jsonl"])
-    assert made == sorted(made)
-    RunLog(made[-1]).close()
+    (runs / "mine.jsonl").write_bytes(b"x" * 50_000)
+    old = [runs / f"20260101T00000{i}.000000Z.jsonl" for i in range(5)]
+    for path in old:
+        path.write_bytes(b"x" * 20_000)
+    log = RunLog.in_folder(100_000)
+    assert [path.exists() for path in old] == [False, True, True, True, True]
+    for i in range(500):
+        while log.worker.waiting > QUEUE_LIMIT // 2:
+            time.sleep(0.001)
+        log.write({"tick": i, "filler": "x" * 1000})
+    log.close()
+    assert (runs / "mine.jsonl").exists()
+    assert not any(path.exists() for path in old)
+    parts = sorted(path for path in runs.iterdir() if path.name != "mine.jsonl")
+    assert 80_000 < sum(path.stat().st_size for path in parts) <= 100_000
+    kept = [line["tick"] for path in parts for line in lines(path)]
+    assert kept == list(range(kept[0], 500))  # the newest, without a gap
+    assert (log.problem, log.dropped) == ("", 0)
+    assert capsys.readouterr().err.count("the log of this run reached 0.1 MB (--log-mb)") == 1
 
 
 def test_a_home_that_cannot_be_written_costs_a_warning_and_no_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    log = RunLog(default_log_path())
+    log = RunLog.in_folder(10**8)
     log.write({"tick": 0})
     log.close()
     assert log.problem == ""

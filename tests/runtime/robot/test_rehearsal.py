@@ -11,41 +11,31 @@ import pytest
 from smolvla_edge.core import command
 from smolvla_edge.core.errors import CheckFailed
 from smolvla_edge.devices.arm.motion import MotionCounts
-from smolvla_edge.runtime.policy.policy import Timing
-from smolvla_edge.runtime.robot import summary as report
-from smolvla_edge.runtime.robot.chunks import Ask
-from smolvla_edge.runtime.robot.inference import Chunk, Observation
-from smolvla_edge.runtime.robot.loop import Counts, Log, Tick
-from smolvla_edge.runtime.robot.plan import Plan
+from smolvla_edge.runtime.robot import rehearsal as report
+from smolvla_edge.runtime.robot import summary as lines_of_a_run
+from smolvla_edge.runtime.robot.checked_run import CheckedRun
+from smolvla_edge.runtime.robot.loop import Tick
+from smolvla_edge.runtime.robot.run_statistics import Counts, Distribution, RunStatistics
 from smolvla_edge.runtime.robot.settings import Settings
-from smolvla_edge.runtime.robot.summary import Watcher, summary
-
-CHUNK = Chunk(
-    np.zeros((8, 6), np.float32),
-    np.zeros((1, 8, 32), np.float32),
-    10,
-    Observation({}, np.zeros(6), Ask(0, None, 0), 5.0),
-    0.25,
-    Timing(1.0, 20.0, 3.0),
-)
+from smolvla_edge.runtime.robot.summary import StatusLine, summary
 
 
-def good_log(**counts):
-    return Log(
+def good_log(period_error_ms=(0.2,) * 299, chunks=3, **counts):
+    return RunStatistics(
         counts=Counts(**{"ticks": 300, "acted": 290, "held": 10} | counts),
-        chunks=[CHUNK] * 3,
-        seams_deg=[1.5, 4.25],
-        gaps_deg=[3.0, 9.0],
-        period_error_ms=[0.2] * 299,
-        late_ms=[0.1] * 300,
-        busy_ms=[2.0] * 300,
-        read_ms=[1.0] * 300,
-        write_ms=[0.5] * 300,
+        chunk_ms=Distribution([250.0] * chunks),
+        seams_deg=Distribution([1.5, 4.25]),
+        gaps_deg=Distribution([3.0, 9.0]),
+        period_error_ms=Distribution(period_error_ms),
+        late_ms=Distribution([0.1] * 300),
+        busy_ms=Distribution([2.0] * 300),
+        read_ms=Distribution([1.0] * 300),
+        write_ms=Distribution([0.5] * 300),
     )
 
 
 def plan_for(chunking="async"):
-    return Plan(Settings(chunking=chunking), None, None, None, None, "", "", 30.0)
+    return CheckedRun(Settings(chunking=chunking), None, None, None, None, "", "", 30.0)
 
 
 def judge(log, *, motion=None, chunking="async", failure=""):
@@ -103,10 +93,9 @@ def test_each_fault_fails_its_own_check(folder, capsys, check):
 
 
 def test_ticks_off_their_time_no_chunks_and_warnings_fail_it_too(folder):
-    log = good_log()
-    log.period_error_ms[-4:] = [9.0] * 4  # over 1 % of them, over a quarter of 33 ms
-    log.chunks.clear()
-    log.warnings.append("gripper: 56 C")
+    # over 1 % of them, over a quarter of 33 ms
+    log = good_log([0.2] * 295 + [9.0] * 4, chunks=0)
+    log.warn("gripper: 56 C")
     with pytest.raises(
         CheckFailed, match="it had chunks to execute, ticks come on time, nothing warns"
     ):
@@ -119,7 +108,7 @@ def test_ticks_off_their_time_no_chunks_and_warnings_fail_it_too(folder):
 
 def test_a_run_that_never_ticked_fails_rather_than_divides_by_nothing(folder):
     with pytest.raises(CheckFailed, match="it had chunks to execute, ticks come on time"):
-        judge(Log(), motion=MotionCounts(), failure="the arm cannot be read")
+        judge(RunStatistics(), motion=MotionCounts(), failure="the arm cannot be read")
     assert not read_report(folder)["passed"]
 
 
@@ -164,8 +153,8 @@ def test_the_summary_tells_timing_starvation_and_seams_apart():
     assert "300 ticks of 33.3 ms, 2 missed: 290 with an action, 10 held" in text
     assert "(7 of them after the first action)" in text
     assert (
-        "2 seams: chunks disagree by 6.0 deg median, 9.0 at most; the first step of the new one is 2.9 deg"
-        in text
+        "2 seams: chunks disagree by 6.0 deg median, 9.0 at most; "
+        "the first step of the new one is 2.9 deg" in text
     )
     assert "warning" not in text
 
@@ -181,17 +170,17 @@ def test_the_summary_warns_where_limits_change_the_policy_or_ticks_are_lost():
 
 
 def test_the_summary_of_a_run_that_never_began_is_no_error():
-    assert "0 ticks of 33.3 ms" in summary(Log(), 1 / 30, MotionCounts(), {})
+    assert "0 ticks of 33.3 ms" in summary(RunStatistics(), 1 / 30, MotionCounts(), {})
 
 
 def test_a_line_a_second_tells_where_the_arm_is_and_every_tick_is_handed_on(capsys, monkeypatch):
     now = iter(np.arange(100.0, 102.99, 0.1))
-    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(lines_of_a_run, "time", SimpleNamespace(monotonic=lambda: next(now)))
     handed = []
-    watcher = Watcher(handed.append, ("pan", "lift"))
+    status = StatusLine(handed.append, ("pan", "lift"))
     for i in range(30):
         state = SimpleNamespace(position=np.array([i, -2.5]))
-        watcher(Tick(i / 10, "run" if i < 20 else "stop", state, None, 7, None, (), Log()))
+        status(Tick(i / 10, "run" if i < 20 else "stop", state, None, 7, 0.0, 0.0, 0.0))
     assert len(handed) == 30
     command.said()
     lines = capsys.readouterr().out.splitlines()
@@ -207,7 +196,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Gone())
     handed = []
-    Watcher(handed.append, ())(
-        Tick(0.0, "run", SimpleNamespace(position=()), None, 0, None, (), Log())
+    StatusLine(handed.append, ())(
+        Tick(0.0, "run", SimpleNamespace(position=()), None, 0, 0.0, 0.0, 0.0)
     )
     assert len(handed) == 1

@@ -1,4 +1,5 @@
-"""A run under way, and what befalls it: program, port, cameras, person. Bytes seen by the servos count.
+"""A run under way, and what befalls it: program, port, cameras, person. Bytes seen by the servos
+count.
 
 The faults that need no policy are in test_faults.py, those of the loop alone in test_control.py.
 """
@@ -45,7 +46,7 @@ def seconds_until_limp(arm, limit_s=10.0):
 
 def children(pid):
     listed = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True
     ).stdout
     return {int(line.split()[0]): line for line in listed.splitlines()}
 
@@ -178,7 +179,8 @@ def test_f25_a_signal_that_is_sent_twice_at_once_parks_all_the_same(fresh, under
 
 
 def test_a_terminal_that_stalls_does_not_stop_the_loop(fresh, export_case, tmp_path, start):
-    """Nobody reads the run's output, as behind a pager or a stalled connection: its pipe fills up."""
+    """Nobody reads the run's output, as behind a pager or a stalled connection: its pipe fills
+    up."""
     read_end, write_end = os.pipe()
     fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
     os.write(write_end, b"x" * 1000)

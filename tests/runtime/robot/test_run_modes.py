@@ -1,4 +1,5 @@
-"""What smolvla-run can do beside driving: look before it leaps, rehearse, record, replay; and how it joins chunks."""
+"""What smolvla-run can do beside driving: look before it leaps, rehearse, record, replay; and how
+it joins chunks."""
 
 import json
 
@@ -113,7 +114,7 @@ def test_a_recording_can_be_computed_again(fresh, export_case, tmp_path, chunkin
         ),
         (spread(1.6, (0.0, 1.0)), "degrees", "look like radians"),
         (spread(120.0, (-40.0, 150.0)), "degrees", "the gripper ranges from -40.0 to 150.0"),
-        (spread(60.0), "degrees", "say --i-know-the-unit"),
+        (spread(60.0), "degrees", "give --i-know-the-unit"),
     ],
 )
 def test_units_that_contradict_the_training_statistics_are_refused(

@@ -1,7 +1,7 @@
-"""A stand-in for `tensorrt`: a plan names an ONNX graph, which ONNX Runtime computes on the addresses it is given.
+"""A stand-in for `tensorrt`: a plan names an ONNX graph, which ONNX Runtime computes.
 
-STANDIN in the environment, JSON: version; fail: parse, build, killed or wait; wrong: an output that comes out wrong,
-and by how much; half: the graph of which the inspector says that it is float16.
+STANDIN in the environment, JSON: version; fail: parse, build, killed or wait; wrong: an output and
+its error; half: the graph of which the inspector says that it is float16.
 """
 
 import enum

@@ -1,4 +1,6 @@
-"""A stand-in for `cuda.bindings.runtime`: device memory is host memory, and a stream is a list while it is captured.
+"""A stand-in for `cuda.bindings.runtime`: device memory is host memory.
+
+A stream is a list while it is captured.
 
 `calls` holds the name of every call and, for copies, how many bytes went which way.
 """
@@ -42,7 +44,7 @@ def enqueue(work):
 
 
 def view(address, size):
-    """Device memory as a ctypes array; outside of what was allocated is an error of the code under test."""
+    """Device memory as a ctypes array; memory that was not allocated is the code's error."""
     for start, (_, length) in _memory.items():
         if start <= address and address + size <= start + length:
             return (ctypes.c_char * size).from_address(address)

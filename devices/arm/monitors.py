@@ -85,7 +85,7 @@ class Monitors:
     def _joint(
         self, joint: int, state: JointState, error_deg: float, verdict: Verdict
     ) -> list[tuple[str, bool, str]]:
-        """All findings of one joint: (signal, is a stop, text). Adds to verdict.unload and .ease."""
+        """All findings of one joint: (signal, is a stop, text). Adds joints to `verdict`."""
         limits, registers = self._limits, self._registers[IDS[joint]]
         found: list[tuple[str, bool, str]] = []
 

@@ -1,13 +1,13 @@
-"""What a target becomes before it may reach the servos. No clock, no port: time and position are arguments.
+"""From a target to the goal that may reach the servos. Time and position are arguments.
 
     1 six finite numbers      2 not older than action_max_age_s      3 robot units to raw ticks
-    4 the calibrated range    5 a jump from the last target: rejected      6 speed, against the last goal emitted
-    7 acceleration, where limited      8 lead over the joint itself (9, the write, is the arm's)
+    4 the calibrated range    5 a jump from the last target: rejected
+    6 speed, against the last goal    7 acceleration, if limited     8 lead over the joint itself
 
-A rejected target is not approached: the last goal stays. Two consecutive goals of a joint never differ by more than
-speed x dt (and a tick of rounding), and none lies further outside the range than the one before, whatever the other
-steps do. The first target after a start or a pause is approached at the first-move speed (`ramping`) until every
-joint is close to it.
+A target that is rejected is not approached: the last goal stays. Two consecutive goals of a joint
+never differ by more than speed x dt (and a tick of rounding). No goal lies further outside the
+range than the one before. After a start or a pause, the first target is approached at the
+first-move speed (`ramping`) until every joint is close to it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .calibration import JOINT_NAMES, Calibration
 from .limits import JOINTS, TICKS_PER_DEG, Limits
 from .units import ENDS, Units, to_raw, to_values
 
-# Far outside any range, yet small enough that the conversion to ticks cannot overflow.
+# Far outside any range, but small enough that the conversion to ticks cannot overflow.
 LARGEST_VALUE = 1e6
-# A step never covers more time than this, however slow the loop: a goal far away is a jump to the servo.
+# One step covers this time at most, even in a slow loop: a servo jumps to a goal that is far away.
 MAX_DT_S = 0.1
 # Gripper tolerance beside ramp_threshold_deg, % of its range.
 RAMP_THRESHOLD_PCT = 10.0
-# A joint that presses against something keeps pressing only so much.
+# Lead of a joint that presses against something.
 EASED_LEAD_TICKS = 20
 
 Ticks = NDArray[np.float64]
@@ -38,11 +38,11 @@ NONE = (False,) * JOINTS
 
 @dataclass(frozen=True)
 class Emitted:
-    """What really goes to the servos.
+    """The goals that go to the servos.
 
-    raw: goal ticks per joint. position: the same goals, [6] float64 robot units. rejected: why the target was
-    not used ("" when it was). stale: it was too old. clipped, slewed, slowed, led: joints that range, speed,
-    acceleration or lead changed. ramping: the first-move speed holds.
+    raw: ticks. position: the same goals, [6] float64 robot units. rejected: why the target was not
+    used, "" if it was. stale: it was too old. clipped, slewed, slowed, led: joints that range,
+    speed, acceleration or lead changed. ramping: the first-move speed applies.
     """
 
     raw: tuple[int, ...]
@@ -58,8 +58,10 @@ class Emitted:
 
 @dataclass
 class MotionCounts:
-    """How many targets each step bit on, since `start`. limited: accepted targets that any step changed while the
-    arm was not ramping."""
+    """How many targets each step changed, since `start`.
+
+    limited: accepted targets that any step changed while the arm was not ramping.
+    """
 
     accepted: int = 0
     malformed: int = 0
@@ -74,9 +76,9 @@ class MotionCounts:
 
 
 class MotionShaper:
-    """Turns targets in robot units into raw goals; `rate_hz` is how often it is asked.
+    """Turns targets in robot units into raw goals. rate_hz: how often it is called.
 
-    dt is the time between the calls, at most two periods and 0.1 s: a pause never turns into a jump.
+    dt is the time between two calls, at most two periods and 0.1 s: a pause never becomes a jump.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class MotionShaper:
         self._high = (
             np.array([j.range_max for j in calibration.joints], np.int64) - limits.margin_ticks
         )
-        # Beyond these, the conversion itself clamps.
+        # Outside these values, the conversion itself clamps.
         self._smallest, self._largest = np.array(
             [ENDS.get(s, (-math.inf, math.inf)) for s in units.scales]
         ).T
@@ -100,9 +102,9 @@ class MotionShaper:
         self._accel = limits.accel_deg_s2 * TICKS_PER_DEG or math.inf
         self._lead = limits.ticks(calibration, limits.lead_deg, limits.gripper_lead_pct)
         self._close = limits.ticks(calibration, limits.ramp_threshold_deg, RAMP_THRESHOLD_PCT)
-        # A gripper may open or close within one target.
+        # A gripper can open or close within one target.
         self._jump = limits.ticks(calibration, limits.jump_deg, math.inf)
-        # The exact goal behind the rounded one: at small dt a step may be a fraction of a tick.
+        # The exact goal before rounding: for a small dt, a step can be a fraction of a tick.
         self.goal: Ticks = np.zeros(JOINTS)  # the last one emitted, [6] raw ticks
         self._velocity: Ticks = np.zeros(JOINTS)
         self._accepted: Ticks | None = None
@@ -114,8 +116,11 @@ class MotionShaper:
         self.counts = MotionCounts()
 
     def start(self, goal_raw: ArrayLike, time_s: float, *, far: bool = False) -> None:
-        """Begin at the goal the servos hold, [6] raw ticks; the next target is approached slowly. far: that target
-        may be further than a jump away."""
+        """Start at the goal that the servos hold, [6] raw ticks. The next target is approached
+        slowly.
+
+        far: the next target can be further away than a jump.
+        """
         self.counts = MotionCounts()
         self.goal, self._velocity = np.array(goal_raw, np.float64), np.zeros(JOINTS)
         self._time_s = time_s
@@ -124,29 +129,37 @@ class MotionShaper:
             self.redirect()
 
     def resume(self) -> None:
-        """After a stop: every joint follows again. The next target is approached slowly, and no further than a jump
-        from where the arm is held."""
+        """After a stop: every joint follows again.
+
+        The next target is approached slowly. It must be no further than a jump from the held goal.
+        """
         self._eased, self._ramping, self.jumps_in_a_row = {}, True, 0
         self._accepted = self.goal.copy()
 
     def redirect(self) -> None:
-        """The next target may be anywhere: it is no jump."""
+        """The next target can be anywhere: it is not a jump."""
         self._accepted = None
 
     def unload(self, joint: int, present_raw: ArrayLike) -> None:
-        """The goal of `joint` (0 to 5) becomes where it stands: it pushes no more. The one goal that may be further
-        away than a step; not renewed later, or a loaded joint would sink."""
+        """The goal of `joint` (0 to 5) becomes its position, so it does not push.
+
+        This goal can be further away than a step. It is set once: set again and again, it would let
+        a loaded joint sink.
+        """
         self.goal[joint] = np.asarray(present_raw)[joint]
 
     def ease(self, joint: int, present_raw: ArrayLike) -> None:
-        """`joint` presses against something: it keeps a light pressure until a target leads away."""
+        """`joint` presses against something: press lightly until a target leads away from it."""
         self._eased[joint] = float(np.sign(self.goal[joint] - np.asarray(present_raw)[joint]))
 
     def shape(
         self, target: ArrayLike, present_raw: ArrayLike, time_s: float, due_s: float | None = None
     ) -> Emitted:
-        """The goal to emit at `time_s` for `target`, [6] robot units, that was meant for `due_s` (both monotonic;
-        None: for now), with the joints at `present_raw`."""
+        """The goal to emit at `time_s` for `target`, [6] robot units.
+
+        present_raw: the joints, [6] ticks. due_s: the time the target was meant for; None is now.
+        All times are monotonic seconds.
+        """
         try:
             values = _checked(target)
         except (TypeError, ValueError) as problem:
@@ -181,7 +194,7 @@ class MotionShaper:
         return self._step(aim, present_raw, time_s, clipped)
 
     def hold(self, present_raw: ArrayLike, time_s: float, reason: str = "") -> Emitted:
-        """The last goal again, led back where the joint has been pushed away from it."""
+        """The last goal again, led back if the joint has been pushed away from it."""
         return self._step(
             self.goal, present_raw, time_s, np.zeros(JOINTS, np.bool_), reason, holding=True
         )
@@ -203,9 +216,9 @@ class MotionShaper:
         slewed_to = last + np.clip(aim - last, -reach, reach)
         low, high = np.minimum(self._low, last), np.maximum(self._high, last)
         goal = slewed_to if holding or dt_s == 0 else self._limit_acceleration(aim, slewed_to, dt_s)
-        # A joint can be pushed out of its range, but its goal cannot.
+        # A joint can be pushed out of its range. Its goal cannot.
         leading = np.clip(self._lead_back(goal, present), low, high)
-        # The lead gives way to the speed: a joint that was pushed far is led back, not followed in one step.
+        # Speed limits the lead: a joint that was pushed far is led back in many steps.
         bounded = np.clip(leading, last - reach, last + reach)
         self._velocity = (bounded - last) / dt_s if dt_s else self._velocity
         self.goal = bounded
@@ -253,7 +266,7 @@ class MotionShaper:
 
 
 def _checked(target: ArrayLike) -> NDArray[np.float64]:
-    """The target as [6] float64; ValueError or TypeError when it is none."""
+    """The target as [6] float64. ValueError or TypeError if it is no target."""
     array = np.asarray(target)
     if array.dtype.kind not in "fiu" or array.shape != (JOINTS,):
         raise ValueError(f"{array.dtype} {list(array.shape)}, expected {JOINTS} numbers")

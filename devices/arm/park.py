@@ -1,4 +1,7 @@
-"""The way back to where the arm lay: a minimum-jerk move, so that switching off does not drop it."""
+"""The move back to where the arm lay, so that switching off does not drop it.
+
+The path is a minimum-jerk move.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from numpy.typing import NDArray
 
 from .limits import TICKS_PER_DEG
 
-# A minimum-jerk move is 15/8 times as fast in its middle as on average.
+# Peak speed of a minimum-jerk move over its mean speed.
 PEAK = 15 / 8
 SPEED_DEG_S, LIMIT_S = 60.0, 5.0
 
@@ -15,13 +18,13 @@ Ticks = NDArray[np.float64]  # [6]
 
 
 class Park:
-    """From `start` to `rest`, [6] raw ticks, beginning at `start_s` (monotonic), within `limit_ticks_s`."""
+    """A move from `start` to `rest`, [6] raw ticks, within `limit_ticks_s`. start_s: monotonic."""
 
     def __init__(self, start: Ticks, rest: Ticks, start_s: float, limit_ticks_s: Ticks) -> None:
         self._start, self._rest, self._start_s = start, rest, start_s
         way = PEAK * np.abs(rest - start)
         usual_s = min(LIMIT_S, float(way.max()) / (SPEED_DEG_S * TICKS_PER_DEG))
-        # Never faster than a goal may go: it must have arrived before it is let go.
+        # The speed limit applies: the arm must have arrived before it is switched off.
         self.duration_s = max(usual_s, float((way / limit_ticks_s).max()))
         self.end_s = start_s + self.duration_s
 

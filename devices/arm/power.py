@@ -1,4 +1,4 @@
-"""Switching servos on without a jump, and off whatever happens."""
+"""Switch servos on without a jump, and off in every case."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class ReleaseResult:
 def switch_on(
     bus: FeetechBus, servo_id: int, goal_velocity: int, torque_limit: int, beat: Callable[[], None]
 ) -> int:
-    """Set up one servo, give it its own position as goal, switch it on. Returns that goal, raw ticks.
+    """Set up one servo, make its position its goal, switch it on. Returns that goal, raw ticks.
 
-    A servo that is on already (from a run that died) is taken over as it stands: it must not drop. ArmError when it
-    would jump, jumps, or reports an error. beat: called at least every 50 ms.
+    A servo that is already on (its run has died) stays on: it must not drop. ArmError if it would
+    jump, jumps, or reports an error. beat: called at least every 50 ms.
     """
     label = joint_label(servo_id)
     beat()
@@ -72,8 +72,10 @@ def sink(
     afterwards: Mapping[int, int],
     beat: Callable[[], None],
 ) -> None:
-    """Lower Torque_Limit of every servo from `present`, {id: 0.1 %}, to nothing over 0.4 s, switch all off, and set
-    it to `afterwards`."""
+    """Lower Torque_Limit of every servo to 0 over 0.4 s, then switch all servos off.
+
+    present: the limits now, afterwards: the limits to set at the end, {id: 0.1 %}.
+    """
     for step in range(SINK_STEPS - 1, -1, -1):
         beat()
         bus.sync_write(
@@ -81,13 +83,15 @@ def sink(
         )
         time.sleep(SINK_STEP_S)
     bus.broadcast_torque_off()
-    # Nobody else ever writes this register: left at 0, the arm would stay limp until its power is cut.
+    # Nothing else writes this register. At 0, the arm stays limp until its power is cut.
     bus.sync_write(Register.TORQUE_LIMIT, afterwards)
 
 
 def switch_off(bus: FeetechBus) -> ReleaseResult:
-    """Switch every servo off and verify it; never skips a servo because of another, and raises nothing but an
-    interrupt, which waits until the last servo has been tried."""
+    """Switch every servo off and verify it. A failed servo does not keep the others on.
+
+    Raises only an interrupt, after the last servo has been tried.
+    """
     interrupt: BaseException | None = None
     unconfirmed: dict[int, str] = {}
     # Broadcast first: it reaches all servos at once and needs no answer.

@@ -1,8 +1,9 @@
 """The SO-101 follower arm: six STS3215 servos on one bus.
 
-Nothing moves before `enable`, `enable` never makes the arm jump, every goal passes the MotionShaper, every reading
-the Monitors, and leaving the context switches all servos off. A stop that the monitors find is latched: the arm holds
-until `resume`. No EPROM register is written here. This is no safety-rated stop: the stop is the power switch.
+Nothing moves before `enable`, and `enable` never makes the arm jump. Every goal passes the
+MotionShaper, every reading passes the Monitors. Leaving the context switches all servos off. A stop
+that the monitors find is latched: the arm holds until `resume`. This module writes no EPROM
+register. It is no safety-rated stop: that is the power switch.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from .power import ReleaseResult
 from .telemetry import JointState, Telemetry
 from .units import Units, to_values
 
-# The servo's own profile stays above the host's speed limit, so that it bounds a fault and not the motion.
+# The servo's own profile is above the host's speed limit: it bounds a fault, not the motion.
 ACCELERATION = 254
 SPEED_HEADROOM = 1.5
 # Torque_Limit of a servo that reports overload, overheat or overcurrent, 0.1 %.
 UNLOADED_TORQUE = 200
 TORQUE_CHECK_S = 0.5
 RESTARTED = "torque went off by itself (restarted?). Check supply and cable"
-# A slow bus (a servo that takes 5 ms to answer) costs rate, not answers.
+# With a slow bus (a servo that answers after 5 ms), the rate falls, but no answer is lost.
 REPLY_MARGIN_S = 0.015
 JUMPS_LIMIT = 15
 PARK_SETTLE_S = 2.0
@@ -45,11 +46,14 @@ log = logging.getLogger(__name__)
 
 
 class SO101:
-    """The arm on `port`, in `units`, within `limits`; `rate_hz` is how often `read` and `send` will be called.
+    """The arm on `port`, in `units`, within `limits`.
 
-    motors_off: never energise, never write a goal; `send` tells what it would have sent to an arm that follows.
-    beat: called whenever the arm was heard or told something, for a watchdog; what it raises ends the run.
-    Methods raise ArmError for refusals, BusError for servos that do not answer, BusLost when the port is gone.
+    rate_hz: how often `read` and `send` will be called. motors_off: never energise and never write
+    a goal; `send` returns what it would have sent to an arm that follows. beat: called at each
+    exchange with the arm, for a watchdog; its exception ends the run.
+
+    Methods raise ArmError for refusals, BusError for servos that do not answer, BusLost when the
+    port is gone.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class SO101:
         if result.unconfirmed:
             if error is None:
                 raise ArmError(result.message)
-            # The error under way says more; it must not be replaced.
+            # Raise the first error: it says more than the result.
             log.error(result.message)
 
     @property
@@ -110,19 +114,20 @@ class SO101:
 
     @property
     def anomalies(self) -> dict[str, int]:
-        """What went wrong on the line since `connect`, by name; only what did."""
+        """Errors on the line since `connect`, {name: count}, without zeros."""
         return dict(+self.bus.counters)
 
     def connect(self) -> tuple[str, ...]:
-        """Open the bus and check the arm without writing anything; returns warnings.
+        """Open the bus and check the arm without a write. Returns warnings.
 
-        ArmError lists every finding that forbids to go on; the port is closed again then.
+        ArmError lists every problem; then the port is closed again.
         """
         self.bus.open()
         try:
             findings = inspect(self.bus, self.calibration)
             if findings.problems:
-                # The warnings too: that motors are on already matters most when the run does not start.
+                # Show the warnings too: that motors are on matters most when the run does not
+                # start.
                 head = f"the arm on {self.bus.path} is refused, nothing was written:"
                 raise ArmError(listed(head, findings.problems + findings.warnings))
             self._monitors = Monitors(self.limits, findings.values)
@@ -133,8 +138,11 @@ class SO101:
         return findings.warnings
 
     def read(self) -> JointState:
-        """All joints in one request, checked by the monitors: a stop they find is in `stopped`, a warning in
-        `new_warnings`. BusError names joints that have never answered, later only a line that is unusable."""
+        """Read all joints in one request and check them.
+
+        A stop is then in `stopped`, a warning in `new_warnings`. BusError names joints that have
+        never answered. Later it is raised only for an unusable line.
+        """
         assert self._monitors is not None, "connect() comes first"
         self.beat()
         state = self._state = self._telemetry.read(self._budget_s)
@@ -155,14 +163,15 @@ class SO101:
         return state
 
     def new_warnings(self) -> list[str]:
-        """What the monitors noticed since the last call."""
+        """Warnings since the last call."""
         found, self._warnings = self._warnings, []
         return found
 
     def enable(self, *, far: bool = False) -> None:
-        """Energise the arm where it stands, one servo at a time. On any failure everything is off again.
+        """Energise the arm where it is, one servo at a time. After a failure, everything is off
+        again.
 
-        far: the first target may be further away than `jump_deg`.
+        far: the first target can be further away than `jump_deg`.
         """
         if not self.bus.is_open:
             raise ArmError("enable() before connect(). Connect first: it checks the arm.")
@@ -188,8 +197,11 @@ class SO101:
         self.read()
 
     def send(self, target: ArrayLike, due_s: float | None = None) -> Emitted:
-        """Move towards `target`, [6] robot units, meant for `due_s` (monotonic; None: now); returns what was really
-        sent. A target that cannot be used does not raise: the last goal is sent again. So it is while stopped."""
+        """Move towards `target`, [6] robot units. Returns what was sent.
+
+        due_s: the time the target was meant for, monotonic; None is now. A target that cannot be
+        used does not raise: the last goal is sent again. The same applies during a stop.
+        """
         state = self._require_enabled("send")
         if self.stopped:
             return self.hold()
@@ -204,8 +216,10 @@ class SO101:
         return self._emit(self._shaper.hold(self._present(state), time.monotonic()))
 
     def resume(self) -> None:
-        """Follow again after a stop, slowly at first. ArmError when a servo is off: it is never switched on again
-        in the same run."""
+        """Follow again after a stop, slowly at first.
+
+        ArmError if a servo is off: it is never switched on again in the same run.
+        """
         self._require_enabled("resume")
         if not self.motors_off and (off := self._telemetry.powered_off()):
             raise ArmError(
@@ -218,7 +232,7 @@ class SO101:
         self._shaper.resume()
 
     def begin_park(self) -> float:
-        """Start the way back to where the arm was switched on, from the last goal; returns seconds."""
+        """Start the move back to where the arm was switched on. Returns its duration in seconds."""
         self._require_enabled("begin_park")
         start, now = self._shaper.goal.copy(), time.monotonic()
         self._shaper.redirect()
@@ -227,7 +241,7 @@ class SO101:
         return self._park.duration_s
 
     def park(self) -> tuple[bool, Emitted]:
-        """One step of it; whether the arm has arrived, and what was sent."""
+        """One step of the move. Returns whether the arm has arrived, and what was sent."""
         assert self._park is not None, "begin_park() comes first"
         if self.stopped:
             return False, self.hold()
@@ -238,10 +252,10 @@ class SO101:
         return over_s >= 0 and (not any(emitted.slewed) or over_s > PARK_SETTLE_S), emitted
 
     def release(self, *, soft: bool = False) -> ReleaseResult:
-        """Switch every servo off and verify it. May be called again; never skips a servo because of another.
+        """Switch every servo off and verify it. Can be called again.
 
-        soft: lower the torque over 0.4 s first, so that the arm sinks instead of falling. Does not raise for servos
-        or a port that fail: what could not be confirmed is in the result.
+        soft: lower the torque over 0.4 s first, so that the arm sinks instead of falling. Does not
+        raise for servos or a port that fail: the result lists them.
         """
         was_enabled, self._enabled = self._enabled, False
         if not self.bus.is_open or not self._touched:
@@ -268,7 +282,7 @@ class SO101:
         self._torque_now, self.stopped = dict(self.torque_limits), ""
 
     def _unload(self, joints: list[int]) -> None:
-        """Let go of `joints`, also of those that are found later, during the stop."""
+        """Unload `joints`, also those that are found later during the stop."""
         if not joints:
             return
         assert self._state is not None
@@ -279,11 +293,11 @@ class SO101:
         if weak:
             self._torque_now |= weak
             self.bus.sync_write(Register.TORQUE_LIMIT, weak)
-        # At once: whoever is told of the stop may end the run without another tick.
+        # Send it now: the caller may end the run without another tick.
         self.hold()
 
     def _present(self, state: JointState) -> NDArray[np.float64]:
-        """Where the joints are, for the lead; without motors, where they would be."""
+        """The position of the joints, for the lead. Without motors: the goal."""
         return self._shaper.goal if self.motors_off else state.raw.astype(np.float64)
 
     def _emit(self, emitted: Emitted) -> Emitted:

@@ -1,7 +1,7 @@
-"""What the servos report, one request a tick: position, velocity, load, voltage, temperature, status, current.
+"""What the servos report, with one request per tick.
 
-A servo that does not answer keeps its last values, and their age tells. A position that no servo can have reached
-since the last one is not believed.
+A servo that does not answer keeps its last values, and their age grows. A position that the servo
+cannot have reached since the last one is rejected.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MA_PER_STEP = 6.5
 class JointState:
     """One reading of all joints; arrays are [6].
 
-    time_s: monotonic, of the request. position: float64 robot units. raw: ticks. velocity: ticks/s. load: % of full
-    duty, signed. current: mA. errors: ERROR byte. age_s: of each joint's values, 0 when it answered just now.
-    missed: readings in a row it did not answer, or was not believed.
+    time_s: of the request, monotonic. position: float64 robot units. raw: ticks. velocity: ticks/s.
+    load: % of full duty, signed. current: mA. errors: ERROR byte. age_s: of each joint's values, 0
+    if it answered now. missed: consecutive readings without an accepted answer.
     """
 
     time_s: float
@@ -45,11 +45,14 @@ class JointState:
     errors: tuple[int, ...]
     age_s: NDArray[np.float64]
     missed: tuple[int, ...]
-    jumps: tuple[int, ...]  # readings in a row that were not believed
+    jumps: tuple[int, ...]  # consecutive readings that were rejected
 
 
 class Telemetry:
-    """Reads the arm on `bus`. BusError from the first `read` when a joint is missing, later only from a bad line."""
+    """Reads the arm on `bus`.
+
+    The first `read` raises BusError if a joint is missing. Later it raises only for a bad line.
+    """
 
     def __init__(self, bus: FeetechBus, calibration: Calibration, units: Units) -> None:
         self._bus, self._calibration, self._units = bus, calibration, units
@@ -58,7 +61,7 @@ class Telemetry:
         self.trust()
 
     def read(self, budget_s: float = math.inf) -> JointState:
-        """All joints in one request; `budget_s` bounds how long missing ones are asked again."""
+        """Read all joints in one request. budget_s: the limit for asking missing joints again."""
         time_s = time.monotonic()
         blocks = self._bus.sync_read(IDS, FIRST, LAST, budget_s)
         if not self._last and (missing := [joint_label(i) for i in IDS if i not in blocks]):
@@ -75,8 +78,10 @@ class Telemetry:
         return tuple(i for i, block in blocks.items() if block.values[Register.TORQUE_ENABLE] == 0)
 
     def trust(self) -> None:
-        """Begin anew with whatever the joints report next, as after a stop that somebody has looked into."""
-        self._fresh = set(IDS)  # whose next position is believed whatever it is
+        """Accept the next position of each joint, whatever it is, as after a stop that was
+        resolved.
+        """
+        self._fresh = set(IDS)  # servos whose next position is accepted
         self._jumps, self._missed = dict.fromkeys(IDS, 0), dict.fromkeys(IDS, 0)
 
     def _take(self, servo_id: int, block: BlockReading | None, time_s: float) -> None:
@@ -85,9 +90,11 @@ class Telemetry:
         elif servo_id not in self._fresh:
             moved = abs(block.values[FIRST] - self._last[servo_id].values[FIRST])
             elapsed_s = time_s - self._seen_s[servo_id]
-            # Once an encoder is lying, waiting does not make it true.
-            lying = self._jumps[servo_id] >= UNBELIEVED_READINGS
-            if lying or moved > JUMP_FACTOR * (NO_LOAD_TICKS_PER_S * elapsed_s + JUMP_SLACK_TICKS):
+            # After three implausible readings, reject the encoder until reset.
+            rejected = self._jumps[servo_id] >= UNBELIEVED_READINGS
+            if rejected or moved > JUMP_FACTOR * (
+                NO_LOAD_TICKS_PER_S * elapsed_s + JUMP_SLACK_TICKS
+            ):
                 self._jumps[servo_id] += 1
                 self._bus.counters["unbelieved_positions"] += 1
                 block = None
@@ -113,7 +120,7 @@ class Telemetry:
             load=column(Register.PRESENT_LOAD) / 10,
             voltage=column(Register.PRESENT_VOLTAGE) / 10,
             temperature=column(Register.PRESENT_TEMPERATURE),
-            # Its sign is disputed between sources; the amount is not.
+            # Sources disagree about its sign, but not about its amount.
             current=np.abs(column(LAST)) * MA_PER_STEP,
             errors=tuple(b.error | b.values[Register.STATUS] for b in blocks),
             age_s=np.array([time_s - self._seen_s[i] for i in IDS]),

@@ -1,6 +1,7 @@
 """Raw servo ticks to robot units and back, bit for bit as LeRobot does it.
 
-Source: lerobot 0.4.4 `MotorsBus._normalize` and `_unnormalize`; the order of the float operations is theirs.
+Source: lerobot 0.4.4 `MotorsBus._normalize` and `_unnormalize`, with the same order of the float
+operations.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ class Scale(Enum):
     RANGE_0_100 = "range_0_100"
 
 
-# What the ends of the calibrated range are called; degrees are measured from its middle and know no ends.
+# Values at the ends of the calibrated range. Degrees are measured from its middle.
 ENDS = {Scale.RANGE_M100_100: (-100.0, 100.0), Scale.RANGE_0_100: (0.0, 100.0)}
 
 
 class Units(Enum):
-    """What the numbers of a robot mean. No checkpoint records it, so there is no default anywhere."""
+    """What the numbers of a robot mean. No checkpoint records it, so there is no default."""
 
     DEGREES = "degrees"
     RANGE_M100_100 = "range_m100_100"
@@ -39,7 +40,7 @@ class Units(Enum):
 
 
 def raw_to_value(raw: int, joint: JointCalibration, scale: Scale) -> float:
-    """Value of a raw position. Degrees are measured from the middle of the range and never clamped."""
+    """Value of a raw position. Degrees are measured from the middle of the range, unclamped."""
     low, high = joint.range_min, joint.range_max
     if scale is Scale.DEGREES:
         return (raw - (low + high) / 2) * 360 / ENCODER_MAX
@@ -49,7 +50,7 @@ def raw_to_value(raw: int, joint: JointCalibration, scale: Scale) -> float:
 
 
 def value_to_raw(value: float, joint: JointCalibration, scale: Scale) -> int:
-    """Raw position of a finite value, truncated toward zero. Degrees may lie outside the calibrated range."""
+    """Raw position of a finite value, truncated toward zero. Degrees can be outside the range."""
     low, high = joint.range_min, joint.range_max
     if scale is Scale.DEGREES:
         return int(value * ENCODER_MAX / 360 + (low + high) / 2)

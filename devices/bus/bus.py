@@ -1,8 +1,9 @@
-"""The serial bus of Feetech servos: one owner thread, one transaction at a time, answers matched to requests.
+"""The serial bus of Feetech servos: one owner thread, one transaction at a time.
 
-The input is emptied before every request, the line is left to fall silent after every failed one, and an
-answer counts only with the right id, length and checksum. The protocol numbers nothing, so what is asked of a
-servo after a missing answer is a byte longer, and the answer that is late has the wrong length.
+Before every request, the input is emptied. After every failed request, the bus waits until the line
+is silent. An answer counts only with the right id, length and checksum. The protocol has no
+sequence numbers, so after a missing answer the next request to that servo asks for one byte more:
+the late answer then has the wrong length.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ SILENCE_S = 0.005
 DRAIN_LIMIT_S = 0.060
 BYTE_S = 10 / 1_000_000  # 8N1: ten bits
 RETRIES = 1
-# How long an answer is reckoned with; a hiccup of 90 ms has been seen.
+# How long a late answer is expected. A delay of 90 ms has been seen.
 LATE_WINDOW_S = 0.2
-# Lengths to go through: more than a dead servo uses up within the window at 30 Hz.
+# Number of different lengths: more than a dead servo uses within the window at 30 Hz.
 SPARE_LENGTHS = 16
 DESYNCS_LIMIT = 10
 DESYNCS_WINDOW_S = 1.0
 ECHO_PROBE_ID = 0xFD
-# What came and was no answer. A servo that is merely silent disturbs nothing.
+# Counters of bytes that were no answer. A servo that is only silent does not count.
 DISTURBANCES = ("bad_checksums", "stray_bytes", "foreign_frames", "repeated_frames")
 
 
@@ -45,25 +46,26 @@ class Reading(NamedTuple):
 
 
 class BlockReading(NamedTuple):
-    """Neighbouring registers of one servo, signs applied, and the ERROR byte that came with them."""
+    """Consecutive registers of one servo, signs applied, and the ERROR byte of the answer."""
 
     values: Mapping[Register, int]
     error: int
 
 
 class FeetechBus:
-    """A bus of STS servos on `port`. The thread that opens it is the only one that may use it; any may close it.
+    """A bus of STS servos on `port`. Only the thread that opens it may use it; any may close it.
 
-    reply_margin_s: how long an answer may be late beyond wire time and servo turnaround.
-    reply_gap_s: how long the next answer to a sync read may be later than the one before; a bus whose first
-    answer took longer is given twice that, up to the margin.
-    fd: the port, opened by another process; what it still had to send is thrown away.
-    counters: anomalies since the port was opened, by name. A healthy bus has none.
-    on_write: called with (id, register, value) before each register write, id 254 for all; a journal. Sync
-    writes, the goals of every tick, are not reported.
-    Methods raise BusError when servos do not answer, or more than DESYNCS_LIMIT exchanges in a second were disturbed,
-    BusLost when the port is gone, ArmError for a write that this package never performs and for a call from another
-    thread. Error bits of a servo are data: they are returned beside the value.
+    reply_margin_s: how late an answer may be, beyond wire time and servo turnaround. reply_gap_s:
+    how much later the next answer to a sync read may be than the one before; if the first answer
+    took longer, twice its time, up to the margin. fd: the port, opened by another process; its
+    unsent bytes are discarded. counters: errors on the line since the port was opened, by name.
+    on_write: called with (id, register, value) before each register write, with id 254 for all
+    servos; sync writes, the goals of every tick, are not reported.
+
+    Methods raise BusError if servos do not answer, or if more than DESYNCS_LIMIT exchanges in a
+    second were disturbed; BusLost when the port is gone; ArmError for a write that this package
+    never performs, and for a call from another thread. Error bits of a servo are data: they are
+    returned with the value.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class FeetechBus:
         return self._port is not None
 
     def open(self) -> None:
-        """Open the port for this process alone and find out whether the adapter echoes what is sent."""
+        """Open the port for this process alone. Find out whether the adapter echoes requests."""
         self._owner = threading.current_thread()
         self._port = port = Port(self.path, self._fd)
         self._late_until_s, self._desyncs_s, self._busy_s = {}, [], time.monotonic()
@@ -116,7 +118,7 @@ class FeetechBus:
             raise
 
     def close(self) -> None:
-        """Close the port. May be called again, by any thread, and after the port is lost."""
+        """Close the port. Can be called again, by any thread, and after the port is lost."""
         port, self._port = self._port, None
         if port is not None:
             port.close()
@@ -126,9 +128,9 @@ class FeetechBus:
         return self._open_port().fileno()
 
     def ping(self, servo_id: int) -> tuple[int, int] | None:
-        """ERROR byte and how many servos answered (more than 1 share the id); None without an answer."""
+        """ERROR byte and number of answers (2 servos share the id); None without an answer."""
         for _ in self._tries():
-            late = self._owes(servo_id)
+            late = self._may_answer_late(servo_id)
             repeated = self.counters["repeated_frames"]
             reply = self._exchange(frames.ping(servo_id), {servo_id: 0}).get(servo_id)
             if reply is not None:
@@ -138,7 +140,7 @@ class FeetechBus:
                     - repeated
                     + sum(frame.id == servo_id for frame in more)
                 )
-                # After a late answer, a second one is no second servo.
+                # After a late answer, a second answer is not a second servo.
                 return reply.code, 1 if late else 1 + twins
         return None
 
@@ -152,28 +154,31 @@ class FeetechBus:
             for reply in self._ask(servo_id, first, last).values():
                 return _block(first, last, reply)
         raise BusError(
-            f"servo {servo_id} on {self.path} did not answer a read of {first}. Check cable and power."
+            f"servo {servo_id} on {self.path} did not answer a read of {first}. "
+            "Check cable and power."
         )
 
     def write(self, servo_id: int, register: Register, value: int) -> int:
-        """Write and have it confirmed: by the servo's acknowledgement or, without one, by reading back.
+        """Write, and confirm it by the servo's acknowledgement or by reading back.
 
         Returns the ERROR byte of the confirmation.
         """
         request = frames.write(servo_id, register.address, self._checked(register, value))
         for _ in self._tries():
             self.on_write(servo_id, register, value)
-            late = self._owes(servo_id)
+            late = self._may_answer_late(servo_id)
             ack = self._exchange(request, {servo_id: 0}).get(servo_id)
             if ack is not None and not late:
                 return ack.code
-            # Response_Status_Level 0 never acknowledges, and an acknowledgement can be lost, or an older one.
+            # With Response_Status_Level 0 there is no acknowledgement. It can also be lost, or be
+            # an older one.
             reading = self.read(servo_id, register)
             if reading.value == value:
                 self.counters["unacknowledged_writes"] += 1
                 return reading.error
         raise BusError(
-            f"servo {servo_id} on {self.path} did not take {register} = {value}, it reads {reading.value}"
+            f"servo {servo_id} on {self.path} did not take {register} = {value}, "
+            f"it reads {reading.value}"
         )
 
     def sync_read(
@@ -183,9 +188,10 @@ class FeetechBus:
         last: Register | None = None,
         budget_s: float = math.inf,
     ) -> dict[int, BlockReading]:
-        """Registers `first` to `last` of every servo in one request; the missing ones are asked again singly.
+        """Read registers `first` to `last` of every servo in one request.
 
-        Asking again ends `budget_s` after the call. A servo that never answers is absent.
+        Missing servos are asked again one by one, until `budget_s` after the call. A servo that
+        never answers is absent from the result.
         """
         until_s = time.monotonic() + budget_s
         last = last or first
@@ -205,20 +211,21 @@ class FeetechBus:
         }
 
     def sync_write(self, register: Register, values: Mapping[int, int]) -> None:
-        """One register of several servos, {id: value}. The protocol has no acknowledgement for this."""
+        """Write one register of several servos, {id: value}. It is never acknowledged."""
         self.sync_write_block({i: {register: value} for i, value in values.items()})
 
     def sync_write_block(self, values: Mapping[int, Mapping[Register, int]]) -> None:
-        """Registers that follow each other, the same ones of several servos, in one frame; never acknowledged."""
+        """Write the same consecutive registers of several servos in one frame, never acknowledged.
+
+        values: {id: {register: value}}.
+        """
         data = {
             i: b"".join(self._checked(r, value) for r, value in given.items())
             for i, given in values.items()
         }
         block, *others = {tuple(given) for given in values.values()}
         if others or any(one.end != next_.address for one, next_ in pairwise(block)):
-            raise ArmError(
-                f"cannot write {', '.join(map(str, block))} of each servo as one block without a gap."
-            )
+            raise ArmError(f"cannot write {', '.join(map(str, block))} of each servo as one block.")
         self._exchange(frames.sync_write(block[0].address, data), {})
 
     def broadcast_torque_off(self) -> None:
@@ -248,12 +255,15 @@ class FeetechBus:
     def _exchange(
         self, request: bytes, expected: Mapping[int, int], until_s: float = math.inf
     ) -> dict[int, frames.Frame]:
-        """Send, then collect an answer per id in `expected`, {id: bytes of params}; missing ones stay out."""
+        """Send, then collect one answer per id. expected: {id: bytes of params}.
+
+        Ids that do not answer are absent.
+        """
         port = self._open_port()
         before = self._disturbances()
         if self._disturbed or port.waiting():
             self._drain(port, until_s)
-        # Until all is collected: an interrupt here must not leave an answer to the next request.
+        # Stays true after an interrupt: no answer may be left for the next request.
         self._disturbed = True
         sent_s = now_s = time.monotonic()
         if sent_s >= until_s:
@@ -276,13 +286,13 @@ class FeetechBus:
                     continue
                 if not replies:
                     wait_s = max(self._reply_gap_s, min(self._reply_margin_s, 2 * (now_s - sent_s)))
-                # A servo answers in order: the later of two answers is the one to this request.
+                # A servo answers in order: the later of two answers belongs to this request.
                 self.counters["repeated_frames"] += frame.id in replies
                 replies[frame.id] = frame
                 deadline = min(until_s, now_s + answer_s + wait_s)
             if chunk:
                 self._busy_s = now_s
-            # What lay there is counted even when we came late, but noise that never ends is left.
+            # Bytes that had arrived count even if we are late. Endless noise is left.
             if not chunk or now_s > deadline:
                 break
         missing = expected.keys() - replies.keys()
@@ -296,24 +306,26 @@ class FeetechBus:
         if self._disturbances() > before:
             self._desyncs_s = [s for s in self._desyncs_s if s > now_s - DESYNCS_WINDOW_S] + [now_s]
             if len(self._desyncs_s) > DESYNCS_LIMIT:
-                # What follows, above all switching off, gets another chance.
+                # The next requests, above all switching off, get a new chance.
                 self._desyncs_s = []
                 raise BusError(
-                    f"the line on {self.path} is too noisy: {dict(+self.counters)}. Check cable and power, that no "
-                    "second program and no two servos with one id use this bus."
+                    f"the line on {self.path} is too noisy: {dict(+self.counters)}. Check cable "
+                    "and power, that no second program uses this bus, and that no two servos "
+                    "share an id."
                 )
         return replies
 
     def _disturbances(self) -> int:
         return sum(self.counters[name] for name in DISTURBANCES)
 
-    def _owes(self, servo_id: int) -> bool:
+    def _may_answer_late(self, servo_id: int) -> bool:
         """Whether an answer to an earlier request may still come."""
         return self._late_until_s.get(servo_id, 0.0) > time.monotonic()
 
     def _size(self, ids: Sequence[int], first: Register, last: Register) -> int:
-        """How many bytes to read for `first` to `last`, so that no late answer can pass for the new one."""
-        return last.end - first.address + (self._spare if any(map(self._owes, ids)) else 0)
+        """Bytes to read for `first` to `last`. No late answer can have this length."""
+        spare = self._spare if any(map(self._may_answer_late, ids)) else 0
+        return last.end - first.address + spare
 
     def _open_port(self) -> Port:
         if self._port is None:
@@ -338,7 +350,7 @@ class FeetechBus:
         return drained
 
     def _hears_itself(self, port: Port) -> bool:
-        # A sync read is broadcast: its echo is never a status frame. No servo has the id it asks for.
+        # A sync read is a broadcast, so its echo is never a status frame. No servo has this id.
         register = Register.PRESENT_POSITION
         request = frames.sync_read(register.address, register.size, [ECHO_PROBE_ID])
         port.write(request)

@@ -4,7 +4,8 @@
     status:      FF FF | id | length | error       | params | checksum
 
 length = params + 2; checksum = ~(id + length + code + params) & 0xFF. Source: Feetech/Waveshare
-"Communication Protocol User Manual" EN 191218-0923. The factory reset instruction (6) cannot be built.
+"Communication Protocol User Manual" EN 191218-0923. No function here builds the factory reset
+instruction (6).
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ def sync_write(address: int, data: Mapping[int, bytes]) -> bytes:
 
 
 class FrameParser:
-    """Finds valid frames in a stream of bytes, whatever lies between them.
+    """Finds valid frames in a stream of bytes.
 
-    Give it bytes as they come. A candidate with an impossible id, length or code, or a wrong checksum, costs
-    one byte: the search starts again right behind it. A frame is only ever returned whole and with a right
-    checksum, and never from inside another valid frame.
+    A candidate with an impossible id, length or code, or with a wrong checksum, costs one byte: the
+    search continues behind it. A frame is returned only whole and with a right checksum, and never
+    from inside another valid frame.
     """
 
     def __init__(self, max_id: int, max_code: int) -> None:

@@ -1,4 +1,7 @@
-"""One serial port, opened for this process alone, whose every failure is one of our errors; and which to open."""
+"""One serial port, opened for this process alone; and which port to open.
+
+Every failure is an error of ours.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,25 @@ from serial.tools import list_ports
 
 from ...core.errors import BusError, BusLost
 
-# A hung-up port raises termios.error too, which is no OSError, and one that another thread closes ValueError.
+# A hung-up port also raises termios.error, which is no OSError. A port that another thread closes
+# raises ValueError.
 PORT_ERRORS = (OSError, termios.error, ValueError)
 BAUDRATE, WRITE_TIMEOUT_S = 1_000_000, 0.1
-# By (vendor, product) id: the servo boards of Waveshare and Seeed carry the first, older adapters the second.
+# (vendor, product) id. Boards of Waveshare and Seeed have the first, older adapters the second.
 ADAPTERS = {(0x1A86, 0x55D3): "CH343", (0x1A86, 0x7523): "CH340"}
+BRLTTY_HINT = " If it disappears right after you plug it in, remove the package brltty."
 BY_ID = Path("/dev/serial/by-id")
 
 
 def find_port() -> tuple[str, str]:
-    """The port of the one servo adapter here, and a sentence that says why; BusError for none or several."""
+    """The port of the only servo adapter, and the reason. BusError for none or several."""
     ports = list_ports.comports()
     found = [port for port in ports if (port.vid, port.pid) in ADAPTERS]
     if len(found) != 1:
         raise BusError(
-            f"expected one USB servo adapter ({' or '.join(ADAPTERS.values())}), found {len(found) or 'none'}. "
-            f"Serial ports here: {_listing(ports)}. Give one with --port."
-            + (
-                ""
-                if found
-                else " If it disappears right after it was plugged in, remove the package brltty."
-            )
+            f"expected one USB servo adapter ({' or '.join(ADAPTERS.values())}), "
+            f"found {len(found) or 'none'}. Serial ports here: {_listing(ports)}. "
+            f"Give one with --port.{'' if found else BRLTTY_HINT}"
         )
     path = lasting_path(found[0])
     return (
@@ -49,7 +50,7 @@ def find_port() -> tuple[str, str]:
 
 
 class Port:
-    """An open serial port. BusError when it cannot be opened, BusLost from any method once it is gone.
+    """An open serial port. BusError if it cannot be opened, BusLost when it is gone.
 
     fd: the port, opened by another process of ours.
     """
@@ -66,7 +67,7 @@ class Port:
         self._fd, self._close = opened.fileno(), opened.close
         try:
             with self._mapped():
-                # exclusive=True is only flock, which plain opens ignore.
+                # exclusive=True is only flock, which a plain open ignores.
                 fcntl.ioctl(self._fd, termios.TIOCEXCL)
         except BaseException:
             self.close()
@@ -76,7 +77,7 @@ class Port:
         """Never raises: a port that is gone counts as closed."""
         fd, self._fd = self._fd, -1
         with suppress(*PORT_ERRORS):
-            # The mark outlives this process while anybody else holds the terminal.
+            # The mark stays while another process has the terminal open.
             fcntl.ioctl(fd, termios.TIOCNXCL)
         with suppress(*PORT_ERRORS):
             self._close()
@@ -89,7 +90,7 @@ class Port:
                 data = data[os.write(self._fd, data) :]
 
     def receive(self, deadline: float) -> bytes:
-        """Whatever has arrived, waiting until `deadline` (monotonic) for the first byte; b"" for none."""
+        """Bytes that have arrived, or b"". Waits for the first until `deadline` (monotonic)."""
         with self._mapped():
             if not select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return b""
@@ -99,12 +100,12 @@ class Port:
             return data
 
     def waiting(self) -> bool:
-        """Whether anything has arrived and not been read."""
+        """Whether unread bytes have arrived."""
         with self._mapped():
             return bool(select.select([self._fd], [], [], 0)[0])
 
     def flush(self) -> None:
-        """Throw away what is still to be sent and to be read."""
+        """Discard the bytes that are not sent and those that are not read."""
         with self._mapped():
             termios.tcflush(self._fd, termios.TCIOFLUSH)
 
@@ -117,27 +118,33 @@ class Port:
             yield
         except PORT_ERRORS as error:
             raise BusLost(
-                f"lost {self.path}: {error}. Check the USB cable and the board's power, then start again."
+                f"lost {self.path}: {error}. Check the USB cable and the board's power, "
+                "then start again."
             ) from error
 
 
 def _open_problem(port: str, error: BaseException) -> str:
     code = getattr(error, "errno", None) or (error.args[0] if error.args else None)
     if code == errno.ENOENT:
-        return f"no port {port}. Serial ports here: {_listing(list_ports.comports())}. Check the USB cable."
+        here = _listing(list_ports.comports())
+        return f"no port {port}. Serial ports here: {here}. Check the USB cable."
     if code == errno.EACCES:
         return (
             f"no permission to open {port}. Add the user to the group that owns it "
-            '(sudo usermod -aG dialout $USER, then log in again), or install a udev rule with TAG+="uaccess".'
+            "(sudo usermod -aG dialout $USER, then log in again), or install a udev rule with "
+            'TAG+="uaccess".'
         )
     if code in (errno.EBUSY, errno.EAGAIN) or "exclusively lock" in str(error):
         holders = ", ".join(_holders(port)) or "unknown (other users' processes are not visible)"
         return f"{port} is in use. Open in: {holders}. Close that program first."
-    return f"cannot open {port} at {BAUDRATE} baud: {error}. Expected the serial port of the servo board."
+    return (
+        f"cannot open {port} at {BAUDRATE} baud: {error}. "
+        "Expected the serial port of the servo board."
+    )
 
 
 def lasting_path(port: Any) -> str:
-    """Of one that pyserial lists: the link that keeps its name when devices are renumbered, else the device."""
+    """The link of a listed port, which keeps its name after a renumbering, else its device."""
     links = (
         str(link)
         for link in sorted(BY_ID.glob("*"))

@@ -1,7 +1,8 @@
 """The registers of the Feetech STS3215 servo.
 
-Source: vendor sheet "Magnetic Encoded SMS & STS memory table 220328", agreeing in address and size with the
-tables of LeRobot and rustypot except at 24/25, which the vendor lists as two registers (never written here).
+Source: vendor sheet "Magnetic Encoded SMS & STS memory table 220328". Address and size agree with
+the tables of LeRobot and rustypot, except at 24/25, which the vendor lists as two registers (never
+written here).
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ PHASE_MULTI_TURN = 0x10
 
 
 class Register(Enum):
-    """(address, bytes, access, factory default or None, sign bit or None), of those that matter here.
+    """The registers that are used here: (address, bytes, access, factory default, sign bit).
 
-    Below address 40 lies EPROM.
-
-    Signed registers are sign-magnitude: the sign bit, then the magnitude below it; never two's complement.
+    EPROM is below address 40. A signed register is sign-magnitude, never two's complement: the sign
+    bit, then the magnitude below it.
     """
 
     FIRMWARE_MAJOR_VERSION = (0, 1, "R", None, None)
@@ -133,9 +133,15 @@ def write_problem(register: Register, value: int) -> str | None:
     if not register.writable:
         return f"{register} is read-only"
     if register in FORBIDDEN_WRITES:
-        return f"{register} is never written: it changes how the servo is addressed or is not documented"
+        return (
+            f"{register} is never written: it changes how the servo is addressed, or it is "
+            "not documented"
+        )
     if register is Register.TORQUE_ENABLE and value not in (0, 1):
-        return f"{register} takes 0 or 1, not {value} (128 would recentre the servo and void its calibration)"
+        return (
+            f"{register} takes 0 or 1, not {value} (128 moves the centre of the servo and makes "
+            "its calibration invalid)"
+        )
     return None
 
 

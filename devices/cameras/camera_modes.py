@@ -1,6 +1,6 @@
-"""The video nodes of this machine and the modes their drivers offer, asked without starting a camera.
+"""The video nodes of this machine and the modes of their drivers, read without a camera start.
 
-Source: linux/videodev2.h. A camera has several nodes; those that give no pictures (metadata) are told apart.
+Source: linux/videodev2.h. A camera has several nodes. Some give no pictures, only metadata.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ QUERYCAP, ENUM_FMT, ENUM_FRAMESIZES, ENUM_FRAMEINTERVALS = (
     0xC02C564A,
     0xC034564B,
 )
+GROUP_ADVICE = "Add the user to the group video (sudo usermod -aG video $USER, then log in again)"
 CAP_VIDEO_CAPTURE, CAP_DEVICE_CAPS = 0x1, 0x80000000
 BUF_TYPE_VIDEO_CAPTURE = DISCRETE = 1
 
 
 @dataclass(frozen=True)
 class Mode:
-    """fps: the highest, 0 where the driver does not tell."""
+    """fps: the highest rate; 0 if the driver does not tell."""
 
     format: str
     width: int
@@ -39,8 +40,11 @@ class Mode:
 
 @dataclass(frozen=True)
 class Node:
-    """One /dev/video*. problem: why it cannot be used, empty when it can. link: its path by USB port, which keeps its
-    name, else the node's own."""
+    """One /dev/video*.
+
+    link: its path by USB port, which stays the same, else the node's path. problem: why it cannot
+    be used, "" if it can.
+    """
 
     path: str
     link: str
@@ -61,16 +65,10 @@ def _node(path: Path, link: str) -> Node:
     try:
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     except OSError as e:
-        advice = (
-            ". Add the user to the group video (sudo usermod -aG video $USER, then log in again)"
-        )
-        return Node(
-            str(path),
-            link,
-            card,
-            (),
-            f"cannot be opened: {e.strerror}" + advice * isinstance(e, PermissionError),
-        )
+        problem = f"cannot be opened: {e.strerror}"
+        if isinstance(e, PermissionError):
+            problem += f". {GROUP_ADVICE}"
+        return Node(str(path), link, card, (), problem)
     try:
         answer = _ask(fd, QUERYCAP, bytes(104))
         card = answer[16:48].split(b"\0")[0].decode(errors="replace")
@@ -89,7 +87,7 @@ def _ask(fd: int, request: int, data: bytes) -> bytes:
 
 
 def _each(fd: int, request: int, head: str, *fields: int) -> Iterator[bytes]:
-    """Answers to an enumeration, whose structs begin with an index and `fields`, until the driver has no more."""
+    """Answers to an enumeration, whose structs begin with an index and `fields`."""
     for index in range(1000):
         size = request >> 16 & 0x3FFF
         try:
@@ -107,8 +105,9 @@ def _modes(fd: int) -> Iterator[Mode]:
             found = [(values[0], values[1])]
             if kind != DISCRETE:  # a range
                 low_width, high_width, _, low_height, high_height, _ = values
-                inside = low_width <= WIDTH <= high_width and low_height <= HEIGHT <= high_height
-                found = [(WIDTH, HEIGHT)] * inside + [(high_width, high_height)]
+                found = [(high_width, high_height)]
+                if low_width <= WIDTH <= high_width and low_height <= HEIGHT <= high_height:
+                    found.insert(0, (WIDTH, HEIGHT))
             for width, height in found:
                 yield Mode(
                     fourcc.decode(errors="replace").strip(),

@@ -1,8 +1,8 @@
-"""What is wrong with the cameras, told beside every picture: failed, stalled, resized, frozen; and, between two runs,
-cameras that changed places.
+"""Camera faults, reported with every picture: failed, stalled, resized, frozen.
 
-`CameraWatch.look` is called once per control tick and costs next to nothing where no new picture came. A picture
-with a problem must not reach the policy; what else follows from it is the control loop's business.
+Between two runs: cameras that changed places. `CameraWatch.look` is called once per control tick,
+and costs almost nothing without a new picture. A picture with a problem must not reach the policy.
+The control loop decides the rest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ Thumbnail = NDArray[
 
 @dataclass(frozen=True)
 class View:
-    """The newest picture of a camera. problem: "" when the policy may see it, else such as "stalled: why"."""
+    """The newest picture of a camera.
+
+    problem: "" if the policy may see it, else such as "stalled: why".
+    """
 
     image: NDArray[np.uint8]
     time_s: float
@@ -44,10 +47,10 @@ class View:
 
 
 class CameraWatch:
-    """Watches open cameras, in the thread that calls it. CameraError when one of them has no picture at all."""
+    """Watches open cameras in the calling thread. CameraError if one of them has no picture."""
 
     def __init__(self, cameras: Sequence[Camera]) -> None:
-        self._watched = [_Watched(camera) for camera in cameras]
+        self._watched = [_CameraState(camera) for camera in cameras]
         self._warnings: list[str] = []
 
     def look(self) -> dict[str, View]:
@@ -55,19 +58,21 @@ class CameraWatch:
         now_s = time.monotonic()
         for watched in self._watched:
             watched.look(now_s)
-            if warning := watched.slow():
+            warning = watched.slow()
+            if warning:
                 self._warnings.append(warning)
         return {w.name: View(w.frame.image, w.frame.time_s, w.problem) for w in self._watched}
 
     def warnings(self) -> list[str]:
-        """New ones since the last call: cameras that are slow, each told once."""
+        """Slow cameras since the last call; each is reported once."""
         found, self._warnings = self._warnings, []
         return found
 
     def compare_with(self, path: Path) -> list[str]:
-        """Which cameras seem to have changed places since `remember(path)`; nothing where `path` cannot be read.
+        """Pairs of cameras that look swapped since `remember(path)`. Empty if `path` cannot be
+        read.
 
-        Call both when the arm rests and the cameras have settled, so that like is compared with like.
+        Call both when the arm rests and the cameras have settled.
         """
         try:
             with path.open("rb") as file, np.load(file) as stored:
@@ -77,7 +82,7 @@ class CameraWatch:
                     .reshape(-1, THUMBNAIL_SIZE[0] * THUMBNAIL_SIZE[1])
                 )
                 past = dict(zip(stored["names"].tolist(), pictures, strict=True))
-        except Exception:  # whatever is in there, it is nothing to compare with
+        except Exception:  # an unreadable file: there is nothing to compare with
             return []
         now = {name: thumbnail for name, thumbnail in self._thumbnails().items() if name in past}
         return [
@@ -88,7 +93,7 @@ class CameraWatch:
         ]
 
     def remember(self, path: Path) -> None:
-        """Store what the cameras show now, for `compare_with` in the next run. OSError when it cannot."""
+        """Store what the cameras show now, for `compare_with` in the next run. Raises OSError."""
         thumbnails, data = self._thumbnails(), io.BytesIO()
         np.savez(data, names=np.array([*thumbnails], np.str_), thumbnails=[*thumbnails.values()])
         write_whole(path, data.getvalue())
@@ -97,14 +102,14 @@ class CameraWatch:
         return {name: _thumbnail(view.image) for name, view in self.look().items()}
 
 
-class _Watched:
-    """One camera and what is known of it."""
+class _CameraState:
+    """One camera and its state."""
 
     def __init__(self, camera: Camera) -> None:
         self._camera, self.name = camera, camera.name
         self.frame = self._changed = self._rated = camera.latest()
         self._shape = self.frame.image.shape
-        self._told_slow = False
+        self._reported_slow = False
         self.problem = ""
 
     def look(self, now_s: float) -> None:
@@ -117,7 +122,7 @@ class _Watched:
         if not (self._camera.has_noise and _equal(self.frame.image, old.image)):
             self._changed = self.frame
         if old_problem:
-            self._rated = self.frame  # a pause is not a slow camera
+            self._rated = self.frame  # the time of a fault does not count as slow
         same = 1 + self.frame.number - self._changed.number
         if now_s - self.frame.time_s > STALE_S:
             self.problem = f"stalled: no new picture for more than {STALE_S} s"
@@ -128,24 +133,24 @@ class _Watched:
             self.problem = "frozen: the same picture again and again"
 
     def slow(self) -> str:
-        """The warning that it is slow, once; else empty."""
+        """The warning that the camera is slow, once; else ""."""
         span_s = self.frame.time_s - self._rated.time_s
-        if self._told_slow or span_s < RATE_WINDOW_S:
+        if self._reported_slow or span_s < RATE_WINDOW_S:
             return ""
         pictures, self._rated = self.frame.number - self._rated.number, self.frame
         expected_hz = max(SLOWEST_HZ, self._camera.asked_fps / 2)
-        # One more: whether a window ends before or after a picture is chance.
-        self._told_slow = (pictures + 1) / span_s < expected_hz
-        if not self._told_slow:
+        # Plus one: by chance, a window ends before or after a picture.
+        self._reported_slow = (pictures + 1) / span_s < expected_hz
+        if not self._reported_slow:
             return ""
         return (
-            f"camera '{self.name}' is slow: {pictures / span_s:.1f} pictures a second, expected {expected_hz:g}. "
-            "Check its USB port, and the light: in the dark it exposes longer"
+            f"camera '{self.name}' is slow: {pictures / span_s:.1f} pictures a second, expected "
+            f"{expected_hz:g}. Check its USB port and the light: in the dark it exposes longer"
         )
 
 
 def _equal(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
-    # Some rows tell nearly all pictures apart, in a tenth of the time.
+    # Some rows differ in nearly all pairs of pictures. To compare them takes a tenth of the time.
     return a is b or (np.array_equal(a[::32], b[::32]) and np.array_equal(a, b))
 
 

@@ -11,7 +11,8 @@ import cv2
 from .camera import Camera
 from .opencv import capturing, to_rgb
 
-# Seconds OpenCV waits for a stalled V4L2 device, 10 if not set. Read once, before the first capture.
+# Seconds that OpenCV waits for a stalled V4L2 device, 10 if not set. OpenCV reads it once, before
+# the first capture.
 SELECT_TIMEOUT_VARIABLE, SELECT_TIMEOUT_S = "OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT", "2"
 FAILED_READS_LIMIT = 10
 FAILED_READ_PAUSE_S = 0.02
@@ -38,7 +39,7 @@ class UsbCamera(Camera):
                     "cannot be opened. Is it the device's first node, and free of other programs?"
                 )
             if is_device:
-                # MJPG first: uncompressed pictures take the USB bandwidth of the other cameras. Some
+                # MJPG first: uncompressed pictures take the USB bandwidth of other cameras. Some
                 # cameras accept the rate only after the size.
                 capture.set(cv2.CAP_PROP_FOURCC, cv2.VideoWriter.fourcc(*"MJPG"))
                 capture.set(cv2.CAP_PROP_FRAME_WIDTH, self._width)

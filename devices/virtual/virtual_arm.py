@@ -16,12 +16,9 @@ import tempfile
 import threading
 import time
 import tty
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ...core.errors import DeviceError
 from ...core.process import first_line, module_command
@@ -108,10 +105,13 @@ class VirtualArm:
 
 
 class VirtualCamera:
-    """Writes pictures of the arm to `path`. render: [6] raw ticks -> uint8 RGB [height, width, 3]."""
+    """Writes pictures of the arm to `path`, `width` x `height` pixels. name: selects the view."""
 
-    def __init__(self, path: Path, render: Callable[[Sequence[float]], NDArray[np.uint8]]) -> None:
-        self._path, self._render, self._number = path, render, 0
+    def __init__(self, name: str, path: Path, width: int, height: int) -> None:
+        from .virtual_view import VirtualView  # OpenCV: an arm without cameras does not need it
+
+        self._render = VirtualView(name, VIRTUAL_CALIBRATION, width, height).render
+        self._path, self._number = path, 0
 
     def show(self, raw: Sequence[float]) -> None:
         """Write a new picture of the arm at `raw`, [6] ticks."""
@@ -192,23 +192,12 @@ def serve(
             hardware.close()
 
 
-def views(
-    names: Collection[str], width: int, height: int
-) -> dict[str, Callable[[Sequence[float]], NDArray[np.uint8]]]:
-    """{camera: its function from raw ticks to a picture}."""
-    if not names:
-        return {}
-    from .virtual_view import VirtualView  # OpenCV: an arm without cameras does not need it
-
-    return {name: VirtualView(name, VIRTUAL_CALIBRATION, width, height).render for name in names}
-
-
 def _build(
     paths: dict[str, Path], width: int, height: int, pose: Sequence[int] | None
 ) -> VirtualHardware:
     bus = VirtualBus(servos_at(VIRTUAL_CALIBRATION, pose), time.monotonic())
-    renders = views(paths, width, height)
-    return VirtualHardware(bus, [VirtualCamera(paths[name], renders[name]) for name in paths])
+    cameras = [VirtualCamera(name, path, width, height) for name, path in paths.items()]
+    return VirtualHardware(bus, cameras)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Virtual servos behind one protocol: request bytes in, answer bytes out. No port, no clock of its own.
+"""Virtual servos behind one protocol: request bytes in, answer bytes out. No port, no clock.
 
-Only as much of an STS3215 as a host can see on the bus. Torque off means that it stands still, wherever it is. What
-nobody has proven on a real servo is assumed here as everybody does: the firmware clamps goals to the position limits
-(the register keeps what was written), and Present_Position is angle - Homing_Offset modulo a turn, as LeRobot's users
-report (its #3373, #3587).
+A virtual servo has what a host can see of an STS3215 on the bus. Without torque it stands still.
+Two facts are assumed, because nobody has shown them on a real servo: the firmware clamps goals to
+the position limits (the register keeps the written value), and Present_Position is angle -
+Homing_Offset modulo a turn, as LeRobot's users report (its #3373, #3587).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..bus.sts3215 import NO_LOAD_TICKS_PER_S, TICKS_PER_TURN, Register, decode,
 
 LONGEST_STEP_S = 0.01
 MEMORY_BYTES = 128
-# Values of a 7.4 V servo where the vendor's table names no default; the rest is as LeRobot sets it up.
+# Values of a 7.4 V servo without a default in the vendor's table. LeRobot sets the others.
 VARIANT_VALUES = {
     Register.FIRMWARE_MAJOR_VERSION: 3,
     Register.FIRMWARE_MINOR_VERSION: 10,
@@ -32,8 +32,8 @@ VARIANT_VALUES = {
     Register.PRESENT_TEMPERATURE: 30,
 }
 ACCELERATION_UNIT = 100
-# A crude motor without weight: it needs duty for its speed (25 % at 90 deg/s, at most half of what it may) and little
-# current against its own voltage (0.3 A).
+# A simple motor without a load: duty in proportion to speed (25 % at 90 deg/s, at most half of the
+# torque limit), and little current (0.3 A).
 LOAD_PER_TICK_S, LOAD_SHARE, CURRENT_PER_LOAD = 250 / 1024, 0.5, 0.2
 
 
@@ -55,14 +55,14 @@ class VirtualServo:
 
     @property
     def position(self) -> float:
-        """Exact position, raw ticks. `_angle` is the shaft's; the encoder shows it modulo a turn."""
+        """Exact position, raw ticks: the angle of the shaft less the offset, modulo a turn."""
         return (self._angle - self.peek(Register.HOMING_OFFSET)) % TICKS_PER_TURN
 
     def peek(self, register: Register) -> int:
         return decode(register, bytes(self._memory[register.address : register.end]))
 
     def set_register(self, register: Register, value: int) -> None:
-        """Set any register from outside, as no bus can; Present_Position moves the servo there."""
+        """Set any register, as no host can. Present_Position moves the servo there."""
         self._memory[register.address : register.end] = encode(register, value)
         if register is Register.PRESENT_POSITION:
             self._angle, self._velocity = float(value + self.peek(Register.HOMING_OFFSET)), 0.0
@@ -76,7 +76,7 @@ class VirtualServo:
         self._memory[address : address + len(data)] = data
 
     def advance(self, dt_s: float) -> None:
-        """Move on by `dt_s` and bring the Present registers up to date."""
+        """Move for `dt_s` and update the Present registers."""
         distance = self._distance()
         speed_limit = min(abs(self.peek(Register.GOAL_VELOCITY)), NO_LOAD_TICKS_PER_S)
         # 0 means no limit; 254 is as good as none.
@@ -103,7 +103,7 @@ class VirtualServo:
         return (min(high, max(low, goal)) if low < high else goal) - self.position
 
     def _show(self, load: float, current: float) -> None:
-        """Bring the Present registers up to date, load in 0.1 % and current in its units of 6.5 mA."""
+        """Update the Present registers. load: 0.1 %. current: units of 6.5 mA."""
         velocity = round(self._velocity)
         for register, value in (
             (Register.PRESENT_POSITION, round(self.position) % TICKS_PER_TURN),
@@ -147,7 +147,7 @@ class VirtualBus:
     def receive(self, data: bytes) -> None:
         """Take bytes from the host."""
         for frame in self._parser.feed(data):
-            with suppress(IndexError, ValueError, BusError):  # what is malformed is not obeyed
+            with suppress(IndexError, ValueError, BusError):  # malformed requests have no effect
                 self._obey(frame)
 
     def due(self) -> bytes:

@@ -1,6 +1,7 @@
-"""Pictures of the virtual arm: discs for cube, plate and hand on a table, and the arm, without perspective.
+"""Pictures of the virtual arm: discs for cube, plate and hand on a table, and the arm as lines.
 
-Metres, z up, x away from the base. The lengths resemble an SO-101; this is a drawing, not a model.
+There is no perspective. Metres, z up, x away from the base. The lengths are about those of an
+SO-101.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ..arm.units import Scale, raw_to_value
 
 SHOULDER = (0.0, 0.0, 0.12)
 LENGTHS = np.array([[0.116], [0.135], [0.06]])  # upper arm, forearm, hand
-# The directions that are right and down in the picture; the camera of the wrist is on the hand, and nearer.
+# The directions that point right and down in the picture. The wrist camera is on the hand, and
+# closer.
 VIEWS = {
     "front": ((0.0, 1.0, 0.0), (0.5, 0.0, -1.0)),
     "wrist": ((0.0, -1.0, 0.0), (-1.0, 0.0, 0.0)),
@@ -32,7 +34,8 @@ TABLE, CUBE, PLATE, ARM, HAND = (
     (60, 60, 70),
 )
 CUBE_SIZE, PLATE_SIZE, HAND_SIZE, OPENING = 0.03, 0.12, 0.02, 0.04
-# A real sensor never gives the same bytes twice. No colour here is so near 0 or 255 that this overflows.
+# A real sensor never gives the same bytes twice. No colour here is so close to 0 or 255 that this
+# overflows.
 NOISY_VALUES, NOISE = 300, np.array([-2, -1, 1, 2])
 
 

@@ -6,7 +6,7 @@ import typer
 
 from ...core import command
 from ...core.errors import SettingsError
-from ..robot.calibrate import calibrate_arm, restore_arm
+from ..robot.calibrate import calibrate_arm
 
 app = command.new_app()
 
@@ -39,11 +39,8 @@ def calibrate(
         raise SettingsError(
             "give one of --id NAME, --output FILE.json (where to save) and --restore FILE_OR_ID"
         )
-    if restore is not None:
-        port, name = restore_arm(port, restore, yes), restore
-    else:
-        port, name = calibrate_arm(port, robot_id, output, yes, force), robot_id or str(output)
-    print(f"done: smolvla-run --port {port} --calibration {name}")
+    port = calibrate_arm(port, robot_id, output, restore, yes, force)
+    print(f"done: smolvla-run --port {port} --calibration {robot_id or output or restore}")
 
 
 def main() -> None:

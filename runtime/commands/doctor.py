@@ -79,8 +79,6 @@ def doctor(
     else:
         print("\n".join(map(_lines, findings)))
     if write_config is not None:
-        if write_config.exists():  # it was made during the checks
-            raise SettingsError(f"{write_config} exists already: give another name")
         write_whole(write_config, drafted.encode())
         print(f"wrote {write_config}", file=sys.stderr)
     stops = [f.area for f in findings if f.status == "stop"]

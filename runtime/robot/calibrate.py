@@ -32,26 +32,23 @@ TERMINAL_PERIOD_S, LOG_PERIOD_S = 0.1, 1.0
 
 
 def calibrate_arm(
-    port: str, robot_id: str | None, output: Path | None, yes: bool, force: bool
+    port: str,
+    robot_id: str | None,
+    output: Path | None,
+    restore: str | None,
+    yes: bool,
+    force: bool,
 ) -> str:
-    """Sweep the joints, save the calibration in a file and write it to the servos.
+    """Write a calibration to the servos: from a sweep, or the saved one `restore` (file or id).
 
-    Give `robot_id` (a file in LeRobot's folder) or `output`. Returns the port that was used.
-    Raises DeviceError, SettingsError if the file exists, KeyboardInterrupt if the person declines.
+    A sweep is saved in `output`, or in LeRobot's folder under `robot_id`. Exactly one of the three
+    is given. Returns the port that was used. Raises DeviceError, SettingsError if the file exists,
+    KeyboardInterrupt if the person declines.
     """
     path = output if robot_id is None else calibration_path(robot_id)
-    assert path is not None, "an id or a file was given"
-    if path.exists() and not force:
+    if path is not None and path.exists() and not force:
         raise SettingsError(f"{path} exists already: give another name, or --force to overwrite it")
-    return _write(port, None, path, yes)
-
-
-def restore_arm(port: str, file_or_id: str, yes: bool) -> str:
-    """Write a saved calibration to the servos. Returns the port. Raises like `calibrate_arm`."""
-    return _write(port, load_calibration(file_or_id), None, yes)
-
-
-def _write(port: str, known: Calibration | None, path: Path | None, yes: bool) -> str:
+    known = None if restore is None else load_calibration(restore)
     if port == "auto":
         port, reason = find_port()
         print(reason)

@@ -33,7 +33,10 @@ Status = Literal["ok", "warning", "stop", "unknown"]
 
 @dataclass(frozen=True)
 class Finding:
-    """status: stop keeps a run from starting or going well, unknown was not judged. do: what helps, maybe empty."""
+    """One finding. do: what helps, or "".
+
+    status: "stop" would stop or spoil a run, "unknown" could not be judged.
+    """
 
     area: str
     status: Status
@@ -69,7 +72,8 @@ def _power(board: Board) -> Finding:
             "power", "unknown", "nvpmodel's files do not tell the power mode", "sudo nvpmodel -q"
         )
     modes = board.power_modes
-    text = f"mode {board.power_mode} of {', '.join(f'{i} {name}' for i, name in modes.items()) or 'unknown ones'}"
+    known = ", ".join(f"{i} {name}" for i, name in modes.items()) or "unknown ones"
+    text = f"mode {board.power_mode} of {known}"
     best = next(
         (i for i, name in modes.items() if name.startswith("MAXN")), None
     )  # numbers are in no order
@@ -105,7 +109,8 @@ def _heat(board: Board) -> Finding:
     if not board.temperatures:
         return Finding("heat", "unknown", "this machine does not tell its temperatures")
     hottest = max(board.temperatures, key=lambda name: board.temperatures[name])
-    text = f"{hottest} {board.temperatures[hottest]:.0f} °C is the hottest of {len(board.temperatures)}"
+    celsius, count = board.temperatures[hottest], len(board.temperatures)
+    text = f"{hottest} {celsius:.0f} °C is the hottest of {count}"
     return Finding("heat", "ok", f"{text}, nothing is throttled")
 
 
@@ -196,33 +201,28 @@ def _permit(device: str, vendor: int, product: int) -> str:
     with suppress(KeyError):  # a group without a name
         group = Path(device).group()
     rule = (
-        f'SUBSYSTEM=="tty", ATTRS{{idVendor}}=="{vendor:04x}", ATTRS{{idProduct}}=="{product:04x}", '
+        f'SUBSYSTEM=="tty", ATTRS{{idVendor}}=="{vendor:04x}", '
+        f'ATTRS{{idProduct}}=="{product:04x}", '
         f'GROUP="dialout", MODE="0660", TAG+="uaccess", ENV{{ID_MM_DEVICE_IGNORE}}="1"'
     )
     return (
-        f"sudo usermod -aG {group} $USER and log in again, or this line in /etc/udev/rules.d/70-so101.rules, then "
+        f"sudo usermod -aG {group} $USER and log in again, or this line in "
+        "/etc/udev/rules.d/70-so101.rules, then "
         f"sudo udevadm control --reload && sudo udevadm trigger:\n{rule}"
     )
 
 
 def servos(port: str, calibration: Calibration | None) -> tuple[list[Finding], Calibration | None]:
-    """All six servos; -> findings, and `calibration` or, where that is None, the saved one that the servos hold."""
+    """Check all six servos. Returns findings and the calibration.
+
+    calibration None: the saved calibration that the servos hold is returned, if there is one.
+    """
     try:
         with FeetechBus(port) as bus:
             found = inspect(bus, calibration)
     except DeviceError as e:
         return [Finding("servos", "stop", str(e))], calibration
-    findings = [
-        Finding(
-            "servos",
-            "ok",
-            f"{joint_label(i)}: model {v[Register.MODEL_NUMBER]}, firmware {v[Register.FIRMWARE_MAJOR_VERSION]}."
-            f"{v[Register.FIRMWARE_MINOR_VERSION]}, {v[Register.PRESENT_VOLTAGE] / 10} V, "
-            f"{v[Register.PRESENT_TEMPERATURE]} °C, at {v[Register.PRESENT_POSITION]}, "
-            f"torque {'on' if v[Register.TORQUE_ENABLE] else 'off'}",
-        )
-        for i, v in found.values.items()
-    ]
+    findings = [Finding("servos", "ok", _servo(i, v)) for i, v in found.values.items()]
     findings += [Finding("servos", "stop", problem) for problem in found.problems]
     findings += [Finding("servos", "warning", warning) for warning in found.warnings]
     if calibration is None and found.values:
@@ -233,6 +233,16 @@ def servos(port: str, calibration: Calibration | None) -> tuple[list[Finding], C
             Finding("servos", "ok", f"held against the calibration {calibration.source}")
         )
     return findings, calibration
+
+
+def _servo(servo_id: int, values: Mapping[Register, int]) -> str:
+    major, minor = Register.FIRMWARE_MAJOR_VERSION, Register.FIRMWARE_MINOR_VERSION
+    return (
+        f"{joint_label(servo_id)}: model {values[Register.MODEL_NUMBER]}, "
+        f"firmware {values[major]}.{values[minor]}, {values[Register.PRESENT_VOLTAGE] / 10} V, "
+        f"{values[Register.PRESENT_TEMPERATURE]} °C, at {values[Register.PRESENT_POSITION]}, "
+        f"torque {'on' if values[Register.TORQUE_ENABLE] else 'off'}"
+    )
 
 
 def _held(values: Mapping[int, Mapping[Register, int]]) -> Calibration | None:

@@ -118,7 +118,8 @@ def _bundle(chosen: Settings) -> tuple[Bundle | None, list[Finding]]:
     except BundleError as e:
         return None, [Finding("bundle", "stop", str(e))]
     m = bundle.manifest
-    text = f"{chosen.bundle}: {m.precision} for {m.target}, cameras {', '.join(c.name for c in m.cameras)}"
+    names = ", ".join(c.name for c in m.cameras)
+    text = f"{chosen.bundle}: {m.precision} for {m.target}, cameras {names}"
     found = [Finding("bundle", "ok", text)]
     if not chosen.simulated:
         status: Status = "stop" if chosen.port else "warning"
@@ -135,8 +136,8 @@ def _memory(
 ) -> Iterator[Finding]:
     zram = f", {_gb(board.zram_bytes)} of zram, which is memory itself" if board.zram_bytes else ""
     has = (
-        f"{_gb(board.available_bytes)} of {_gb(board.memory_bytes)} are available, {_gb(board.swap_bytes)} of swap "
-        f"on disk{zram}"
+        f"{_gb(board.available_bytes)} of {_gb(board.memory_bytes)} are available, "
+        f"{_gb(board.swap_bytes)} of swap on disk{zram}"
     )
     if manifest is None:
         yield Finding("memory", "unknown", has)
@@ -151,7 +152,10 @@ def _memory(
         needed = BUILD_FACTOR * max(graphs)
         low = board.available_bytes + board.swap_bytes < needed
         text = f"building TensorRT engines needs about {_gb(needed)}, swap counted: an estimate"
-        swap = "sudo fallocate -l 8G /swap && sudo chmod 600 /swap && sudo mkswap /swap && sudo swapon /swap"
+        swap = (
+            "sudo fallocate -l 8G /swap && sudo chmod 600 /swap && sudo mkswap /swap && "
+            "sudo swapon /swap"
+        )
         status: Status = "ok" if not low else "warning" if built else "stop"
         yield Finding("memory", status, text, f"{frees}; or add swap: {swap}" if low else "")
 
@@ -193,7 +197,7 @@ def _software(bundle: Bundle | None, chosen: Settings, board: Board, gpu: Gpu) -
 
 
 def _engines(bundle: Bundle, gpu: Gpu) -> Iterator[Finding]:
-    """Every TensorRT engine that this user keeps, and whether it fits this machine and was proved for `bundle`."""
+    """Every cached TensorRT engine: does it fit this machine, has it passed for `bundle`?"""
     for folder, record in engine_records():
         if isinstance(record, str):
             made, problem = "an engine that", record
@@ -224,7 +228,10 @@ def _engines(bundle: Bundle, gpu: Gpu) -> Iterator[Finding]:
 
 
 def _arm(chosen: Settings) -> tuple[list[Finding], str | None, Calibration | None]:
-    """-> findings, the port, and the calibration that is named or, without one, the saved one they hold."""
+    """Returns findings, the port, and the calibration.
+
+    The calibration is the named one, else the saved one that the servos hold.
+    """
     if chosen.simulated:
         with VirtualArm(cameras=()) as virtual:
             return servos(virtual.port, virtual.calibration)[0], settings.SIM, None
@@ -254,7 +261,7 @@ def draft(
     calibration: Calibration | None,
     nodes: Sequence[Node],
 ) -> str:
-    """The text of a robot.toml; what was neither given nor found is a comment that says what is wanted."""
+    """The text of a robot.toml. A value that was neither given nor found is a comment."""
     units = chosen.units or (manifest and manifest.units)
     if manifest and not units:
         seen, _ = units_evidence(

@@ -74,7 +74,8 @@ def test_an_export_asks_only_for_the_modules_that_it_uses(tmp_path, monkeypatch)
         "import sys, smolvla_edge.export.writer\n"
         "sys.exit(' '.join({'av', 'pyarrow'} & sys.modules.keys()))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stderr == b""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.stderr.strip() == b""
 
 
 def test_the_target_and_the_precision_are_in_the_manifest_and_in_what_is_printed(tmp_path):

@@ -1,5 +1,8 @@
-"""The virtual arm as tests need it: it records what it was told, objects to what a careful host would not send, and
-does wrong what it is asked to do wrong."""
+"""The virtual arm as tests need it.
+
+It records what it was told, objects to what a careful host would not send, and fails as it is asked
+to.
+"""
 
 import heapq
 import math
@@ -33,20 +36,20 @@ from smolvla_edge.devices.virtual.virtual_arm import (
     VirtualCamera,
     VirtualHardware,
     serve,
-    views,
 )
 from smolvla_edge.devices.virtual.virtual_bus import VirtualBus, VirtualServo, servos_at
 from support.paths import TESTS
 
 LOG_LENGTH = 100_000
-# What a goal may move within the longest step of time (0.1 s) at the default speed limits: 90 deg/s for the
-# body joints, 200 %/s of its range for the gripper. Rounding adds a tick.
+# The longest way of a goal in the longest step of time (0.1 s) at the default speed limits: 90
+# deg/s for the body joints, 200 %/s of its range for the gripper. Rounding adds a tick.
 STEP_S, BODY_TICKS_S, GRIPPER_RANGES_S, ROUNDING_TICKS = 0.1, 90 / 360 * TICKS_PER_TURN, 2.0, 1
 NOISE_BYTES = 5
 # A goal counts as the present position within this many ticks.
 SAME_TICKS = 5
-# Blocked, a servo pushes in proportion to the error, fully from 9 degrees on, and draws what its coil lets through:
-# 3.9 A (600 units of 6.5 mA) at full duty, above the 3.25 A of a default Protection_Current.
+# A blocked servo pushes in proportion to the error, fully from 9 degrees on. It draws what its coil
+# allows: 3.9 A (600 units of 6.5 mA) at full duty, above the 3.25 A of a default
+# Protection_Current.
 BLOCKED_LOAD_PER_TICK, BLOCKED_CURRENT_PER_LOAD = 10, 0.6
 ANSWER_LIMIT_S = 5.0
 
@@ -60,7 +63,7 @@ class Goal(NamedTuple):
 
 
 class Write(NamedTuple):
-    """A register write that a servo was sent: value with its sign, and the monotonic time it came."""
+    """A register write that a servo was sent: value with its sign, and its monotonic time."""
 
     time_s: float
     id: int
@@ -69,8 +72,10 @@ class Write(NamedTuple):
 
 
 class FaultyServo(VirtualServo):
-    """error: its ERROR byte. stuck: blocked. max_step: how far a goal may lie from the one before while it is on,
-    in ticks."""
+    """error: its ERROR byte. stuck: it is blocked.
+
+    max_step: the largest step between two goals while it is on, in ticks.
+    """
 
     def __init__(self, joint, pose):
         self.max_step, self.stuck, self.error = math.inf, False, 0
@@ -85,7 +90,7 @@ class FaultyServo(VirtualServo):
             self._last_goal = value
 
     def force(self, register, value):
-        """What the bus reads of a register from now on, whatever it holds; None for the truth again."""
+        """What the bus reads of a register from now on; None: its real value again."""
         self._forced.pop(register, None)
         if value is not None:
             self._forced[register] = encode(register, value)
@@ -129,7 +134,7 @@ class FaultyServo(VirtualServo):
         if Register.GOAL_POSITION in written:
             if self._outside(goal) > self._outside(self.position) + SAME_TICKS:
                 found.append(f"goal {goal} beyond the limits")
-            # A goal at the present position unloads a servo: no jump, however far the last goal was.
+            # A goal at the present position unloads a servo. It is no jump.
             if energised and abs(goal - self._last_goal) > self.max_step and off_by > SAME_TICKS:
                 found.append(
                     f"goal {goal} after {self._last_goal}: a step of more than {self.max_step:.0f}"
@@ -137,7 +142,7 @@ class FaultyServo(VirtualServo):
         return [f"servo {self.id}: {what}" for what in found]
 
     def write(self, address, data, lost=()):
-        """Take the bytes where registers are writable and not `lost`. EPROM bytes last only while Lock is 0."""
+        """Write to registers that are writable and not `lost`. EPROM lasts only while Lock is 0."""
         unlocked = self.peek(Register.LOCK) == 0
         written = self.touched(address, data)
         self._last_goal = written.get(Register.GOAL_POSITION, self._last_goal)
@@ -149,7 +154,7 @@ class FaultyServo(VirtualServo):
                     self._lasting[place] = self._memory[place]
 
     def reboot(self):
-        """Lose power and come back: torque off, volatile registers as at power-up, goal at the position."""
+        """Power off and on: torque off, volatile registers as at power-up, goal at the position."""
         self._memory[:] = self._lasting
         self._velocity = 0.0
         self._show(0.0, 0.0)
@@ -199,15 +204,16 @@ class FaultyBus(VirtualBus):
         self._code, self._start_s = 0, now_s  # of the instruction that is obeyed
 
     def inject(self, kind, servo_id=1, count=1, value=0.0):
-        """Something wrong with a servo, for its next `count` answers or writes (-1: for good, 0: no more).
+        """A fault of a servo, for its next `count` answers or writes (-1: always, 0: no more).
 
-        Answers: "mute" none, "corrupt" wrong checksum, "delay" `value` seconds late, "truncate" cut after `value`
-        bytes, "trickle" `value` seconds between bytes, "noise" `value` bytes (0: 5) and FF FF FF before it,
-        "wrong_id" comes as id `value` (0: its own + 100), "wrong_length" with `value` bytes (0: 1) too many,
-        "bad_error" ERROR byte above 0x7F, "duplicate" given twice, as by two servos with one id.
+        Answers: "mute" none, "corrupt" wrong checksum, "delay" `value` seconds late, "truncate" cut
+        after `value` bytes, "trickle" `value` seconds between bytes, "noise" `value` bytes (0: 5)
+        and FF FF FF before it, "wrong_id" comes as id `value` (0: its own + 100), "wrong_length"
+        with `value` bytes (0: 1) too many, "bad_error" ERROR byte above 0x7F, "duplicate" given
+        twice, as by two servos with one id.
         Writes: "lost_write" acknowledged, but the register at address `value` stays as it was.
-        Until told otherwise: "error" has `value` as its ERROR byte, "stuck" is blocked (count 0: free again),
-        and "echo" makes the adapter repeat every request.
+        Until it is changed: "error" has `value` as its ERROR byte, "stuck" is blocked (count 0:
+        free again), and "echo" makes the adapter repeat every request.
         """
         servo = self.servos[servo_id]
         if kind == "error":
@@ -221,7 +227,7 @@ class FaultyBus(VirtualBus):
             self._faults[kind, servo_id] = count, value
 
     def expect_steps(self, ticks):
-        """Bound the step between consecutive goals of each servo, [6] ticks; rounding may add one."""
+        """Bound the step between two goals of each servo, [6] ticks. Rounding can add one."""
         for servo, bound in zip(self.servos.values(), ticks, strict=True):
             servo.max_step = bound + ROUNDING_TICKS
 
@@ -317,9 +323,10 @@ class FaultyBus(VirtualBus):
 class FaultyCamera(VirtualCamera):
     """A camera that can behave as it is told, see FaultyHardware.camera."""
 
-    def __init__(self, path, render):
+    def __init__(self, name, path, width, height):
         self.mode, self.fps, self._image, self._due_s = "live", 0.0, None, 0.0
-        super().__init__(path, partial(self._draw, render))
+        super().__init__(name, path, width, height)
+        self._render = partial(self._draw, self._render)
 
     def show(self, raw):
         time_s, slow = time.monotonic(), self.mode == "slow"
@@ -374,7 +381,7 @@ class FaultyHardware(VirtualHardware):
             os.close(self._master)
 
     def reset(self):
-        """New servos, no faults, live cameras, empty logs, nothing waiting in the port, which stays."""
+        """New servos, no faults, live cameras, empty logs, nothing waiting in the port."""
         self._deaf = False
         with suppress(BlockingIOError):
             while self._plugged:
@@ -384,8 +391,9 @@ class FaultyHardware(VirtualHardware):
             self.camera(name, "live")
 
     def camera(self, name, mode, fps=0.0):
-        """How a camera behaves: "live", "stall" (no new pictures), "freeze" (the same one again and again), "slow"
-        (`fps`)."""
+        """How a camera behaves: "live", "stall" (no new pictures), "freeze" (the same picture),
+        "slow" (`fps`).
+        """
         camera = self._named[name]
         camera.fps, camera.mode = fps, mode  # in this order: another thread reads them
 
@@ -405,8 +413,8 @@ class FaultyHardware(VirtualHardware):
 
 def build(paths, width, height, pose):
     bus = FaultyBus(VIRTUAL_CALIBRATION, time.monotonic(), pose)
-    renders = views(paths, width, height)
-    return FaultyHardware(bus, {name: FaultyCamera(paths[name], renders[name]) for name in paths})
+    cameras = {name: FaultyCamera(name, path, width, height) for name, path in paths.items()}
+    return FaultyHardware(bus, cameras)
 
 
 def main():
@@ -422,8 +430,11 @@ main()
 
 
 class FaultyArm(VirtualArm):
-    """All other attributes are calls into the process: deaf, hang_up, reset and camera of FaultyHardware, a method
-    or value of FaultyBus, or, with its id first, a method of a FaultyServo."""
+    """Every other attribute is a call into the process.
+
+    deaf, hang_up, reset and camera of FaultyHardware, a method or value of FaultyBus, or, with its
+    id first, a method of a FaultyServo.
+    """
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named, command=(sys.executable, "-c", _PROGRAM))

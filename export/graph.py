@@ -90,9 +90,7 @@ def export_graph(
     quiet.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter(
-                "ignore"
-            )  # the exporter's deprecations are not the user's business
+            warnings.simplefilter("ignore")  # deprecations inside the exporter
             program = torch.onnx.export(
                 view,
                 tuple(example.inputs.values()),
@@ -105,6 +103,8 @@ def export_graph(
             )
             assert program is not None  # dynamo=True without a path always returns a program
             program.model.ir_version = IR_VERSION
+            for node in program.model.graph:  # a bundle holds no paths of the exporting machine
+                node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
             program.save(str(path), external_data=True)
     except OSError as e:
         raise GraphError(f"{path.name} cannot be written: {e}. Is the disk full?") from e

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from smolvla_edge.benchmarks import machine
-from smolvla_edge.benchmarks.latency import RATIO_NOISE, Effort, in_turns, limits, noise, verdict
+from smolvla_edge.benchmarks.latency import (
+    RATIO_NOISE,
+    Effort,
+    in_turns,
+    limits,
+    noise,
+    same_policy,
+    verdict,
+)
 from smolvla_edge.benchmarks.result import Rates, read, spread
 from smolvla_edge.benchmarks.start import cold_start
 from smolvla_edge.core.errors import BenchError
@@ -58,10 +66,13 @@ def test_latency_times_bundles_and_their_checkpoint_in_turns(export_case, bench,
     assert "Machine and settings" not in said
 
 
-def test_bundles_of_different_policies_are_not_compared(export_case, bench):
-    ours, other = export_case("tiny", "fp32"), export_case("tiny_outliers", "fp32")
-    with pytest.raises(BenchError, match="different policies"):
-        bench("latency", "--bundle", ours, "--bundle", other, *QUICK)
+def test_bundles_of_different_policies_are_not_compared(export_case):
+    ours = Bundle.open(export_case("tiny", "fp32"))
+    sampling = replace(ours.manifest.sampling, num_steps=4)
+    other = Bundle(ours.folder, replace(ours.manifest, sampling=sampling), ours.digest)
+    assert same_policy({"a": ours, "b": ours}) == ours.manifest
+    with pytest.raises(BenchError, match="b and a are different policies"):
+        same_policy({"a": ours, "b": other})
 
 
 def test_a_reference_of_another_checkpoint_is_refused(export_case, bench):

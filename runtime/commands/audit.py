@@ -36,7 +36,8 @@ def show(
     label = opened.manifest.precision
     found = audit(opened, device)
     print(f"label     {label}")
-    print("\n".join(_facts(found, label)))
+    for line in _facts(found, label):
+        print(line)
     terminal = sys.stdout.isatty()
     Console(width=None if terminal else FILE_WIDTH, markup=False, highlight=False).print(
         _operators(found) if isinstance(found, OrtAudit) else _layers(found)
@@ -71,7 +72,7 @@ def _facts(found: OrtAudit | TrtAudit, label: Precision) -> Iterator[str]:
             "CUDA graphs are not possible"
         )
     if CUDA in found.shares():
-        yield f"note      on {CUDA} ms is the host's time, and float32 can be TF32"
+        yield f"note      on {CUDA} ms is the host's time, not the GPU's"
 
 
 def _layers(found: TrtAudit) -> Table:

@@ -27,8 +27,6 @@ import pytest
 import typer
 from safetensors.numpy import load_file, save_file
 
-pytestmark = pytest.mark.arm
-
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 README = ROOT / "README.md"
@@ -146,10 +144,12 @@ def readme_session(tmp_path_factory):
     return folder
 
 
+@pytest.mark.arm
 def test_the_session_of_readme_runs(readme_session):
     assert (readme_session / "my_bundle/manifest.json").is_file()
 
 
+@pytest.mark.arm
 @pytest.mark.parametrize("page", DOCS, ids=name_of)
 def test_the_session_of_a_page_runs_where_that_of_readme_ends(page, readme_session, tmp_path):
     folder = tmp_path / "session"

@@ -310,7 +310,9 @@ def limits(
         memory_ms = 1e-6 * size / max(rates.copy_gbs)
         share = max(compute_ms, memory_ms) / stages[stage].p50
         # mypy takes `stage` for any str
-        found.append(HardwareLimit(stage, flops, int8, size, compute_ms, memory_ms, share))  # type: ignore[arg-type]
+        found.append(
+            HardwareLimit(stage, flops, int8, size, compute_ms, memory_ms, share)  # type: ignore[arg-type]
+        )
     return tuple(found)
 
 
@@ -324,7 +326,8 @@ def _require_same(process: ReferenceProcess, m: Manifest, reference: ReferenceOp
     if process.differences:
         raise BenchError(
             f"the bundle was exported from another checkpoint ({m.source.checkpoint}) than "
-            f"--reference {reference.checkpoint}: other {', '.join(process.differences)}. Name its own "
+            f"--reference {reference.checkpoint}: other "
+            f"{', '.join(process.differences)}. Name its own "
             "checkpoint"
         )
     if process.tokens != m.tokens.length:

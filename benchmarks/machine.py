@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from ..core.board import cpu_flags, cpu_info, read_board
 from .result import Machine, Rates, Readings
 
-# The largest product of the policy, the first MLP layer of the vision tower: [ROWS, INNER, COLUMNS].
+# The largest product of the policy, the first MLP layer of the vision tower: [ROWS, INNER,
+# COLUMNS].
 ROWS, INNER, COLUMNS = 1024, 768, 3072
 COPIED = 64 << 20  # float32 numbers: larger than every cache
 # CPU flags of matrix products, as Linux names them on x86 and Arm.

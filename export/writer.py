@@ -139,7 +139,8 @@ def _refuse(
     check_lerobot: bool,
     calibration: CalibrationSet | None,
 ) -> None:
-    """Raises ExportError or BackendError for what cannot be exported, whatever the checkpoint is."""
+    """Raises ExportError or BackendError for what cannot be exported, whatever the checkpoint
+    is."""
     int8 = precision == "int8"
     if int8 and target == "cpu":
         require_vnni()

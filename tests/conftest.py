@@ -61,7 +61,8 @@ def export_tiny(checkpoint: Path, output: Path, precision: str, target: str) -> 
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
-    """A run in the background of a shell inherits an ignored SIGINT, and so would every process it starts."""
+    """A run in the background of a shell inherits an ignored SIGINT, and so would every process it
+    starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -76,7 +77,8 @@ def private_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def export_case(tmp_path_factory, worker_id):
-    """(case, precision, target) -> the folder of its bundle, exported on first use by any worker."""
+    """(case, precision, target) -> the folder of its bundle, exported on first use by any
+    worker."""
     if not TORCH:
         pytest.skip("an export needs torch")
     base = tmp_path_factory.getbasetemp()
@@ -156,7 +158,8 @@ def arm():
 
 @pytest.fixture
 def fresh(arm, tmp_path):
-    """The arm as new, its calibration as a file, and settings that let the random policy have its way."""
+    """The arm as new, its calibration as a file, and settings that let the random policy have its
+    way."""
     arm.reset()
     arm.calibration.save(tmp_path / "my_arm.json")
     (tmp_path / "robot.toml").write_text(WILD)
@@ -165,7 +168,8 @@ def fresh(arm, tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a line without waiting for it; whatever is still running at the end of the test is killed."""
+    """Starts a line without waiting for it; whatever is still running at the end of the test is
+    killed."""
     started = []
 
     def popen(line, **options):

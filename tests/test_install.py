@@ -14,7 +14,8 @@ from support.paths import ROOT
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """The wheel of a clean copy of the tracked tree: nothing of this checkout but what git would give."""
+    """The wheel of a clean copy of the tracked tree: nothing of this checkout but what git would
+    give."""
     source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("dist")
     ignore = shutil.ignore_patterns(
         ".git", ".venv", ".*cache*", "bundle", "bundle-demo", "*.egg-info", "build", "dist", "tests"

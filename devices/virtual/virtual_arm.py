@@ -41,6 +41,7 @@ START_LIMIT_S = 30.0
 STOP_LIMIT_S = 3.0
 MOTION_PERIOD_S = 0.005
 PICTURE_PERIOD_S = 1 / 15
+PRIORITY = 20  # real-time, above the control loop
 
 
 class VirtualArm:
@@ -187,6 +188,10 @@ def serve(
         hardware = build(paths, options["width"], options["height"], options["pose"])
         try:
             print(json.dumps((hardware.port, sources)), flush=True)
+            # Servos answer however busy this machine is. Without the permission, they answer late.
+            with suppress(OSError):
+                priority = os.sched_param(PRIORITY)
+                os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, priority)
             hardware.run()
         finally:
             hardware.close()

@@ -87,8 +87,8 @@ def choose_cameras(
             )
         if not set(trained) <= set(chosen) or (settled and chosen != trained):
             raise CheckpointError(
-                f"{by} names the cameras {listed(chosen)}, but according to {found.by} training had "
-                f"{listed(trained)}: use these"
+                f"{by} names the cameras {listed(chosen)}, but according to {found.by} training "
+                f"had {listed(trained)}: use these"
             )
     elif settled:
         chosen, by = trained, found.by

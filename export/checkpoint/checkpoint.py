@@ -1,4 +1,5 @@
-"""A LeRobot SmolVLA checkpoint, read whole: config, weights, VLM config, tokenizer, processors, dataset facts.
+"""A LeRobot SmolVLA checkpoint, read whole: config, weights, VLM config, tokenizer, processors,
+dataset facts.
 
 safetensors only; nothing is ever unpickled.
 """
@@ -90,15 +91,16 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Read `name`: a folder, a training folder that holds `pretrained_model/`, or a Hub id.
 
-    The VLM's config and tokenizer come from the checkpoint, from `vlm`, or from the Hub, in that order.
-    cameras: those of training, in the robot's names, where the checkpoint does not say.
+    The VLM's config and tokenizer come from the checkpoint, from `vlm`, or from the Hub, in that
+    order. cameras: those of training, in the robot's names, where the checkpoint does not say.
     Raises CheckpointError.
     """
     folder, commit = _locate(name, revision)
     config = PolicyConfig.from_json(_read_json(folder / "config.json"))
     if adapters := sorted(p.name for p in folder.glob("adapter_*")):
         raise CheckpointError(
-            f"{folder} holds PEFT adapters ({', '.join(adapters)}), not whole weights: merge them first "
+            f"{folder} holds PEFT adapters ({', '.join(adapters)}), not whole weights: merge "
+            "them first "
             "(peft's merge_and_unload, then save_pretrained) and export the merged checkpoint"
         )
     if not (folder / WEIGHTS).is_file():
@@ -192,7 +194,8 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> Path:
-    """The snapshot folder, whose name is the resolved commit; from the local cache where the Hub does not answer."""
+    """The snapshot folder, whose name is the resolved commit; from the local cache where the Hub
+    does not answer."""
     from huggingface_hub import snapshot_download
 
     with from_hub(f"{repo} at revision {revision}" if revision else repo, CheckpointError):
@@ -200,7 +203,8 @@ def hub_folder(repo: str, patterns: list[str], revision: str | None = None) -> P
 
 
 def _vlm_from_hub(wanted: str, places: list[Path], vlm_name: str) -> Path:
-    """The file `wanted` of the VLM's Hub snapshot; CheckpointError names the folders that were looked at before."""
+    """The file `wanted` of the VLM's Hub snapshot; CheckpointError names the folders that were
+    looked at before."""
     looked = f"no {wanted} of the VLM in {', '.join(map(str, places)) or 'the checkpoint'}"
     if not is_hub_id(vlm_name):
         raise CheckpointError(
@@ -225,7 +229,8 @@ def _dataset_info(folder: Path) -> dict[str, Any]:
     if not isinstance(dataset, dict):
         return {}
     # os.path, because Path.expanduser raises where there is no home, and that is no error here
-    home = os.environ.get("HF_LEROBOT_HOME") or os.path.expanduser("~/.cache/huggingface/lerobot")  # noqa: PTH111
+    default = os.path.expanduser("~/.cache/huggingface/lerobot")  # noqa: PTH111
+    home = os.environ.get("HF_LEROBOT_HOME") or default
     root, repo, info = (
         str(dataset.get("root") or home),
         str(dataset.get("repo_id")),

@@ -20,7 +20,8 @@ class Feature:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """What the checkpoint's config says, under LeRobot's names and with its SmolVLAConfig's defaults (0.4.4)."""
+    """What the checkpoint's config says, under LeRobot's names and with its SmolVLAConfig's
+    defaults (0.4.4)."""
 
     input_features: dict[str, Feature]
     output_features: dict[str, Feature]
@@ -51,10 +52,12 @@ class PolicyConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "PolicyConfig":
-        """Raises CheckpointError with every reason why this config cannot be exported faithfully."""
+        """Raises CheckpointError with every reason why this config cannot be exported
+        faithfully."""
         if raw.get("type") != "smolvla":
             raise CheckpointError(
-                f"config.json is of type {raw.get('type')!r}, expected 'smolvla': give a SmolVLA checkpoint"
+                f"config.json is of type {raw.get('type')!r}, expected 'smolvla': "
+                "give a SmolVLA checkpoint"
             )
         problems: list[str] = []
         config = decode(cls, {f.name: raw[f.name] for f in fields(cls) if f.name in raw}, problems)
@@ -105,13 +108,15 @@ class PolicyConfig:
                 found.append(f"{switch} is set: Aloha's joint conversion is not supported")
         if self.use_peft:
             found.append(
-                "use_peft is set: merge the adapters into the weights first (peft: merge_and_unload)"
+                "use_peft is set: merge the adapters into the weights first "
+                "(peft: merge_and_unload)"
             )
         if self.n_obs_steps != 1:
             found.append(f"n_obs_steps is {self.n_obs_steps}, only 1 is supported")
         if 0 < experts != layers:
             found.append(
-                f"num_expert_layers is {experts} beside {layers} VLM layers, only equal counts are supported"
+                f"num_expert_layers is {experts} beside {layers} VLM layers, only equal "
+                "counts are supported"
             )
         if self.tokenizer_max_length < 1:
             found.append(

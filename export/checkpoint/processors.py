@@ -21,7 +21,8 @@ from .policy_config import PolicyConfig
 STATE, ACTION = "observation.state", "action"
 _EPS = 1e-8  # LeRobot's default
 _SHORTEST_INSTRUCTION = 8  # tokens
-# Steps of LeRobot's SmolVLA pipelines; True: the runtime always does them, so the checkpoint must too.
+# Steps of LeRobot's SmolVLA pipelines; True: the runtime always does them, so the checkpoint must
+# too.
 _BEFORE = {
     "rename_observations_processor": False,
     "to_batch_processor": False,
@@ -53,7 +54,8 @@ class Processors:
 def read_processors(
     folder: Path, config: PolicyConfig, tensors: Mapping[str, Tensor]
 ) -> Processors:
-    """Raises CheckpointError with everything in the files that this runtime would not do as LeRobot does."""
+    """Raises CheckpointError with everything in the files that this runtime would not do as LeRobot
+    does."""
     problems: list[str] = []
     old = {
         key + "." + name.removeprefix(prefix): tensor
@@ -85,7 +87,8 @@ def read_processors(
         ) from e
     if token_length < _SHORTEST_INSTRUCTION:
         problems.append(
-            f"instructions are cut to {token_length} tokens, expected at least {_SHORTEST_INSTRUCTION}"
+            f"instructions are cut to {token_length} tokens, expected at least "
+            f"{_SHORTEST_INSTRUCTION}"
         )
     if problems or state is None or action is None:
         raise CheckpointError(f"{folder} cannot be exported: {'; '.join(problems)}")
@@ -107,7 +110,8 @@ def _read_steps(
             problems.append(
                 f"{path} names the state file {step['state_file']!r}, expected a plain file name"
             )
-        # smolvla_base's files are listed but hold nothing for the policy: an absent one means no statistics
+        # smolvla_base's files are listed but hold nothing for the policy: an absent one means no
+        # statistics
         steps[name] = step.get("config") or {}, load_file(file) if file.is_file() else {}
     problems += [f"{side} step {name!r} is not supported" for name in names if name not in known]
     problems += [
@@ -127,7 +131,8 @@ def _check_tokenizer(
     name = str(options.get("tokenizer_name") or config.vlm_model_name)
     if name != config.vlm_model_name and not (folder / name / "tokenizer.json").is_file():
         problems.append(
-            f"the preprocessor's tokenizer is {name}, the policy's VLM is {config.vlm_model_name}: they must be one"
+            f"the preprocessor's tokenizer is {name}, the policy's VLM is "
+            f"{config.vlm_model_name}: they must be one"
         )
     if options.get("padding_side", "right") != "right":
         problems.append("the tokenizer pads on the left, only right padding is supported")

@@ -122,7 +122,8 @@ class VisionModel(nn.Module):
 
 
 class Connector(nn.Module):
-    """Pixel shuffle and a projection: [B, N, W] -> [B, N / K^2, width]. K x K patches become one token.
+    """Pixel shuffle and a projection: [B, N, W] -> [B, N / K^2, width]. K x K patches become one
+    token.
 
     The sum has 12,288 products, so the stream's dtype holds it. The weight has the matmul dtype.
     """

@@ -1,8 +1,10 @@
-"""INT8 linear layers: modules that compute in torch what a backend computes from the operators they are exported as.
+"""INT8 linear layers: modules that compute in torch what a backend computes from the operators they
+are exported as.
 
-Weights are signed and symmetric with one scale per output channel. Activations are quantised per tensor: `Dynamic`
-at run time, from the tensor's own extremes (ONNX Runtime's DynamicQuantizeMatMul); `Static` with a scale found by
-calibration, as QuantizeLinear and DequantizeLinear around a standard MatMul (TensorRT's explicit quantisation).
+Weights are signed and symmetric with one scale per output channel. Activations are quantised per
+tensor: `Dynamic` at run time, from the tensor's own extremes (ONNX Runtime's
+DynamicQuantizeMatMul); `Static` with a scale found by calibration, as QuantizeLinear and
+DequantizeLinear around a standard MatMul (TensorRT's explicit quantisation).
 """
 
 from dataclasses import dataclass
@@ -14,8 +16,8 @@ from .rounding import step
 
 
 def fake_dynamic(x: Tensor) -> Tensor:
-    """`x` as DynamicQuantizeLinear would round it: uint8 over [min, max] with 0 inside, for each leading index (the
-    exported vision tower sees one camera at a time)."""
+    """`x` as DynamicQuantizeLinear would round it: uint8 over [min, max] with 0 inside, for each
+    leading index (the exported vision tower sees one camera at a time)."""
     rest = tuple(range(1, x.ndim))
     low, high = x.amin(rest, keepdim=True).clamp(max=0), x.amax(rest, keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=1e-12)
@@ -24,7 +26,8 @@ def fake_dynamic(x: Tensor) -> Tensor:
 
 
 def fake_static(x: Tensor, largest: Tensor) -> Tensor:
-    """`x` as QuantizeLinear would round it with the scale that makes `largest` [] 127, and zero point 0."""
+    """`x` as QuantizeLinear would round it with the scale that makes `largest` [] 127, and zero
+    point 0."""
     scale = step(largest)
     return (x / scale).round().clamp(-128, 127) * scale
 
@@ -92,9 +95,11 @@ class Dynamic(Int8Linear):
 
 
 class Static(Int8Linear):
-    """[..., N, in] -> [..., N, out] in the dtype of the scales: activations quantised with one calibrated scale.
+    """[..., N, in] -> [..., N, out] in the dtype of the scales: activations quantised with one
+    calibrated scale.
 
-    The zero points are inputs of the operators because TensorRT takes them for the integer type; all are 0.
+    The zero points are inputs of the operators because TensorRT takes them for the integer type;
+    all are 0.
     """
 
     def __init__(self, parts: Quantized) -> None:

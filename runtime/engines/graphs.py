@@ -15,7 +15,8 @@ Step = dict[str, Array]
 
 
 class Graphs(Protocol):
-    """Both graphs, loaded: `prefill` once per observation, then `denoise` against the same cache."""
+    """Both graphs, loaded: `prefill` once per observation, then `denoise` against the same
+    cache."""
 
     reason: str  # why this engine runs, in words
     device: str  # cpu, cuda or tensorrt

@@ -195,7 +195,8 @@ class Policy:
         )
 
     def robot_units(self, actions: Array) -> Array:
-        """Normalised actions [1, chunk_size, max_action_dim] -> [chunk_size, dof] in robot units."""
+        """Normalised actions [1, chunk_size, max_action_dim] -> [chunk_size, dof] in robot
+        units."""
         return self.manifest.action.normalization.unnormalize(
             actions[0, :, : self.manifest.action.dim]
         )

@@ -61,7 +61,8 @@ class RealTimeChunking:
         return weights
 
     def guidance(self, time: float) -> float:
-        """min((1 - tau) / tau * ((1 - tau)^2 + tau^2) / (1 - tau)^2, maximum) with tau = 1 - time."""
+        """min((1 - tau) / tau * ((1 - tau)^2 + tau^2) / (1 - tau)^2, maximum) with tau = 1 -
+        time."""
         tau = 1.0 - time
         if tau <= 0 or tau >= 1:
             return self.max_guidance_weight
@@ -71,7 +72,8 @@ class RealTimeChunking:
 def time_embedding(
     time: float, width: int, min_period: float, max_period: float
 ) -> NDArray[np.float32]:
-    """Sine and cosine of time * 2 pi / period, [1, width]. float64 inside: angles reach 1570 rad."""
+    """Sine and cosine of time * 2 pi / period, [1, width]. float64 inside: angles reach 1570
+    rad."""
     fraction = np.linspace(0.0, 1.0, width // 2)
     angle = 1.0 / (min_period * (max_period / min_period) ** fraction) * 2 * math.pi * time
     return np.concatenate([np.sin(angle), np.cos(angle)])[None].astype(np.float32)

@@ -106,6 +106,6 @@ def require(precision: Precision, errors: dict[str, float]) -> None:
         wider = " Try a bundle of --precision fp32, or" if precision != "fp32" else " Try"
         raise CheckFailed(
             f"self-check failed: {stage} is the first to differ from its checkpoint, by "
-            f"{value:.2e} (at most {limit:.0e}), {len(over)} of {len(errors)} stages do; actions by "
-            f"{errors['actions']:.2e}.{wider} another --backend"
+            f"{value:.2e} (at most {limit:.0e}), {len(over)} of {len(errors)} stages do; "
+            f"actions by {errors['actions']:.2e}.{wider} another --backend"
         )

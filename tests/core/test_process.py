@@ -1,4 +1,5 @@
-"""Child processes of our own: they run the installed package and nothing from the current folder."""
+"""Child processes of our own: they run the installed package and nothing from the current
+folder."""
 
 import ast
 import json

@@ -54,8 +54,8 @@ def read(source, cameras=("wrist", "front"), state_dim=6, **options):
 
 
 def require_right(drawn, episodes=EPISODES):
-    """Every picture and task is the one its state names. -> the episodes of the frames to calibrate with, and of the
-    held-out ones."""
+    """Every picture and task is the one its state names. -> the episodes of the frames to calibrate
+    with, and of the held-out ones."""
     firsts = np.cumsum([0, *(length for length, _ in episodes)])
     found = []
     for part in (drawn.calibration, drawn.held_out):

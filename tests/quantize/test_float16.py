@@ -99,7 +99,8 @@ def test_typed_float16_passes_the_range_pass_on_the_same_spike(spiked, tmp_path)
 
 
 def amplified(checkpoint, layer, factor):
-    """The same policy with a larger product inside one gated MLP, which the next weight reverses."""
+    """The same policy with a larger product inside one gated MLP, which the next weight
+    reverses."""
     tensors = dict(checkpoint.tensors)
     tensors[MLP.format(layer) + "up_proj.weight"] = (
         tensors[MLP.format(layer) + "up_proj.weight"].float() * factor

@@ -1,4 +1,5 @@
-"""LeRobot datasets of versions 2.1 and 3.0, written without LeRobot. Pictures show their frame's number."""
+"""LeRobot datasets of versions 2.1 and 3.0, written without LeRobot. Pictures show their frame's
+number."""
 
 import json
 
@@ -29,8 +30,8 @@ def picture(number, camera):
 
 
 def write_video(path, numbers, camera, fps=FPS):
-    """Keyframes 25 frames apart, some frames before them stored behind them; the index in front, so that a cut file
-    still opens."""
+    """Keyframes 25 frames apart, some frames before them stored behind them; the index in front, so
+    that a cut file still opens."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         options = {"g": "25", "bf": "8", "sc_threshold": "0", "x264-params": "open-gop=1:b-adapt=0"}
@@ -54,7 +55,8 @@ def write_json(path, *lines):
 
 
 def write_dataset(root, version="v3.0", episodes=EPISODES, kind="video"):
-    """The frames are counted over all episodes; state and pictures show the number. In v3.0, two episodes a file."""
+    """The frames are counted over all episodes; state and pictures show the number. In v3.0, two
+    episodes a file."""
     kinds = dict.fromkeys(CAMERAS, kind)
     features = {
         f"observation.images.{c}": {"dtype": kind, "shape": [48, 64, 3]}

@@ -27,8 +27,8 @@ class Golden:
 def stage_errors(policy: Policy, golden: Golden, tensors: dict) -> dict[str, float]:
     """Error of every stage that the goldens hold, worst over layers and steps.
 
-    tensors: the checkpoint's weights; the goldens hold the VLM's own keys and values, so those of cross layers are
-    projected by the expert first, as the prefix graph does.
+    tensors: the checkpoint's weights; the goldens hold the VLM's own keys and values, so those of
+    cross layers are projected by the expert first, as the prefix graph does.
     """
     m, errors = policy.manifest, {}
     feeds = policy.prefill(golden.images, golden.state, golden.task)

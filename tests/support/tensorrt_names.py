@@ -1,10 +1,12 @@
-"""Run by hand: writes tests/data/tensorrt_api/*.txt, the names that the real TensorRT and CUDA bindings have.
+"""Run by hand: writes tests/data/tensorrt_api/*.txt, the names that the real TensorRT and CUDA
+bindings have.
 
     python tests/tensorrt_names.py [VERSION ...]
 
-It installs each wheel from PyPI into a scratch folder and imports it, which needs a C compiler and a Python that the
-wheels are made for (3.10 to 3.12), but no GPU and no TensorRT: the bindings are linked to TensorRT by nine functions
-only, and here they are empty. A name the files lack may exist all the same: then its class belongs into CLASSES.
+It installs each wheel from PyPI into a scratch folder and imports it, which needs a C compiler and
+a Python that the wheels are made for (3.10 to 3.12), but no GPU and no TensorRT: the bindings are
+linked to TensorRT by nine functions only, and here they are empty. A name the files lack may exist
+all the same: then its class belongs into CLASSES.
 """
 
 import importlib
@@ -79,7 +81,8 @@ def write_names(version: str) -> None:
 
 
 def print_names(module: str) -> None:
-    """`Class: member member ...` for each class of CLASSES, and `: name name ...` for the other names."""
+    """`Class: member member ...` for each class of CLASSES, and `: name name ...` for the other
+    names."""
     found = importlib.import_module(module)
     for name in CLASSES.split():
         if hasattr(found, name):

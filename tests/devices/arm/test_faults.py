@@ -1,7 +1,8 @@
-"""What goes wrong on an arm under way, one by one: F01 to F38 of docs/safety.md, as far as no policy is needed.
+"""What goes wrong on an arm under way, one by one: F01 to F38 of docs/safety.md, as far as no
+policy is needed.
 
-Every test ends with the same question to the servos: all off, and nothing ever seen on the wire that a careful host
-would not have sent (the virtual arm checks each frame).
+Every test ends with the same question to the servos: all off, and nothing ever seen on the wire
+that a careful host would not have sent (the virtual arm checks each frame).
 """
 
 import time

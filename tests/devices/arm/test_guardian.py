@@ -1,4 +1,5 @@
-"""The guardian against the virtual arm: hosts that die, freeze, say goodbye, or lose their guardian."""
+"""The guardian against the virtual arm: hosts that die, freeze, say goodbye, or lose their
+guardian."""
 
 import fcntl
 import os
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.arm
 IDS = (1, 2, 3, 4, 5, 6)
 LIMITS = {i: 500 if i == 6 else 1000 for i in IDS}
 TIOCGEXCL = 0x80045440
-# A host energises the arm and then beats thirty times a second, until it is told to stop or its guardian is lost.
+# A host energises the arm and then beats thirty times a second, until it is told to stop or its
+# guardian is lost.
 HOST = """
 import sys, time
 from smolvla_edge.devices.bus.bus import FeetechBus

@@ -1,4 +1,5 @@
-"""What the servos report becomes warnings and stops: each row of the requirements, its thresholds and durations."""
+"""What the servos report becomes warnings and stops: each row of the requirements, its thresholds
+and durations."""
 
 import dataclasses
 
@@ -63,7 +64,8 @@ class Watch:
         self.warned, self.stopped, self.verdict = {}, None, None
 
     def for_(self, seconds, **values):
-        """-> self. warned: {text: when it was told}, stopped: when it was, said: why; since the condition began."""
+        """-> self. warned: {text: when it was told}, stopped: when it was, said: why; since the
+        condition began."""
         start, self.stopped, self.warned, self.said = self.time_s, None, {}, ""
         while self.time_s - start <= seconds:
             self.verdict = self.monitors.check(
@@ -86,7 +88,8 @@ def test_an_arm_that_is_well_gives_no_verdict():
 
 WIDE = Limits(lead_deg=45)  # so that 25 degrees are reached
 ROWS = {
-    # what: (limits, the servo's own registers, degrees behind, reading, warned after s, stopped after s, said)
+    # what: (limits, the servo's own registers, degrees behind, reading, warned after s, stopped
+    # after s, said)
     "cool": (None, {}, 0, {"temperature": 54}, None, None, ""),
     "warm": (None, {}, 0, {"temperature": 55}, 0, None, "55 C"),
     "hot": (None, {}, 0, {"temperature": 65}, None, 0, "65 C"),
@@ -411,7 +414,8 @@ def test_a_gripper_that_presses_hard_is_eased_before_it_trips_and_the_arm_goes_o
     "own", [{Register.PROTECTION_CURRENT: 250}, {Register.OVERLOAD_TORQUE: 25}]
 )
 def test_a_gripper_around_something_hard_is_eased_once_and_keeps_a_light_pressure(own):
-    """Shaper, monitors and a blocked servo in a loop, for 20 s: no hunting between pressing and easing."""
+    """Shaper, monitors and a blocked servo in a loop, for 20 s: no hunting between pressing and
+    easing."""
     servo = FaultyServo(VIRTUAL_CALIBRATION.joints[5], 2748)
     servo.set_register(Register.TORQUE_ENABLE, 1)
     servo.set_register(Register.TORQUE_LIMIT, 500)

@@ -36,7 +36,8 @@ def values(raw, units=Units.DEGREES):
 
 
 class Bench:
-    """A shaper and its clock, with joints that follow at once unless `present` says where they are."""
+    """A shaper and its clock, with joints that follow at once unless `present` says where they
+    are."""
 
     def __init__(
         self,
@@ -72,7 +73,8 @@ class Bench:
         return self.made.hold(self.made.goal if present is None else present, self.time_s)
 
     def run(self, raw, ticks=1, present=None):
-        """`ticks` times the same target in raw ticks -> [ticks, 6] goals and what was emitted last."""
+        """`ticks` times the same target in raw ticks -> [ticks, 6] goals and what was emitted
+        last."""
         emitted = [self.send(values(raw, self.units), present) for _ in range(ticks)]
         return np.array([e.raw for e in emitted]), emitted[-1]
 
@@ -230,7 +232,8 @@ def test_the_first_target_must_be_near_unless_far_is_allowed():
 
 
 def test_after_a_stop_a_jump_is_measured_from_where_the_arm_is_held():
-    """Stopped on the way to a target 55 degrees off, the next one 10 degrees to the other side is no jump."""
+    """Stopped on the way to a target 55 degrees off, the next one 10 degrees to the other side is
+    no jump."""
     bench = Bench()
     bench.run(MIDDLE + int(55 * DEG) * PAN)
     fresh = values(MIDDLE - int(10 * DEG) * PAN)
@@ -394,7 +397,8 @@ def test_holding_keeps_the_last_goal_even_of_a_joint_that_sags():
 
 
 def ramp_of(bench, target, ticks=200):
-    """How many ticks of the way to `target` were at first-move speed, the goals, and whether the ramp is over."""
+    """How many ticks of the way to `target` were at first-move speed, the goals, and whether the
+    ramp is over."""
     emitted = [bench.send(values(target)) for _ in range(ticks)]
     ramping = [e.ramping for e in emitted]
     count = sum(ramping)

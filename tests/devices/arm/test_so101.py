@@ -1,4 +1,5 @@
-"""The whole arm against the virtual one: what it refuses, what it sends, and that it always lets go."""
+"""The whole arm against the virtual one: what it refuses, what it sends, and that it always lets
+go."""
 
 import dataclasses
 import os
@@ -44,7 +45,8 @@ def images(virtual):
 
 
 def refusal(virtual, **options):
-    """The message of a refused connect; checks that nothing was written and the port is free again."""
+    """The message of a refused connect; checks that nothing was written and the port is free
+    again."""
     before = images(virtual)
     arm = driver(virtual, **options)
     with pytest.raises(ArmError) as error:
@@ -325,7 +327,8 @@ def test_an_interrupt_during_release_waits_for_the_last_servo(virtual):
         with pytest.raises(KeyboardInterrupt):
             arm.release()
         press.join()
-        # One broadcast, servos 1 and 6 once, three silent ones twice, the interrupted one at least once.
+        # One broadcast, servos 1 and 6 once, three silent ones twice, the interrupted one at least
+        # once.
         assert virtual.frames_seen() - seen >= 1 + 2 + 3 * 2 + 1
         assert torque(virtual) == [0] * 6
         virtual.reset()

@@ -1,4 +1,5 @@
-"""What the servos report, read from the virtual arm: decoded, aged, and not believed when it cannot be."""
+"""What the servos report, read from the virtual arm: decoded, aged, and not believed when it cannot
+be."""
 
 import math
 from types import SimpleNamespace

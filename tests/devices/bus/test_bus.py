@@ -34,7 +34,8 @@ def bus(arm):
 
 
 class Wire:
-    """The far end of a serial line that answers each request with what `script` says: [(delay_s, bytes)]."""
+    """The far end of a serial line that answers each request with what `script` says: [(delay_s,
+    bytes)]."""
 
     def __init__(self, script):
         self.master, self.slave = os.openpty()

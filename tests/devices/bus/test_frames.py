@@ -211,7 +211,8 @@ def test_noise_without_a_header_byte_never_hides_a_frame(parts):
 
 
 def check_one_damaged_byte(sent, at, value):
-    """A reply of which one byte arrived wrong, read as the bus reads it: by id and size, from an empty buffer."""
+    """A reply of which one byte arrived wrong, read as the bus reads it: by id and size, from an
+    empty buffer."""
     damaged = bytearray(frames.build(sent.id, sent.code, sent.params))
     damaged[at % len(damaged)] = value
     for found in frames.status_parser().feed(bytes(damaged)):
@@ -232,7 +233,8 @@ def test_a_reply_with_one_wrong_byte_is_never_another_value(sent, at, value):
 
 
 def check_stream(rng):
-    """A stream of replies, noise, cuts and damage, cut anywhere: what is found is there, whole, in order."""
+    """A stream of replies, noise, cuts and damage, cut anywhere: what is found is there, whole, in
+    order."""
     parts = []
     for _ in range(rng.randrange(4)):
         part = bytearray(

@@ -40,7 +40,8 @@ def bus(arm):
 
 @pytest.fixture
 def plugged(monkeypatch, tmp_path):
-    """Pretend that these are the serial ports of the machine: (device, USB id or None, has a link by id)."""
+    """Pretend that these are the serial ports of the machine: (device, USB id or None, has a link
+    by id)."""
 
     def plug(*devices):
         ports = []

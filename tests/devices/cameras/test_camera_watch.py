@@ -1,4 +1,5 @@
-"""The watch over the cameras: what must not reach the policy, and what must not be held against a camera."""
+"""The watch over the cameras: what must not reach the policy, and what must not be held against a
+camera."""
 
 import errno
 import re

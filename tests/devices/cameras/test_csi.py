@@ -1,4 +1,5 @@
-"""CSI cameras: `gst-launch-1.0` and its pipe. The program is a stand-in, or GStreamer's own with a test picture."""
+"""CSI cameras: `gst-launch-1.0` and its pipe. The program is a stand-in, or GStreamer's own with a
+test picture."""
 
 import os
 import shutil
@@ -16,7 +17,8 @@ GSTREAMER = shutil.which("gst-launch-1.0")
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """Puts a Python program on the PATH as gst-launch-1.0; it has the words of the pipeline and the pipe."""
+    """Puts a Python program on the PATH as gst-launch-1.0; it has the words of the pipeline and the
+    pipe."""
 
     def put(body):
         path = tmp_path / "bin" / "gst-launch-1.0"

@@ -1,4 +1,5 @@
-"""smolvla-calibrate: the arithmetic around the encoder's seam, and the whole command against the virtual arm."""
+"""smolvla-calibrate: the arithmetic around the encoder's seam, and the whole command against the
+virtual arm."""
 
 import os
 import pty
@@ -83,7 +84,8 @@ def test_a_joint_too_fast_to_follow_is_refused():
 
 @pytest.fixture
 def raw(virtual):
-    """The arm as its servos come: no offset, no limits. The elbow's seam lies in the middle of its travel."""
+    """The arm as its servos come: no offset, no limits. The elbow's seam lies in the middle of its
+    travel."""
     for servo_id, middle in zip(IDS, MIDDLE, strict=True):
         for register, value in (
             (Register.HOMING_OFFSET, 0),
@@ -215,7 +217,8 @@ def test_an_arm_that_has_offsets_and_counts_turns_is_calibrated_anew(virtual, tm
     someone.say()
     assert someone.leave() == 0, someone.output
     joints = load_calibration(tmp_path / "arm.json").joints
-    # Pan had position 2001 at offset -709, which is encoder 1292; the middle of its travel is 100 further.
+    # Pan had position 2001 at offset -709, which is encoder 1292; the middle of its travel is 100
+    # further.
     assert joints[0].homing_offset == 1292 + 100 - 2047
     assert {(j.range_min, j.range_max) for j in joints} == {(1047, 3047), (0, 4095)}
     assert virtual.registers(ELBOW)[Register.PHASE] == 0x0C

@@ -1,4 +1,5 @@
-"""smolvla-doctor: on this machine, on files laid out as a Jetson's, with fake drivers, and on the virtual arm."""
+"""smolvla-doctor: on this machine, on files laid out as a Jetson's, with fake drivers, and on the
+virtual arm."""
 
 import errno
 import fcntl
@@ -31,7 +32,8 @@ pytestmark = pytest.mark.arm
 
 NO_GPU = Gpu("", "", "")
 ORIN = Gpu("Orin", "12.6", "10.3.0")
-# An Orin Nano with JetPack 6.2: contents as owners print them in NVIDIA's forum, and as its developer guide says.
+# An Orin Nano with JetPack 6.2: contents as owners print them in NVIDIA's forum, and as its
+# developer guide says.
 JETSON = {
     "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
     "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234\0",

@@ -1,4 +1,5 @@
-"""What the portable graphs hold is what TensorRT 10.3's parser takes and fuses, by its documentation: none is here.
+"""What the portable graphs hold is what TensorRT 10.3's parser takes and fuses, by its
+documentation: none is here.
 
 Operators, standard domain, opset and static shapes are the exporter's own check (export/graph.py).
 """
@@ -36,7 +37,8 @@ def types_of(graph):
 
 
 def refused(graph):
-    """What the parser or a strongly typed network does not take. Inputs are enough: outputs are inputs of others."""
+    """What the parser or a strongly typed network does not take. Inputs are enough: outputs are
+    inputs of others."""
     lines = (DATA / "tensorrt_operators.txt").read_text().splitlines()
     table = {
         name: types.split() for name, _, types in (x.partition(":") for x in lines if x[0] != "#")
@@ -67,9 +69,10 @@ def refused(graph):
 def misplaced(graph):
     """What keeps INT8 from running as INT8.
 
-    Source: docs.nvidia.com/deeplearning/tensorrt, Working with Quantized Types (symmetric; activations per tensor,
-    weights per channel; Q/DQ layer-placement recommendations: all inputs of a weighted operation, no output, no
-    bias), and the parser's own checks in onnx-tensorrt (onnxOpImporters.cpp, QuantDequantLinearHelper).
+    Source: docs.nvidia.com/deeplearning/tensorrt, Working with Quantized Types (symmetric;
+    activations per tensor, weights per channel; Q/DQ layer-placement recommendations: all inputs of
+    a weighted operation, no output, no bias), and the parser's own checks in onnx-tensorrt
+    (onnxOpImporters.cpp, QuantDequantLinearHelper).
     """
     types, found = types_of(graph), set()
     constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}

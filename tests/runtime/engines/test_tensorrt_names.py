@@ -1,7 +1,7 @@
 """Every name of TensorRT's and CUDA's that the runtime uses exists in each version it is for.
 
-None of them runs here: the names are those of the real bindings (tests/tensorrt_names.py), found by reading the
-code, in which an object of TensorRT's is known by its name.
+None of them runs here: the names are those of the real bindings (tests/tensorrt_names.py), found by
+reading the code, in which an object of TensorRT's is known by its name.
 """
 
 import ast
@@ -42,8 +42,8 @@ def read_api(version):
 
 
 def used(source):
-    """-> (line, class or "" for a module, name) of every attribute of a known object, and of every text that is a
-    CUDA function's name."""
+    """-> (line, class or "" for a module, name) of every attribute of a known object, and of every
+    text that is a CUDA function's name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and re.fullmatch(r"cuda[A-Z]\w+", str(node.value)):
             yield node.lineno, "", node.value

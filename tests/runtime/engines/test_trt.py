@@ -1,7 +1,7 @@
 """The TensorRT path without a GPU: stand-ins at the outermost border (tests/standins/README.md).
 
-Tested are the calls, their order and memory, what is kept and built again, and failures. Nothing here
-is a result of TensorRT.
+Tested are the calls, their order and memory, what is kept and built again, and failures. Nothing
+here is a result of TensorRT.
 """
 
 import json

@@ -66,7 +66,8 @@ def test_every_stage_equals_lerobot_at_full_size(checkpoint, precision, target, 
 
 
 def test_float16_computed_in_float16_equals_lerobot_at_full_size(checkpoint):
-    """Torch's half arithmetic rounds every intermediate to float16; ONNX Runtime on a CPU would not."""
+    """Torch's half arithmetic rounds every intermediate to float16; ONNX Runtime on a CPU would
+    not."""
     name, folder = checkpoint
     loaded, golden = load_checkpoint(str(folder), vlm=SHARED / "smolvlm2"), Golden(REFERENCE / name)
     views = TorchReference(loaded, *build_views(architecture_of(loaded), loaded.tensors, FP16))

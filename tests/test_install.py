@@ -17,9 +17,14 @@ def wheel(tmp_path_factory):
     """The wheel of a clean copy of the tracked tree: nothing of this checkout but what git would
     give."""
     source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("dist")
-    ignore = shutil.ignore_patterns(
-        ".git", ".venv", ".*cache*", "bundle", "bundle-demo", "*.egg-info", "build", "dist", "tests"
-    )
+    made = {".git", "bench", "bundle", "bundle-demo", "build", "dist", "frontier", "tests"}
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        found = {
+            n for n in names if n.startswith(".venv") or "cache" in n or n.endswith(".egg-info")
+        }
+        return found | (made & set(names) if Path(folder) == ROOT else set())
+
     shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(source)],

@@ -241,7 +241,7 @@ def parse_manifest(raw: object, path: Path) -> Manifest:
     problems: list[str] = []
     manifest = decode(Manifest, fields, problems)
     if manifest is not None:
-        problems = _file_problems(manifest)
+        problems = _contradictions(manifest)
     if manifest is None or problems:
         raise BundleError(
             f"{path} is not valid: {'; '.join(problems)}. Export the checkpoint again"
@@ -264,14 +264,17 @@ def export_command(fields: dict[str, Any], folder: Path, target: str) -> str:
     return f"{command} --output {folder} --force"
 
 
-def _file_problems(m: Manifest) -> list[str]:
-    """A file name must not leave the folder, and every file that the runtime reads is listed."""
+def _contradictions(m: Manifest) -> list[str]:
+    """A file name must not leave the folder, every file that the runtime reads is listed, and an
+    INT8 bundle says how it came to be."""
     bad = [name for name in m.files if not _PLAIN_NAME.fullmatch(name)]
     needed = (m.prefix.file, m.expert.file, "tokenizer.json", "selfcheck.npz")
     missing = [name for name in needed if name not in m.files]
-    return [f"file name {name!r} is not a plain name" for name in bad] + [
-        f"file {name!r} is not listed under files" for name in missing
-    ]
+    found = [f"file name {name!r} is not a plain name" for name in bad]
+    found += [f"file {name!r} is not listed under files" for name in missing]
+    if m.precision == "int8" and m.int8 is None:
+        found.append("precision is int8, but int8 is missing")
+    return found
 
 
 def manifest_json(manifest: Manifest) -> str:

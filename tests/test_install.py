@@ -17,13 +17,14 @@ def wheel(tmp_path_factory):
     """The wheel of a clean copy of the tracked tree: nothing of this checkout but what git would
     give."""
     source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("dist")
-    made = {".git", "bench", "bundle", "bundle-demo", "build", "dist", "frontier", "tests"}
+    made = {"bench", "bundle", "bundle-demo", "build", "dist", "frontier", "tests"}
 
     def ignore(folder: str, names: list[str]) -> set[str]:
-        found = {
-            n for n in names if n.startswith(".venv") or "cache" in n or n.endswith(".egg-info")
-        }
-        return found | (made & set(names) if Path(folder) == ROOT else set())
+        found = {n for n in names if n.endswith((".egg-info", "__pycache__"))}
+        if Path(folder) == ROOT:  # the packages have folders of the same names
+            found |= made & set(names)
+            found |= {n for n in names if n == ".git" or n.startswith(".venv") or "cache" in n}
+        return found
 
     shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
     subprocess.run(

@@ -18,7 +18,6 @@ import onnxruntime
 from ...core.board import has_vnni
 from ...core.errors import BackendError
 from ..bundle.bundle import Bundle
-from .graphs import Graphs
 
 Device = Literal["auto", "cpu", "cuda", "jetson"]
 Backend = Literal["tensorrt", "ort-cuda", "ort-cpu"]
@@ -112,21 +111,6 @@ def require_vnni() -> None:
             "this CPU, export with --precision fp32. Or export and run INT8 for the target cpu on "
             "a CPU with VNNI"
         )
-
-
-def open_graphs(bundle: Bundle, backend: Backend, *, realtime: bool = False) -> Graphs:
-    """Load the graphs of `bundle` on `backend`; realtime: leave a core to a control loop.
-
-    Raises BackendError.
-    """
-    # Import the chosen engine only: on a CPU no TensorRT or CUDA code is loaded.
-    if backend == "tensorrt":
-        from .trt import TrtGraphs
-
-        return TrtGraphs(bundle, realtime=realtime)
-    from .ort import OrtGraphs
-
-    return OrtGraphs(bundle, backend, realtime=realtime)
 
 
 def missing_for(backend: Backend) -> str:

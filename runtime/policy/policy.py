@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ...core.errors import BackendError, CheckFailed, InputError
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
-from ..engines.backend import Backend, choose_for, open_graphs
+from ..engines.backend import Backend, choose_for
 from ..engines.graphs import Array, Feeds, Graphs, Step
+from ..engines.opening import open_graphs
 from .preprocessing import Preprocessor
 from .sampling import RealTimeChunking, schedule
 from .selfcheck import require, run_selfcheck

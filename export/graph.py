@@ -37,6 +37,7 @@ FORBIDDEN = {
 }
 # What the target `cpu` may hold beside standard operators.
 ORT_OPERATORS = {"MultiHeadAttention", "FastGelu", "RotaryEmbedding", "DynamicQuantizeMatMul"}
+SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the modules that made it
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,13 @@ def export_graph(
             )
             assert program is not None  # dynamo=True without a path always returns a program
             program.model.ir_version = IR_VERSION
-            for node in program.model.graph:  # a bundle holds no paths of the exporting machine
-                node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+            # A bundle holds no source paths or class names: equal weights give equal graphs. The
+            # range pass of float16 reads the scopes.
+            for node in program.model.graph:
+                scopes = node.metadata_props.get(SCOPES)
+                node.metadata_props.clear()
+                if scopes is not None:
+                    node.metadata_props[SCOPES] = scopes
             program.save(str(path), external_data=True)
     except OSError as e:
         raise GraphError(f"{path.name} cannot be written: {e}. Is the disk full?") from e

@@ -16,10 +16,10 @@ from ...core.errors import BackendError
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import CAMERA_GRAPH, Tensor
 from .cuda import Stream
-from .engine import Engine
-from .engine_cache import EngineCache
 from .graphs import Feeds, Step
 from .resizing import require_resized, resampling
+from .trt_engine import Engine
+from .trt_engine_cache import EngineCache
 
 Array = NDArray[np.float32]
 

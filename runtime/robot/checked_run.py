@@ -17,11 +17,12 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
 from ..engines.backend import choose
 from ..policy.preprocessing import EXAMPLE_TASK
-from .preflight import units_evidence
-from .settings import AUTO, Settings, choose_fps, descriptions, refusals, wrong_widths
+from .preflight import refusals, units_evidence, wrong_widths
+from .settings import AUTO, Settings, descriptions
 from .settings_text import as_command, as_toml
 
 T = TypeVar("T")
+DEFAULT_FPS = 30.0
 SLOWEST_FPS = 3.0  # the guardian would take a slower loop for one that hangs
 SLOWEST_ARM_FPS = 5.0  # at a lower rate a real arm moves in jerks
 NO_JUMP_LIMIT_DEG = 360.0
@@ -198,3 +199,15 @@ def _limits(given: dict[str, float]) -> Limits:
         k: int(v) for k, v in given.items() if k.endswith("_ticks") and v.is_integer()
     }
     return Limits(**given | whole)
+
+
+def choose_fps(settings: Settings, manifest: Manifest) -> tuple[float, str]:
+    """-> control rate in Hz and the reason in words."""
+    if settings.fps is not None:
+        return settings.fps, f"{settings.fps:g} fps: as asked"
+    if manifest.fps is not None:
+        return manifest.fps, f"{manifest.fps:g} fps: the rate of the training data"
+    return DEFAULT_FPS, (
+        f"{DEFAULT_FPS:g} fps: assumed, the bundle does not record the training rate "
+        "(a policy trained at 15 fps would run at double speed; give --fps)"
+    )

@@ -24,11 +24,12 @@ from ..budget.roofline import find_board
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import Manifest
 from ..engines.backend import BACKENDS, choose, choose_for, missing_for
-from ..engines.engine_cache import engine_records
+from ..engines.trt_engine_cache import engine_records
 from ..policy.policy import Policy
 from . import settings
+from .checked_run import DEFAULT_FPS
 from .checkup import Finding, Status, cameras, machine, ports, servos
-from .preflight import units_evidence
+from .preflight import refusals, units_evidence
 from .settings import Settings
 from .settings_text import as_toml
 
@@ -123,7 +124,7 @@ def _bundle(chosen: Settings) -> tuple[Bundle | None, list[Finding]]:
     found = [Finding("bundle", "ok", text)]
     if not chosen.simulated:
         status: Status = "stop" if chosen.port else "warning"
-        reasons = settings.refusals(m, JOINT_NAMES)
+        reasons = refusals(m, JOINT_NAMES)
         found += [
             Finding("bundle", status, f"must not move a real arm: {r}", "--port sim")
             for r in reasons
@@ -288,7 +289,7 @@ def draft(
         for name, description in settings.descriptions().items()
     }
     hints["bundle"] = ("bundle", "none was found")
-    hints["fps"] = (settings.DEFAULT_FPS, "the rate of the training data")
+    hints["fps"] = (DEFAULT_FPS, "the rate of the training data")
     unknown = [name for name, value in values.items() if value is None]
     if manifest is None:
         unknown.append("bundle")

@@ -1,9 +1,9 @@
-"""What the training statistics say before anything moves: do the units fit, is the arm where the
-policy knows it?
+"""Checks before anything moves: may this bundle move this arm, do the units fit, and is the arm
+inside the range seen in training?
 
-No LeRobot file records the units of a dataset, so the numbers are asked (state and action, body
-joints first, the gripper last). Statistics may hold min and max, or mean and standard deviation
-only.
+No LeRobot file records the units of a dataset. The training statistics of state and action show
+them (body joints first, the gripper last). Statistics can hold min and max, or mean and standard
+deviation only.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,46 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bundle.manifest import Manifest
 from ..bundle.normalization import Normalization
 
-SPREAD = 5.0  # standard deviations that count as known territory
+SPREAD = 5.0  # standard deviations that count as seen in training
 # Robot units beyond it: a joint that never moved in training has no spread.
 SLACK = 5.0
 RANGE_END, TOUCHES = 100.5, 99.5
 RADIANS = 7.0
 
 Vector = NDArray[np.float64]
+
+
+def refusals(manifest: Manifest, joints: Sequence[str]) -> list[str]:
+    """Why this bundle must not move a real arm with these joints; empty when it may."""
+    found = []
+    if manifest.source.demo:
+        found.append("it is a demo: its weights are random")
+    for name, vector in (("state", manifest.state), ("action", manifest.action)):
+        if not vector.normalization.active:
+            found.append(
+                f"no statistics match its {name}, so its outputs are not joint angles "
+                "(fine-tune it first)"
+            )
+    found += wrong_widths(manifest, joints)
+    if manifest.joints is not None and tuple(manifest.joints) != tuple(joints):
+        found.append(
+            f"it was trained on the joints {', '.join(manifest.joints)}, "
+            f"the arm has {', '.join(joints)}"
+        )
+    return found
+
+
+def wrong_widths(manifest: Manifest, joints: Sequence[str]) -> list[str]:
+    """Vectors of the policy that have not one value for each joint."""
+    vectors = {"state": manifest.state.dim, "action": manifest.action.dim}
+    return [
+        f"its {name} has {dim} values, the arm has {len(joints)} joints"
+        for name, dim in vectors.items()
+        if dim != len(joints)
+    ]
 
 
 def units_evidence(

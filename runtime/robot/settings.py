@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from ...core.errors import SettingsError
 from ...core.strict import decode
-from ..bundle.manifest import Manifest
 from ..policy.preprocessing import EXAMPLE_TASK
 from .chunks import Chunking
 
@@ -27,7 +26,6 @@ else:
 
 Guarding = Literal["hold", "soft", "off"]
 SIM, AUTO = "sim", "auto"
-DEFAULT_FPS = 30.0
 
 
 @dataclass(frozen=True)
@@ -207,45 +205,3 @@ def parse_table(option: str, pairs: Sequence[str]) -> dict[str, str]:
             raise SettingsError(f"{option.removeprefix('--')} '{name}' is given twice")
         table[name] = value
     return table
-
-
-def refusals(manifest: Manifest, joints: Sequence[str]) -> list[str]:
-    """Why this bundle must not move a real arm with these joints; empty when it may."""
-    found = []
-    if manifest.source.demo:
-        found.append("it is a demo: its weights are random")
-    for name, vector in (("state", manifest.state), ("action", manifest.action)):
-        if not vector.normalization.active:
-            found.append(
-                f"no statistics match its {name}, so its outputs are not joint angles "
-                "(fine-tune it first)"
-            )
-    found += wrong_widths(manifest, joints)
-    if manifest.joints is not None and tuple(manifest.joints) != tuple(joints):
-        found.append(
-            f"it was trained on the joints {', '.join(manifest.joints)}, "
-            f"the arm has {', '.join(joints)}"
-        )
-    return found
-
-
-def wrong_widths(manifest: Manifest, joints: Sequence[str]) -> list[str]:
-    """Vectors of the policy that have not one value for each joint."""
-    vectors = {"state": manifest.state.dim, "action": manifest.action.dim}
-    return [
-        f"its {name} has {dim} values, the arm has {len(joints)} joints"
-        for name, dim in vectors.items()
-        if dim != len(joints)
-    ]
-
-
-def choose_fps(settings: Settings, manifest: Manifest) -> tuple[float, str]:
-    """-> control rate in Hz and the reason in words."""
-    if settings.fps is not None:
-        return settings.fps, f"{settings.fps:g} fps: as asked"
-    if manifest.fps is not None:
-        return manifest.fps, f"{manifest.fps:g} fps: the rate of the training data"
-    return DEFAULT_FPS, (
-        f"{DEFAULT_FPS:g} fps: assumed, the bundle does not record the training rate "
-        "(a policy trained at 15 fps would run at double speed; give --fps)"
-    )

@@ -1,7 +1,7 @@
 """Run by hand: writes tests/data/tensorrt_api/*.txt, the names that the real TensorRT and CUDA
 bindings have.
 
-    python tests/tensorrt_names.py [VERSION ...]
+    python tests/support/tensorrt_names.py [VERSION ...]
 
 It installs each wheel from PyPI into a scratch folder and imports it, which needs a C compiler and
 a Python that the wheels are made for (3.10 to 3.12), but no GPU and no TensorRT: the bindings are

@@ -22,7 +22,7 @@ from smolvla_edge.devices.bus.sts3215 import Register
 from smolvla_edge.devices.cameras.camera_modes import Mode, Node, read_nodes
 from smolvla_edge.runtime.bundle.bundle import Bundle
 from smolvla_edge.runtime.commands import doctor
-from smolvla_edge.runtime.engines.engine_cache import Key, Record
+from smolvla_edge.runtime.engines.trt_engine_cache import Key, Record
 from smolvla_edge.runtime.robot import doctor as examination
 from smolvla_edge.runtime.robot.checkup import cameras, machine, ports
 from smolvla_edge.runtime.robot.doctor import MachineFacts

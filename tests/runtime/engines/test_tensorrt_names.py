@@ -1,6 +1,6 @@
 """Every name of TensorRT's and CUDA's that the runtime uses exists in each version it is for.
 
-None of them runs here: the names are those of the real bindings (tests/tensorrt_names.py), found by
+None of them runs here: the names are those of the real bindings (tests/support/tensorrt_names.py), found by
 reading the code, in which an object of TensorRT's is known by its name.
 """
 
@@ -80,7 +80,7 @@ def users():
 
 
 def test_the_files_that_use_them_are_found():
-    assert [path.name for path in users()] == ["cuda.py", "engine.py"]
+    assert [path.name for path in users()] == ["cuda.py", "trt_engine.py"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

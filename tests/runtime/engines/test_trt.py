@@ -17,8 +17,8 @@ from smolvla_edge.core.errors import BackendError, CheckFailed
 from smolvla_edge.core.files import cache_home
 from smolvla_edge.runtime import Policy
 from smolvla_edge.runtime.bundle.bundle import Bundle
-from smolvla_edge.runtime.engines import engine_cache, trt
-from smolvla_edge.runtime.engines.engine import count_precisions
+from smolvla_edge.runtime.engines import trt, trt_engine_cache
+from smolvla_edge.runtime.engines.trt_engine import count_precisions
 from smolvla_edge.runtime.robot import drive
 from smolvla_edge.runtime.robot.settings import Settings
 
@@ -135,7 +135,7 @@ def test_engines_are_built_once_and_again_for_another_tensorrt_or_gpu(board, bun
     assert [built(), built()] == [2, 0]
     board()
     assert built() == 0
-    records = [record for _, record in engine_cache.engine_records()]
+    records = [record for _, record in trt_engine_cache.engine_records()]
     assert len(records) == 6
     assert {r.key.gpu.split(",")[0] for r in records} == {"Stand-in", "Another"}
     assert stat.S_IMODE((cache_home() / "engines").stat().st_mode) == 0o700
@@ -148,7 +148,7 @@ def test_a_damaged_engine_is_built_again(board, bundle, capsys, file):
     capsys.readouterr()
     for path in (cache_home() / "engines").glob(f"*/{file}"):
         path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
-    assert sum("damaged" in str(r) for _, r in engine_cache.engine_records()) == 2
+    assert sum("damaged" in str(r) for _, r in trt_engine_cache.engine_records()) == 2
     load(bundle)
     assert capsys.readouterr().out.count("is damaged: building it again") == 2
     load(bundle)
@@ -209,7 +209,7 @@ def test_a_full_disk_is_an_error_that_names_the_folder(board, bundle, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(engine_cache, "_write", full)
+    monkeypatch.setattr(trt_engine_cache, "_write", full)
     with pytest.raises(
         BackendError, match=r"prefix.onnx cannot be kept in .*engines: .*No space left"
     ):
@@ -252,7 +252,7 @@ def test_an_engine_that_computes_something_else_is_refused_before_the_arm_is_tou
 def test_a_proof_is_kept_with_the_engines_and_asked_for_once(board, bundle):
     assert "self-check passed with actions within" in load(bundle).graphs.reason
     assert "self-check" not in load(bundle).graphs.reason
-    proofs = [record.proved[bundle.digest] for _, record in engine_cache.engine_records()]
+    proofs = [record.proved[bundle.digest] for _, record in trt_engine_cache.engine_records()]
     assert len(proofs) == 2
     assert {"key.0", "actions", "chunk"} < set(proofs[0])
     for path in (cache_home() / "engines").glob("*/engine.json"):
@@ -344,7 +344,7 @@ def test_a_label_is_held_against_the_layers(precision, layers, wrong):
 def test_a_bundle_in_the_engines_record_is_for_people_only(board, bundle):
     """Engines belong to graphs: a copy of the bundle elsewhere uses them."""
     load(bundle)
-    record = engine_cache.engine_records()[0][1]
+    record = trt_engine_cache.engine_records()[0][1]
     assert record.bundle == str(bundle.folder)
     assert replace(record.key, graph_sha256="0").digest != record.key.digest
 
@@ -355,4 +355,4 @@ def test_a_build_imports_nothing_from_the_current_folder(board, bundle, monkeypa
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the local {name}.py ran')")
     monkeypatch.chdir(tmp_path)
     trt.TrtGraphs(bundle)
-    assert len(engine_cache.engine_records()) == 2
+    assert len(trt_engine_cache.engine_records()) == 2

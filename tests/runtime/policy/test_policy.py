@@ -268,7 +268,7 @@ def test_a_cpu_loads_no_code_for_tensorrt_or_cuda(export_case):
 import sys
 from smolvla_edge.runtime import Policy
 engines = "smolvla_edge.runtime.engines."
-gpu = {engines + name for name in ("trt", "engine", "engine_cache", "cuda")} | {"tensorrt", "cuda"}
+gpu = {engines + name for name in ("trt", "trt_engine", "trt_engine_cache", "cuda")} | {"tensorrt", "cuda"}
 assert not gpu & sys.modules.keys(), "after the import"
 Policy.load(sys.argv[1], device="cpu")
 assert not gpu & sys.modules.keys(), "after the load"

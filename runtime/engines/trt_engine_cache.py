@@ -22,7 +22,7 @@ from ...core.files import cache_home, private_folder, sha256_of, write_whole
 from ...core.strict import decode, encode
 from ..bundle.bundle import Bundle
 from .cuda import Stream
-from .engine import Engine, Shapes, build, load_tensorrt
+from .trt_engine import Engine, Shapes, build, load_tensorrt
 
 PLAN, RECORD = "engine.plan", "engine.json"
 SETTINGS = 1  # raised with every change of what `engine.build` asks TensorRT for

@@ -63,9 +63,8 @@ class Board:
     clocks: tuple[Clock, ...]
     temperatures: dict[str, float]
     throttled: tuple[str, ...]  # now, by heat
-    events: (
-        dict[str, int] | None
-    )  # supply events since the start, each of which throttled the board
+    # Supply events since the start, each of which throttled the board
+    events: dict[str, int] | None
     memory_bytes: int
     available_bytes: int
     swap_bytes: int  # free, on disk
@@ -164,9 +163,8 @@ def _clocks(root: Path) -> Iterator[Clock]:
         [_number(policy / f"scaling_{what}_freq") for what in ("cur", "min", "max")]
         for policy in root.glob("sys/devices/system/cpu/cpufreq/policy*")
     ]
-    known = [
-        [value / 1e3 for value in cpu if value is not None] for cpu in cpus if None not in cpu
-    ]  # of kHz
+    # Of kHz
+    known = [[value / 1e3 for value in cpu if value is not None] for cpu in cpus if None not in cpu]
     if known:
         now, low, high = zip(*known, strict=True)
         yield Clock("CPU", max(now), min(low), max(high))

@@ -38,17 +38,15 @@ def run(app: typer.Typer) -> NoReturn:
         status = app(standalone_mode=False)
         code, line = status if isinstance(status, int) else DONE, ""
     except (Exception, KeyboardInterrupt) as e:
-        if (
-            isinstance(e, KeyboardInterrupt) or type(e).__name__ == "Abort"
-        ):  # Abort: click's own Ctrl-C
+        # Abort: click's own Ctrl-C
+        if isinstance(e, KeyboardInterrupt) or type(e).__name__ == "Abort":
             code, line = INTERRUPTED, ""
         elif isinstance(e, SmolVLAError):
             code, line = e.exit_status, f"error: {e}"
         elif isinstance(e, OSError):  # full disk, missing permission: the file is in the message
             code, line = MISTAKE, f"error: {e}"
-        elif hasattr(
-            e, "format_message"
-        ):  # click's usage errors, under whatever name typer ships click
+        # Click's usage errors, under whatever name typer ships click
+        elif hasattr(e, "format_message"):
             code, line = MISTAKE, f"error: {e.format_message()}"
         else:
             raise

@@ -170,9 +170,8 @@ def _stages(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> di
     """
     inputs = {v.name for v in graph.input}
     matrices = {t.name: _dtype(t.data_type) for t in graph.initializer if len(t.dims) > 1}
-    made_of = {
-        name: {name} for name in (*inputs, *matrices)
-    }  # tensor -> the inputs and matrices behind it
+    # Tensor -> the inputs and matrices behind it
+    made_of = {name: {name} for name in (*inputs, *matrices)}
     stages = ("vision", "language") if "images" in inputs else ("expert",)
     gemm, read = ({stage: Counter[str]() for stage in stages} for _ in range(2))
     attention, seen = Counter[str](), set[str]()
@@ -212,6 +211,5 @@ def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return 4 * batch * n * n * width
     if node.op_type not in ("MatMul", "Gemm", "DynamicQuantizeMatMul"):
         return 0
-    return (
-        2 * shapes[node.input[0]][-1] * math.prod(shapes[node.output[0]])
-    )  # no view transposes its activation
+    # No view transposes its activation
+    return 2 * shapes[node.input[0]][-1] * math.prod(shapes[node.output[0]])

@@ -60,9 +60,8 @@ def measure(
     ):
         policy.prefill(observation.images, observation.state, observation.task)
         got = policy.denoise(observation.noise)
-        worst = np.maximum(
-            worst, np.abs(got[:, :, : expected.shape[2]] - expected).max()
-        )  # a NaN stays
+        # A NaN stays
+        worst = np.maximum(worst, np.abs(got[:, :, : expected.shape[2]] - expected).max())
     return float(worst)
 
 
@@ -76,9 +75,8 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
         from lerobot.policies.factory import make_pre_post_processors
         from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-        checkpoint.vlm.save_pretrained(
-            vlm
-        )  # as this exporter found it, so that LeRobot needs no network either
+        # As this exporter found it, so that LeRobot needs no network either
+        checkpoint.vlm.save_pretrained(vlm)
         for name in (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"):
             source = checkpoint.tokenizer.with_name(name)
             if source.is_file():

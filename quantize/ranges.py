@@ -51,9 +51,8 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
                 make("Abs", [wide], [size]),
             ]
             nodes.append(make("ReduceMax", [size], [top], keepdims=0))
-            nodes.append(
-                make("ReduceSum", [size], [total], keepdims=0)
-            )  # a maximum passes NaN over
+            # A maximum passes NaN over
+            nodes.append(make("ReduceSum", [size], [total], keepdims=0))
             numbers[name] = [top, total]
     if not numbers:
         return {}

@@ -39,9 +39,8 @@ class Limits:
     accel_deg_s2: float = _within(0, 10_000, 0.0)  # 0: no limit
     first_move_speed_deg_s: float = _within(1, TOP_SPEED_DEG_S, 30.0, "speed_deg_s")
     first_move_gripper_pct_s: float = _within(1, 500, 60.0, "gripper_speed_pct_s")
-    ramp_threshold_deg: float = _within(
-        1, 30, 5.0
-    )  # the first move is over when every joint is this close
+    # The first move is over when every joint is this close
+    ramp_threshold_deg: float = _within(1, 30, 5.0)
     jump_deg: float = _within(1, 360, 60.0)  # between one target and the next
     # How far a goal may lead the joint, which bounds the torque. Below 5 degrees, a joint that
     # gravity pulls off its goal would count as blocked.

@@ -161,9 +161,8 @@ class Monitors:
         load, own_load = abs(state.load[joint]), registers[Register.OVERLOAD_TORQUE]
         stop_s = min(LOAD_STOP_S, TRIP_SHARE * registers[Register.PROTECTION_TIME] / 100)
         overloaded = lasts("overload", load > min(limits.load_stop_pct, own_load), stop_s)
-        if (
-            joint == GRIPPER
-        ):  # it may hold something: then it never arrives, and LeRobot lets it trip at 25 % load
+        # It may hold something: then it never arrives, and LeRobot lets it trip at 25 % load
+        if joint == GRIPPER:
             if stalls or overloaded:
                 verdict.ease.append(joint)
                 text = (

@@ -122,9 +122,8 @@ def _modes(fd: int) -> Iterator[Mode]:
 def _fps(fd: int, fourcc: int, width: int, height: int) -> float:
     best = 0.0
     for answer in _each(fd, ENUM_FRAMEINTERVALS, "=IIII", fourcc, width, height):
-        kind, numerator, denominator = struct.unpack_from(
-            "=3I", answer, 16
-        )  # of a range: its shortest
+        # Of a range: its shortest
+        kind, numerator, denominator = struct.unpack_from("=3I", answer, 16)
         best = max(best, denominator / max(1, numerator))
         if kind != DISCRETE:
             break

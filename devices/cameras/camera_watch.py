@@ -29,9 +29,8 @@ THUMBNAIL_SIZE = (16, 12)
 RESEMBLES, MARGIN = 0.75, 0.3  # correlations
 FLAT = 2.0  # grey levels of contrast, below which a picture (dark, covered) resembles nothing
 
-Thumbnail = NDArray[
-    np.float64
-]  # [192], mean 0 and length 1, or all 0: a dot product is a correlation
+# [192], mean 0 and length 1, or all 0: a dot product is a correlation
+Thumbnail = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

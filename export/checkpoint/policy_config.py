@@ -25,9 +25,8 @@ class PolicyConfig:
 
     input_features: dict[str, Feature]
     output_features: dict[str, Feature]
-    normalization_mapping: dict[str, str] | None = field(
-        default_factory=dict
-    )  # feature type -> mode
+    # Feature type -> mode
+    normalization_mapping: dict[str, str] | None = field(default_factory=dict)
     vlm_model_name: str = DEFAULT_VLM
     resize_imgs_with_padding: tuple[int, ...] = (512, 512)
     n_obs_steps: int = 1

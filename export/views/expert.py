@@ -101,9 +101,8 @@ class Expert(nn.Module):
         )
         x = self.action_time_mlp_out(F.silu(mixed))  # [1, C, E]
 
-        hidden = torch.where(prefix_mask, 0.0, masked(self.recipe.stream)).to(
-            self.recipe.stream
-        )  # [1, P]
+        # [1, P]
+        hidden = torch.where(prefix_mask, 0.0, masked(self.recipe.stream)).to(self.recipe.stream)
         self_mask = torch.cat((hidden.expand(chunk, -1), self.later_hidden), dim=1)
         self_mask = self_mask.repeat(self.shared, 1)  # [G * C, P + C]
 

@@ -152,9 +152,8 @@ class Prefix(nn.Module):
         hidden = torch.where(prefix_mask, 0.0, masked(stream)).to(stream)
         mask = (self.state_hidden + hidden).repeat(self.shared, 1)  # [G * P, P]
 
-        state_position = image.shape[1] + token_mask.to(torch.int32).sum(
-            1, dtype=torch.int32
-        )  # [1]
+        # [1]
+        state_position = image.shape[1] + token_mask.to(torch.int32).sum(1, dtype=torch.int32)
         cos = torch.cat((self.cos[:-1], self.cos.index_select(0, state_position)))  # [P, D/2]
         sin = torch.cat((self.sin[:-1], self.sin.index_select(0, state_position)))
 

@@ -19,10 +19,11 @@ from .prefix import Prefix
 VLM = "model.vlm_with_expert.vlm.model."
 EXPERT = "model.vlm_with_expert.lm_expert."
 TIME_MLP_IN = "model.action_time_mlp_in.weight"
+# Of its columns, in the expert view
 _HALVES = {
     "time_mlp_actions.weight": 0,
     "time_mlp_time.weight": 1,
-}  # of its columns, in the expert view
+}
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 _ATTENTION = r"(q_proj|k_proj|v_proj|o_proj)"

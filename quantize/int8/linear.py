@@ -40,12 +40,10 @@ class Quantized:
     scale: Tensor  # [out]
     bias: Tensor | None  # [out]
     largest: Tensor  # [], magnitude of the activation that is quantised
-    factor: (
-        Tensor | None
-    )  # [in], what multiplies the activation before: smoothing that no layer before could take
-    outliers: (
-        Tensor | None
-    )  # int64 [n]: channels that are multiplied in float, and have a factor of 0
+    # [in], what multiplies the activation before: smoothing that no layer before could take
+    factor: Tensor | None
+    # Int64 [n]: channels that are multiplied in float, and have a factor of 0
+    outliers: Tensor | None
     outlier_weight: Tensor | None  # [n, out]
 
 
@@ -54,9 +52,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, parts: Quantized) -> None:
         super().__init__()
-        self.weight = nn.Buffer(
-            parts.rounded.to(torch.int8).T.contiguous()
-        )  # [in, out], as a MatMul wants it
+        # [in, out], as a MatMul wants it
+        self.weight = nn.Buffer(parts.rounded.to(torch.int8).T.contiguous())
         self.scale = nn.Buffer(parts.scale.clone())
         self.bias, self.factor, self.outliers, self.outlier_weight = (
             None if value is None else nn.Buffer(value.detach().clone())

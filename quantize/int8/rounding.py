@@ -32,9 +32,8 @@ def compensated(weight: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     _, scale = nearest(weight)
     second = second.clone()
     second.diagonal().add_(_DAMPING * second.diagonal().mean().clamp(min=1e-12))
-    order = second.diagonal().argsort(
-        descending=True
-    )  # what matters most is rounded while all can still help
+    # What matters most is rounded while all can still help
+    order = second.diagonal().argsort(descending=True)
     rest = weight[:, order].clone()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(second[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)

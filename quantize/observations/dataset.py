@@ -38,9 +38,8 @@ class Episode:
     length: int  # frames
     tasks: tuple[str, ...]
     data: str
-    videos: Mapping[
-        str, tuple[str, float]
-    ]  # camera -> file, and the second in it at which the episode begins
+    # Camera -> file, and the second in it at which the episode begins
+    videos: Mapping[str, tuple[str, float]]
 
 
 @dataclass(frozen=True)

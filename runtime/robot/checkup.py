@@ -74,9 +74,8 @@ def _power(board: Board) -> Finding:
     modes = board.power_modes
     known = ", ".join(f"{i} {name}" for i, name in modes.items()) or "unknown ones"
     text = f"mode {board.power_mode} of {known}"
-    best = next(
-        (i for i, name in modes.items() if name.startswith("MAXN")), None
-    )  # numbers are in no order
+    # Numbers are in no order
+    best = next((i for i, name in modes.items() if name.startswith("MAXN")), None)
     if best in (None, board.power_mode):
         return Finding("power", "ok", text)
     return Finding("power", "warning", f"{text}: not the fastest", f"sudo nvpmodel -m {best}")

@@ -32,9 +32,8 @@ QUICK = ["--turns", "2", "--warmup", "1", "--seconds", "0"]
 
 
 def test_latency_times_bundles_and_their_checkpoint_in_turns(export_case, bench, monkeypatch):
-    monkeypatch.setattr(
-        "smolvla_edge.benchmarks.latency.find_spec", lambda _: None
-    )  # as without LeRobot
+    # As without LeRobot
+    monkeypatch.setattr("smolvla_edge.benchmarks.latency.find_spec", lambda _: None)
     bundles = [str(export_case("tiny", "fp32", target)) for target in ("portable", "cpu")]
     line = ["latency", "--bundle", bundles[0], "--bundle", bundles[1], "--reference", CHECKPOINT]
     said = bench(*line, *QUICK, "--board", "orin nano super")

@@ -84,9 +84,8 @@ def test_onnx_runtime_fuses_every_rms_norm(export_case, tmp_path):
     optimised = onnx.load(tmp_path / "optimised.onnx", load_external_data=False)
     operators = [n.op_type for n in optimised.graph.node]
     assert "ReduceMean" not in operators
-    assert (
-        sum("SimplifiedLayerNorm" in name for name in operators) == 9
-    )  # two in each of four layers, one after
+    # Two in each of four layers, one after
+    assert sum("SimplifiedLayerNorm" in name for name in operators) == 9
 
 
 def test_nothing_of_the_prefix_is_recomputed_in_a_step(export_case):

@@ -134,10 +134,11 @@ def test_frames_are_spread_over_tasks_then_episodes_then_time():
         (("a", 2), ("b", 16)),
         (("b", 8),),
     }
+    # Half of the frames for half of the tasks
     assert [len(calibration[n]) for n in (0, 1)] == [
         8,
         8,
-    ]  # half of the frames for half of the tasks
+    ]
     single = sorted(frames[0] for frames in calibration.values() if len(frames) == 1)
     assert single[0] < 20 and single[-1] >= 80 and max(b - a for a, b in pairwise(single)) < 20
     assert all(5 < b - a < 20 for n in (0, 1) for a, b in pairwise(calibration[n]))

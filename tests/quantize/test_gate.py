@@ -85,9 +85,8 @@ def test_the_worst_observation_speaks_for_a_cache_tensor():
 
 def test_a_gripper_on_the_other_side_is_a_flip_unless_it_was_on_the_edge():
     reference = some(dof=3)
-    reference.chunks[:] = np.where(
-        np.arange(8)[None, :, None, None] % 2, 10.0, 0.0
-    )  # open or closed, by seed
+    # Open or closed, by seed
+    reference.chunks[:] = np.where(np.arange(8)[None, :, None, None] % 2, 10.0, 0.0)
     middle = np.full(3, 5.0, np.float32)
     got = reference.chunks.copy()
     got[0, 0, 0] = 9.0  # all three: closed -> open

@@ -89,9 +89,8 @@ def test_a_layer_computes_in_torch_what_its_operators_compute(kind, parts, tmp_p
     assert np.abs(got - expected).mean() < 1e-5
     plain = x @ (parts.rounded * parts.scale[:, None] * parts.factor).T + parts.bias
     plain += x[..., 5:6] @ parts.outlier_weight
-    assert (
-        1e-3 < np.abs(expected - plain.numpy()).max() < 0.5
-    )  # it does round, and by no more than it should
+    # It does round, and by no more than it should
+    assert 1e-3 < np.abs(expected - plain.numpy()).max() < 0.5
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
@@ -104,10 +103,11 @@ def test_a_static_layer_is_exact_on_every_cpu(parts, tmp_path):
 
 
 def test_compensated_rounding_keeps_products_that_nearest_loses():
+    # Activations that depend on each other, as real ones do
     weight, mixing = (
         random(32, 48),
         random(12, 48),
-    )  # activations that depend on each other, as real ones do
+    )
     x = random(500, 12) @ mixing + 0.05 * random(500, 48)
     errors = []
     for rounded, scale in (nearest(weight), compensated(weight, x.T @ x)):

@@ -257,9 +257,8 @@ def test_f20_a_step_of_90_degrees_between_ticks_is_held_not_crept_to(virtual, ar
 
 
 def test_f21_a_first_target_far_away_is_approached_slowly_from_where_the_arm_stands(virtual, arm):
-    virtual.expect_steps(
-        [30 * 4095 / 360 * 0.1 + 2] * 5 + [60 / 100 * 1463 * 0.1 + 2]
-    )  # the first-move speed
+    # The first-move speed
+    virtual.expect_steps([30 * 4095 / 360 * 0.1 + 2] * 5 + [60 / 100 * 1463 * 0.1 + 2])
     target = from_home(40)
     emitted = []
     for _ in range(20):
@@ -439,9 +438,8 @@ def test_an_unloaded_servo_is_told_so_at_once_and_not_pressed_harder_while_the_a
         w.value for w in virtual.writes() if w.register is Register.TORQUE_LIMIT and w.id == 2
     ]
     lowered = limits[limits.index(200) :]
-    assert (
-        lowered[-1] == 1000 and max(lowered[:-1]) == 200
-    )  # sinks from where it was; only then as it was before
+    # Sinks from where it was; only then as it was before
+    assert lowered[-1] == 1000 and max(lowered[:-1]) == 200
     virtual.inject("error", 2, value=0)
 
 

@@ -166,9 +166,8 @@ def test_a_soft_end_lowers_the_torque_of_each_servo_from_its_own_limit_before_it
         assert values == sorted(values, reverse=True)
         assert (437 if servo_id == 6 else 875) == values[0]
         assert values[-1] == 0
-        assert restored == (
-            500 if servo_id == 6 else 1000
-        )  # the next program finds the servo as it was
+        # The next program finds the servo as it was
+        assert restored == (500 if servo_id == 6 else 1000)
         assert limits[-2].time_s - limits[0].time_s > 0.3
         offs = [w for w in writes if w.register is Register.TORQUE_ENABLE]
         assert [w.value for w in offs] == [0] * len(offs)

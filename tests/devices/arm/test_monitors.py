@@ -443,9 +443,8 @@ def test_a_gripper_around_something_hard_is_eased_once_and_keeps_a_light_pressur
             eased.append(tick / 30)
             shaper.ease(5, raw)
     assert max(loads) == 50 and 0.9 < eased[0] < 1.8 and eased[-1] - eased[0] < 0.2
-    assert set(loads[60:]) == {
-        EASED_LEAD_TICKS
-    }  # 1 % of duty a tick in this servo: below what trips it
+    # 1 % of duty a tick in this servo: below what trips it
+    assert set(loads[60:]) == {EASED_LEAD_TICKS}
     assert [text for text in told if "firmly" in text] == told[-1:]
     opened = shaper.shape([0, 0, 0, 0, 0, 100.0], raw, 20.0 + 1 / 30).raw[5]
     assert opened > raw[5] + 20

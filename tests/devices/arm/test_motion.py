@@ -296,9 +296,8 @@ def test_a_limited_acceleration_speeds_up_and_down_in_small_steps_and_arrives(ac
     raw, emitted = bench.run(MIDDLE + 400 * PAN, 600)
     speeds = np.diff(np.concatenate([[MIDDLE[0]], raw[:, 0]])) * RATE_HZ
     change = accel * DEG * PERIOD_S
-    assert np.all(
-        np.diff(speeds) <= change + 2 * RATE_HZ
-    )  # a tick of rounding in each of two goals
+    # A tick of rounding in each of two goals
+    assert np.all(np.diff(speeds) <= change + 2 * RATE_HZ)
     assert np.all(np.diff(speeds) >= -change - 2 * RATE_HZ)
     assert np.all(np.diff(raw[:, 0]) >= 0) and raw[-1, 0] == MIDDLE[0] + 400
     assert not any(emitted.slewed + emitted.slowed)

@@ -48,9 +48,8 @@ def test_every_value_of_every_joint_comes_in_one_request(virtual, reader):
     virtual.force(3, Register.PRESENT_LOAD, -255)
     virtual.force(3, Register.PRESENT_VOLTAGE, 71)
     virtual.force(3, Register.PRESENT_TEMPERATURE, 44)
-    virtual.force(
-        3, Register.PRESENT_CURRENT, -30
-    )  # the sign of a current is disputed, the amount is not
+    # The sign of a current is disputed, the amount is not
+    virtual.force(3, Register.PRESENT_CURRENT, -30)
     virtual.force(3, Register.STATUS, 0x20)
     virtual.inject("error", 2, value=0x04)
     virtual.force(2, Register.STATUS, 0)

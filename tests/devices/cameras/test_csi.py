@@ -115,6 +115,7 @@ os.execv({GSTREAMER!r}, ["gst-launch-1.0", *line.split()])
         wait_for(lambda: camera.latest().number > frames[-1].number)
         frames.append(camera.latest())
     camera.close()
+    # White, yellow, cyan, green, magenta, red, blue
     expected = [
         "111",
         "110",
@@ -123,7 +124,7 @@ os.execv({GSTREAMER!r}, ["gst-launch-1.0", *line.split()])
         "101",
         "100",
         "001",
-    ]  # white, yellow, cyan, green, magenta, red, blue
+    ]
     for frame in frames:
         assert frame.image.shape == (48, width, 3)
         bars = frame.image[10, [4, 12, 22, 31, 40, 49, 60]] > 96

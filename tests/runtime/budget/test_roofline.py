@@ -38,11 +38,12 @@ FLOORS = {
     "Thor T4000": ((9.8, 11.3, 12.8), (5.7, 7.1, 8.6), (5.1, 6.0, 6.9)),
     "Thor T5000": ((9.2, 10.1, 10.9), (5.1, 5.9, 6.8), (4.7, 5.2, 5.8)),
 }
+# Of the best public run with a custom kernel for vision attention
 VISION_PLUGIN = {
     "vision": 0.47,
     "language": 0.34,
     "memory": 0.52,
-}  # of the best public run with a custom kernel for vision attention
+}
 # performance.md 3.4b: FP16 at the efficiencies of the two best public runs, without and with it.
 PROJECTIONS = {
     "Orin Nano 8GB Super": ((87, 132, 178), (71, 102, 133)),
@@ -129,6 +130,5 @@ def test_an_unknown_board_lists_those_that_are_known(typed):
 
 
 def test_a_chunk_must_arrive_before_the_second_half_of_the_last_one_is_used_up():
-    assert sustained_hz(50, 500.0) == pytest.approx(
-        50
-    )  # latency < n dt / 2: 500 ms at 50 Hz and 50 actions
+    # Latency < n dt / 2: 500 ms at 50 Hz and 50 actions
+    assert sustained_hz(50, 500.0) == pytest.approx(50)

@@ -11,11 +11,12 @@ from onnx import TensorProto, numpy_helper, parser
 
 from support.paths import DATA
 
+# ONNX's name: TensorRT's, where they differ
 TYPES = {
     "FLOAT": "FP32",
     "FLOAT16": "FP16",
     "BFLOAT16": "BF16",
-}  # ONNX's name: TensorRT's, where they differ
+}
 CASES = [
     ("tiny", "fp32"),
     ("tiny", "fp16"),

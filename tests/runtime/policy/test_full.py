@@ -57,9 +57,8 @@ def test_every_stage_equals_lerobot_at_full_size(checkpoint, precision, target, 
     assert precision == "fp32" or sum(f.bytes for f in m.files.values()) <= 815e6
     assert errors.pop("images") < 1e-3  # these goldens hold images in float16
     assert {k: v for k, v in errors.items() if v > TOLERANCE[precision]} == {}
-    if (
-        name == "full" and precision == "fp32"
-    ):  # performance.md's count: 2 cameras, 48 tokens, K and V hoisted
+    # Performance.md's count: 2 cameras, 48 tokens, K and V hoisted
+    if name == "full" and precision == "fp32":
         stages = written.manifest.prefix.stages | written.manifest.expert.stages
         gflop = np.array([stages[stage].flops for stage in ("vision", "language", "expert")]) / 1e9
         assert np.allclose(gflop, [430.6, 54.2 + 0.6, 10.34], rtol=0.01)

@@ -77,9 +77,8 @@ def test_from_standstill_a_chunk_starts_at_its_first_row_however_late_it_is(chun
 
 @pytest.mark.parametrize("chunking", ["async", "rtc"])
 def test_after_starvation_the_next_chunk_goes_on_where_the_arm_stopped(chunking):
-    queue, ask, last = halfway(
-        chunking, meanwhile=25
-    )  # all of it, and then nothing for as long as you like
+    # All of it, and then nothing for as long as you like
+    queue, ask, last = halfway(chunking, meanwhile=25)
     assert queue.next is None
     assert last[0] == 49
     queue.join(line(25), ask, 1000.0)
@@ -112,15 +111,13 @@ def test_async_eases_in_from_the_last_executed_action():
     plain = other[6] - last
     assert plain.tolist() == [23, 23]  # what a plain replacement would do in one tick
     assert seam.gap.tolist() == [-22, -22]
-    assert seam.step.tolist() == pytest.approx(
-        [1 + 22 / (BLEND_ROWS + 1)] * 2
-    )  # as it will be executed
+    # As it will be executed
+    assert seam.step.tolist() == pytest.approx([1 + 22 / (BLEND_ROWS + 1)] * 2)
     done = execute(queue, BLEND_ROWS + 5)
     steps = np.abs(np.diff(np.vstack([last, done]), axis=0))
     assert steps.max() == pytest.approx(1 + 22 / (BLEND_ROWS + 1), abs=1e-4)
-    assert np.array_equal(
-        done[BLEND_ROWS:], other[6 + BLEND_ROWS :][:5]
-    )  # and then it is the new chunk, exactly
+    # And then it is the new chunk, exactly
+    assert np.array_equal(done[BLEND_ROWS:], other[6 + BLEND_ROWS :][:5])
 
 
 @pytest.mark.parametrize("chunking", ["async", "rtc"])

@@ -119,9 +119,8 @@ def test_state_and_action_are_looked_at_together():
     low, high = extremes(low={"wrist_flex": -100.0}), extremes(high={"wrist_flex": 100.0})
     for pair in ((low, high), (high, low)):
         assert units_evidence(pair, JOINTS)[0] == "range_m100_100"
-    moments = statistics(
-        mean=[0] * 5 + [50], std=[20] * 5 + [49]
-    )  # a spread beyond 0 to 100 proves nothing
+    # A spread beyond 0 to 100 proves nothing
+    moments = statistics(mean=[0] * 5 + [50], std=[20] * 5 + [49])
     assert units_evidence((ordinary, moments), JOINTS)[0] == ""
 
 

@@ -79,9 +79,8 @@ def test_f26_a_killed_crashed_or_frozen_host_leaves_a_limp_arm_within_1_5_s(
         assert len(fresh.goals()) - goals <= 6  # at most the tick it was frozen in
         assert_limp_and_unharmed(fresh)
     until = time.monotonic() + 2
-    while (
-        fresh.registers(2)[Register.TORQUE_LIMIT] != 1000
-    ):  # or the next program would find a limp arm
+    # Or the next program would find a limp arm
+    while fresh.registers(2)[Register.TORQUE_LIMIT] != 1000:
         assert time.monotonic() < until
 
 

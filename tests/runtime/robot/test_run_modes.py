@@ -87,9 +87,8 @@ def test_a_recording_can_be_computed_again(fresh, export_case, tmp_path, chunkin
     ticks = [t for t in ticks if "goal" in t]
     assert len(ticks) > 100
     seams = [t["seam_deg"] for t in ticks if "seam_deg" in t]
-    assert len(seams) >= (
-        2 if chunking == "sync" else 4
-    )  # asked for with half of the last one left
+    # Asked for with half of the last one left
+    assert len(seams) >= (2 if chunking == "sync" else 4)
     if chunking != "sync":
         assert [t["doing"] for t in ticks if t["t_s"] > 0].count("hold") == 0  # never starved
     replayed = run(

@@ -63,7 +63,7 @@ class Board:
     clocks: tuple[Clock, ...]
     temperatures: dict[str, float]
     throttled: tuple[str, ...]  # now, by heat
-    # Supply events since the start, each of which throttled the board
+    # Supply events since the start. Each event throttled the board.
     events: dict[str, int] | None
     memory_bytes: int
     available_bytes: int
@@ -163,7 +163,7 @@ def _clocks(root: Path) -> Iterator[Clock]:
         [_number(policy / f"scaling_{what}_freq") for what in ("cur", "min", "max")]
         for policy in root.glob("sys/devices/system/cpu/cpufreq/policy*")
     ]
-    # Of kHz
+    # kHz -> MHz
     known = [[value / 1e3 for value in cpu if value is not None] for cpu in cpus if None not in cpu]
     if known:
         now, low, high = zip(*known, strict=True)

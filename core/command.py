@@ -38,14 +38,14 @@ def run(app: typer.Typer) -> NoReturn:
         status = app(standalone_mode=False)
         code, line = status if isinstance(status, int) else DONE, ""
     except (Exception, KeyboardInterrupt) as e:
-        # Abort: click's own Ctrl-C
+        # Abort is what click raises at Ctrl-C.
         if isinstance(e, KeyboardInterrupt) or type(e).__name__ == "Abort":
             code, line = INTERRUPTED, ""
         elif isinstance(e, SmolVLAError):
             code, line = e.exit_status, f"error: {e}"
         elif isinstance(e, OSError):  # full disk, missing permission: the file is in the message
             code, line = MISTAKE, f"error: {e}"
-        # Click's usage errors, under whatever name typer ships click
+        # Usage errors of click. typer ships click under different names.
         elif hasattr(e, "format_message"):
             code, line = MISTAKE, f"error: {e.format_message()}"
         else:
@@ -55,7 +55,7 @@ def run(app: typer.Typer) -> NoReturn:
             traceback.print_exc()
     said()
     sys.stdout.flush()  # so that the error is the last line in a log too
-    if code == INTERRUPTED:  # typer answers Ctrl-C with a silent status of its own, too
+    if code == INTERRUPTED:  # typer can also end with this status and print nothing
         line = "interrupted"
     if line:
         print(line, file=sys.stderr)
@@ -89,11 +89,10 @@ def terminate_like_interrupt() -> None:
 
 @contextmanager
 def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Within, the first signal only makes the function that is handed out true; the second
-    interrupts at once.
+    """Gives a function that tells whether a first signal has come. A second signal interrupts.
 
-    A shell that closes sends SIGHUP twice, and so does `timeout` with SIGTERM: only of Ctrl-C is a
-    quick second one somebody who insists.
+    A shell that closes sends SIGHUP twice, and `timeout` sends SIGTERM twice. So the same signal
+    within TWIN_SIGNAL_S counts once, except Ctrl-C: a person pressed it twice.
     """
     asked: tuple[int, float] | None = None
 
@@ -102,7 +101,7 @@ def first_signal_asks(say: Callable[[str], None]) -> Iterator[Callable[[], bool]
         now = time.monotonic()
         if asked is None:
             asked = number, now
-            with suppress(Exception):  # whoever says it: the signal counts
+            with suppress(Exception):  # the signal counts also if the line cannot be printed
                 say(f"{signal.Signals(number).name}: once more switches the motors off at once")
         elif number == signal.SIGINT or number != asked[0] or now - asked[1] > TWIN_SIGNAL_S:
             raise KeyboardInterrupt

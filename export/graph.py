@@ -17,6 +17,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from ..core.errors import GraphError
+from ..quantize.ranges import SCOPES
 from ..runtime.bundle import manifest as contract
 from ..runtime.bundle.manifest import Work
 from .checkpoint.architecture import Architecture
@@ -37,7 +38,6 @@ FORBIDDEN = {
 }
 # What the target `cpu` may hold beside standard operators.
 ORT_OPERATORS = {"MultiHeadAttention", "FastGelu", "RotaryEmbedding", "DynamicQuantizeMatMul"}
-SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the modules that made it
 
 
 @dataclass(frozen=True)
@@ -211,5 +211,5 @@ def _flops(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return 4 * batch * n * n * width
     if node.op_type not in ("MatMul", "Gemm", "DynamicQuantizeMatMul"):
         return 0
-    # No view transposes its activation
+    # No view transposes its activation.
     return 2 * shapes[node.input[0]][-1] * math.prod(shapes[node.output[0]])

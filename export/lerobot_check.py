@@ -60,7 +60,7 @@ def measure(
     ):
         policy.prefill(observation.images, observation.state, observation.task)
         got = policy.denoise(observation.noise)
-        # A NaN stays
+        # np.maximum keeps a NaN.
         worst = np.maximum(worst, np.abs(got[:, :, : expected.shape[2]] - expected).max())
     return float(worst)
 
@@ -75,7 +75,7 @@ def load_policy(checkpoint: Checkpoint, vlm: Path) -> tuple[Any, Any]:
         from lerobot.policies.factory import make_pre_post_processors
         from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-        # As this exporter found it, so that LeRobot needs no network either
+        # The config that this exporter found: LeRobot then needs no network.
         checkpoint.vlm.save_pretrained(vlm)
         for name in (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"):
             source = checkpoint.tokenizer.with_name(name)

@@ -79,7 +79,7 @@ def require(measured: dict[str, float], precision: str) -> None:
 def write_selfcheck(
     path: Path, observations: Sequence[ParityObservation], expected: Sequence[Stages]
 ) -> None:
-    """Store what runtime/selfcheck.py replays."""
+    """Store what runtime/policy/selfcheck.py replays."""
     first = observations[0]
     data: dict[str, NDArray[Any]] = {f"image.{name}": image for name, image in first.images.items()}
     data |= {

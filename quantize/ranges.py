@@ -21,6 +21,7 @@ from ..runtime import Policy
 from ..runtime.engines.graphs import Feeds
 
 FLOAT16_MAX = 65504.0
+SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the modules that made it
 PROBE = "float16_range."
 HEADROOM = 4.0  # a tensor may use a quarter of the range: other observations can reach further
 
@@ -51,7 +52,7 @@ def float16_ranges(path: Path, runs: Iterable[Mapping[str, NDArray[Any]]]) -> di
                 make("Abs", [wide], [size]),
             ]
             nodes.append(make("ReduceMax", [size], [top], keepdims=0))
-            # A maximum passes NaN over
+            # ReduceMax can ignore a NaN; a sum cannot.
             nodes.append(make("ReduceSum", [size], [total], keepdims=0))
             numbers[name] = [top, total]
     if not numbers:
@@ -120,9 +121,7 @@ def stages_to_pin(path: Path, largest: Mapping[str, float], stages: Collection[s
     model = onnx.load(path, load_external_data=False)
     around: dict[str, str] = {}  # tensor -> the innermost stage it is made in
     for node in model.graph.node:
-        scopes = next(
-            (p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]"
-        )
+        scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "[]")
         inside = [module for module in ast.literal_eval(scopes) if module in stages]
         if inside:
             around |= dict.fromkeys(node.output, str(inside[-1]))

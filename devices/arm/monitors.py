@@ -161,7 +161,7 @@ class Monitors:
         load, own_load = abs(state.load[joint]), registers[Register.OVERLOAD_TORQUE]
         stop_s = min(LOAD_STOP_S, TRIP_SHARE * registers[Register.PROTECTION_TIME] / 100)
         overloaded = lasts("overload", load > min(limits.load_stop_pct, own_load), stop_s)
-        # It may hold something: then it never arrives, and LeRobot lets it trip at 25 % load
+        # A gripper that holds something never arrives. LeRobot lets it trip at 25 % load.
         if joint == GRIPPER:
             if stalls or overloaded:
                 verdict.ease.append(joint)

@@ -80,7 +80,7 @@ class SO101:
         percent = [self.limits.torque_pct] * (JOINTS - 1) + [self.limits.gripper_torque_pct]
         self.torque_limits = {i: round(10 * p) for i, p in zip(IDS, percent, strict=True)}
         self._torque_now = dict(self.torque_limits)
-        # For asking again: the other half of a period is for everything else
+        # Time for repeated reads: half of a period. The rest of the tick needs the other half.
         self._budget_s = 0.5 / rate_hz
         self._state: JointState | None = None
         self._rest: NDArray[np.float64] | None = (

@@ -122,7 +122,7 @@ def _modes(fd: int) -> Iterator[Mode]:
 def _fps(fd: int, fourcc: int, width: int, height: int) -> float:
     best = 0.0
     for answer in _each(fd, ENUM_FRAMEINTERVALS, "=IIII", fourcc, width, height):
-        # Of a range: its shortest
+        # If the driver gives a range of intervals, this is the shortest.
         kind, numerator, denominator = struct.unpack_from("=3I", answer, 16)
         best = max(best, denominator / max(1, numerator))
         if kind != DISCRETE:

@@ -19,7 +19,7 @@ from .prefix import Prefix
 VLM = "model.vlm_with_expert.vlm.model."
 EXPERT = "model.vlm_with_expert.lm_expert."
 TIME_MLP_IN = "model.action_time_mlp_in.weight"
-# Of its columns, in the expert view
+# Which half of the columns of action_time_mlp_in each tensor of the expert view is.
 _HALVES = {
     "time_mlp_actions.weight": 0,
     "time_mlp_time.weight": 1,

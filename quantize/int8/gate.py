@@ -1,8 +1,8 @@
 """The gate: how far a policy of lower precision may be from float32, in the policy's own terms.
 
-A policy makes another chunk of every noise. The spread of those chunks is what the policy leaves
-open. An error is judged against that spread, joint by joint. The cache is judged tensor by tensor,
-because the final actions alone hide much: with a stale cache they stay nearly the same.
+For another noise the policy gives another chunk. The standard deviation of these chunks is the
+spread. An error is judged against that spread, joint by joint. The cache is judged tensor by
+tensor, because the final actions alone hide much: with a stale cache they stay nearly the same.
 """
 
 import sys
@@ -23,7 +23,8 @@ from ...core.errors import GateError, QuantizeError
 from ...core.progress import SILENT, Progress
 from ...core.strict import decode
 
-TICK_DEG = 360 / 4096  # one step of an STS3215's encoder
+# One step of the encoder, in true degrees. LeRobot converts with 360 / 4095 (devices/arm/units.py).
+TICK_DEG = 360 / 4096
 Cache = dict[str, NDArray[Any]]  # key.i and value.i, valid rows only
 Array = NDArray[np.float32]
 

@@ -40,9 +40,9 @@ class Quantized:
     scale: Tensor  # [out]
     bias: Tensor | None  # [out]
     largest: Tensor  # [], magnitude of the activation that is quantised
-    # [in], what multiplies the activation before: smoothing that no layer before could take
+    # [in]: multiplies the activation first, where no layer before it can include the smoothing.
     factor: Tensor | None
-    # Int64 [n]: channels that are multiplied in float, and have a factor of 0
+    # int64 [n]: channels that are multiplied in float; their factor is 0.
     outliers: Tensor | None
     outlier_weight: Tensor | None  # [n, out]
 
@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, parts: Quantized) -> None:
         super().__init__()
-        # [in, out], as a MatMul wants it
+        # [in, out], the layout of MatMul
         self.weight = nn.Buffer(parts.rounded.to(torch.int8).T.contiguous())
         self.scale = nn.Buffer(parts.scale.clone())
         self.bias, self.factor, self.outliers, self.outlier_weight = (

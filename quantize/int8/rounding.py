@@ -32,7 +32,7 @@ def compensated(weight: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     _, scale = nearest(weight)
     second = second.clone()
     second.diagonal().add_(_DAMPING * second.diagonal().mean().clamp(min=1e-12))
-    # What matters most is rounded while all can still help
+    # Round the largest columns first: the columns after them can compensate the errors.
     order = second.diagonal().argsort(descending=True)
     rest = weight[:, order].clone()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(second[order][:, order]))

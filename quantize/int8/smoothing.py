@@ -6,7 +6,7 @@ multiplied by it, which changes nothing in exact arithmetic. The scale is
 largest activation^alpha / largest weight^(1 - alpha) (Xiao et al., arXiv 2211.10438). alpha is
 chosen for each activation by the error that its INT8 products have on observations.
 
-A norm or a Linear before the activation takes the division over. Where there is none, the INT8
+If a norm or a Linear is before the activation, its weights include the division. If not, the INT8
 layer multiplies.
 """
 
@@ -183,7 +183,7 @@ def _quantize(
 def _inside(largest: Tensor, weight: Tensor) -> Tensor:
     """1 for each channel [in], 0 for outliers.
 
-    The products of an outlier are so large that 8 bits of them are worse than all others say.
+    The rounding error of an outlier in 8 bits is larger than the products of the other channels.
     """
     reach = largest * weight.abs().amax(0)
     return (reach <= OUTLIER * reach.median()).float()

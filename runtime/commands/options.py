@@ -27,7 +27,7 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*_parameters().values(), *own)
     ]
-    with_settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     with_settings.__annotations__ = {p.name: p.annotation for p in parameters}
     del with_settings.__wrapped__  # inspect would look there
     return with_settings

@@ -11,7 +11,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import onnxruntime
 
@@ -19,9 +19,8 @@ from ...core.board import has_vnni
 from ...core.errors import BackendError
 from ..bundle.bundle import Bundle
 
-Device = Literal["auto", "cpu", "cuda", "jetson"]
 Backend = Literal["tensorrt", "ort-cuda", "ort-cpu"]
-KNOWN: tuple[Backend, ...] = ("tensorrt", "ort-cuda", "ort-cpu")
+KNOWN: tuple[Backend, ...] = get_args(Backend)
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "auto": ("ort-cuda", "ort-cpu"),
     "cpu": ("ort-cpu",),

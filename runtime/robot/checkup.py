@@ -74,7 +74,7 @@ def _power(board: Board) -> Finding:
     modes = board.power_modes
     known = ", ".join(f"{i} {name}" for i, name in modes.items()) or "unknown ones"
     text = f"mode {board.power_mode} of {known}"
-    # Numbers are in no order
+    # The numbers of the modes have no order.
     best = next((i for i, name in modes.items() if name.startswith("MAXN")), None)
     if best in (None, board.power_mode):
         return Finding("power", "ok", text)

@@ -275,7 +275,7 @@ def draft(
     ]
     names = [c.name for c in manifest.cameras] if manifest else list(chosen.cameras) or ["front"]
     missing = [name for name in names if name not in chosen.cameras]
-    # Which of two cameras is which, a machine cannot know.
+    # With two cameras and two sources, only a person knows which is which.
     found = {missing[0]: free[0]} if len(missing) == len(free) == 1 else {}
     values = {
         "port": port,

@@ -1,8 +1,4 @@
-"""One run of an arm: check, open, warm up without motors, show the start, switch on, run, switch
-off.
-
-The room runtime/robot is where the policy meets the devices.
-"""
+"""One run of an arm, in order: check, open, warm up, show the start, switch on, run, switch off."""
 
 import sys
 from collections.abc import Iterator, Sequence

@@ -40,6 +40,7 @@ class Tick:
     state: JointState
     emitted: Emitted
     queued: int  # actions left
+    missed: int  # ticks so far
     late_ms: float
     read_ms: float
     write_ms: float
@@ -140,7 +141,7 @@ class ControlLoop:
         if any(state.missed):
             statistics.counts.unanswered += 1
         images = self._observe(now)
-        pressed = parts.operator.keys()
+        pressed = parts.operator.keys()  # apart: ruff takes `.keys()` in a loop for a dict's
         for key in pressed:
             self._obey(key, now)
         self._check_stop()
@@ -156,10 +157,20 @@ class ControlLoop:
         statistics.counts.ticks += 1
         queued = len(parts.queue)
         statistics.queued.add(queued)
-        timing = late_ms, read_ms, write_ms
-        seam, events = self._seam_deg, tuple(self._events)
         parts.watch(
-            Tick(self._elapsed_s(now), doing, state, emitted, queued, *timing, seam, events)
+            Tick(
+                elapsed_s=self._elapsed_s(now),
+                doing=doing,
+                state=state,
+                emitted=emitted,
+                queued=queued,
+                missed=statistics.counts.missed,
+                late_ms=late_ms,
+                read_ms=read_ms,
+                write_ms=write_ms,
+                seam_deg=self._seam_deg,
+                events=tuple(self._events),
+            )
         )
 
     def _elapsed_s(self, now: float) -> float:

@@ -5,7 +5,7 @@ folder together stay under `log_mb`. So a log has parts of a tenth of it: before
 the oldest parts are deleted until it fits. In an endless run the newest hours are kept; the first
 time that this deletes a part of the run itself, a warning says so.
 
-Who writes to a log returns at once and sees no error. A full disk ends the log, not the run.
+A call that writes returns at once and raises nothing. A full disk ends the log, not the run.
 """
 
 import contextlib
@@ -113,6 +113,7 @@ class RunLog:
             "late_ms": tick.late_ms,
             "read_ms": tick.read_ms,
             "write_ms": tick.write_ms,
+            "missed": tick.missed,
         }
         line |= vars(tick.state)
         line |= {"goal": emitted.pop("raw"), "goal_position": emitted.pop("position")}

@@ -107,6 +107,7 @@ class Settings:
     seed: int | None = _setting(
         None, "Seed of the noise.", default_text="random", allowed=(lambda v: v >= 0, "0 or more")
     )
+    # RUF009: ruff cannot see that _setting returns a dataclass field.
     chunking: Chunking = _setting(  # noqa: RUF009
         "sync",
         "How chunks are joined: sync holds between them, async blends them, "

@@ -18,7 +18,7 @@ def option_name(name: str) -> str:
 
 
 def as_command(settings: Settings, more: Sequence[str] = ()) -> str:
-    """A command with every setting that has an option and not its default. more: other words."""
+    """A command with every option that differs from its default. more: other words."""
     words = ["smolvla-run", "--bundle", settings.bundle]
     for name, value in _given(settings).items():
         option = option_name(name)
@@ -35,7 +35,7 @@ def as_command(settings: Settings, more: Sequence[str] = ()) -> str:
 
 
 def as_toml(settings: Settings, wanted: Wanted | None = None) -> str:
-    """The text of a robot.toml with every setting that has not its default, and the bundle.
+    """The text of a robot.toml with the bundle and every setting that differs from its default.
 
     wanted: what was not found; each is written as a comment.
     """
@@ -55,7 +55,7 @@ def as_toml(settings: Settings, wanted: Wanted | None = None) -> str:
 
 
 def _given(settings: Settings) -> dict[str, Any]:
-    """Every setting that has not its default, in the order of the fields."""
+    """Every setting that differs from its default, in the order of the fields."""
     default = Settings()
     return {
         f.name: getattr(settings, f.name)

@@ -105,10 +105,10 @@ def show_start(
     if not problems:
         return
     if far or run.settings.simulated:
-        print(listed("note: the arm is outside the range seen in training:", problems))
+        print(listed("note: the arm is not where the policy expects it:", problems))
         return
     raise SettingsError(
-        listed("the arm is outside the range seen in training:", problems)
+        listed("the arm is not where the policy expects it:", problems)
         + "\nMove it by hand to where your episodes begin, or look for wrong units or a wrong "
         "calibration. To start from here: --allow-far-start"
     )

@@ -180,7 +180,7 @@ def test_a_line_a_second_tells_where_the_arm_is_and_every_tick_is_handed_on(caps
     status = StatusLine(handed.append, ("pan", "lift"))
     for i in range(30):
         state = SimpleNamespace(position=np.array([i, -2.5]))
-        status(Tick(i / 10, "run" if i < 20 else "stop", state, None, 7, 0.0, 0.0, 0.0))
+        status(Tick(i / 10, "run" if i < 20 else "stop", state, None, 7, 0, 0.0, 0.0, 0.0))
     assert len(handed) == 30
     command.said()
     lines = capsys.readouterr().out.splitlines()
@@ -197,6 +197,6 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Gone())
     handed = []
     StatusLine(handed.append, ())(
-        Tick(0.0, "run", SimpleNamespace(position=()), None, 0, 0.0, 0.0, 0.0)
+        Tick(0.0, "run", SimpleNamespace(position=()), None, 0, 0, 0.0, 0.0, 0.0)
     )
     assert len(handed) == 1

@@ -43,6 +43,8 @@ def test_the_virtual_arm_needs_no_settings_and_really_moves(export_case, tmp_pat
     assert {"write": "Torque_Enable (40)", "id": 6, "value": 1} in lines
     ticks = [line for line in lines if "goal" in line]
     assert len(ticks) >= 50 and {"run", "park"} <= {t["doing"] for t in ticks}
+    measured = {"t_s", "queued", "late_ms", "read_ms", "write_ms", "missed", "goal", "position"}
+    assert all(measured <= set(tick) for tick in ticks)
     assert all(len(t["goal"]) == 6 and len(t["temperature"]) == 6 for t in ticks)
 
 
